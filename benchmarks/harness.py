@@ -1,0 +1,398 @@
+"""How every benchmark here measures: interleaved rounds, medians, ratios of the same round, growth with size.
+
+A comparison runs its contestants in turn, round after round (A B C, A B C, ...), so that a slow minute of the machine
+falls on all of them. A ratio is taken inside each round and reported as the median over rounds with its quartiles: two
+medians of different minutes are never divided. Growth is the slope of log(seconds) and log(peak bytes) over log(size).
+
+A benchmark is a module with a ``main``::
+
+    from benchmarks import harness
+
+    def main() -> None:
+        options = harness.options(__doc__)
+        table = harness.compare("512 x 512", {"peer": peer_step, "danlu": danlu_step}, base="peer", options=options)
+        growth = harness.sweep("square matrices", sizes, make_step, options=options)
+        harness.write("muon", __doc__, [table, growth], options)
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How long to measure and where the results go; ``quick`` is for trying a benchmark out, not for quoting it."""
+
+    quick: bool = False
+    rounds: int = 7
+    warmup: int = 2
+    seconds: float = 0.1
+    threads: int = 2
+    out: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times faster than the base: the median over rounds with its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Seconds a call for each contestant and round. ``work`` is what one call does, in ``unit`` (tokens, GFLOP)."""
+
+    title: str
+    base: str
+    seconds: dict[str, list[float]]
+    work: dict[str, float] = field(default_factory=dict)
+    unit: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        """Median seconds of one call."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, base: str | None = None) -> Ratio:
+        """Times faster than ``base``, from the rounds in which both were measured."""
+        pairs = zip(self.seconds[base or self.base], self.seconds[name], strict=True)
+        low, middle, high = np.quantile([of_base / own for of_base, own in pairs], [0.25, 0.5, 0.75])
+        return Ratio(median=float(middle), low=float(low), high=float(high))
+
+    def rate(self, name: str) -> float | None:
+        """Work per second at the median."""
+        return self.work[name] / self.median(name) if name in self.work else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON types, with the medians, rates and ratios worked out."""
+        rows = {
+            name: {
+                "median_seconds": self.median(name),
+                "min_seconds": min(self.seconds[name]),
+                "ratio_to_base": asdict(self.ratio(name)),
+                "rate": self.rate(name),
+                "note": self.notes.get(name, ""),
+            }
+            for name in self.seconds
+        }
+        return {"kind": "comparison", **asdict(self), "summary": rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Median seconds and peak bytes of each contestant over a range of sizes; None where it was not measured."""
+
+    title: str
+    axis: str
+    sizes: list[int]
+    seconds: dict[str, list[float | None]]
+    peak_bytes: dict[str, list[int | None]]
+
+    def slopes(self, name: str) -> tuple[float, float]:
+        """Log-log slopes of time and of peak memory over size: 1 is linear, 2 quadratic."""
+        return loglog_slope(self.sizes, self.seconds[name]), loglog_slope(self.sizes, self.peak_bytes[name])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON types, with the slopes worked out."""
+        slopes = {
+            name: dict(zip(("time", "memory"), map(_json_number, self.slopes(name)), strict=True))
+            for name in self.seconds
+        }
+        return {"kind": "sweep", **asdict(self), "slopes": slopes}
+
+
+def options(description: str | None, **defaults: Any) -> Options:
+    """Read the command line that all benchmarks share and set the number of threads."""
+    base = Options(**defaults)
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes; prints, writes nothing")
+    parser.add_argument("--rounds", type=int, default=base.rounds)
+    parser.add_argument("--threads", type=int, default=base.threads)
+    parser.add_argument("--out", type=Path, default=None, help=f"folder for JSON and PNG (default: {RESULTS.name}/)")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rounds, warmup = (min(3, given.rounds), 1) if given.quick else (given.rounds, base.warmup)
+    out = given.out if given.quick or given.out else RESULTS
+    return Options(
+        quick=given.quick, rounds=rounds, warmup=warmup, seconds=base.seconds, threads=given.threads, out=out
+    )
+
+
+def compare(
+    title: str,
+    runs: Mapping[str, Run],
+    *,
+    base: str,
+    options: Options,
+    work: Mapping[str, float] | None = None,
+    unit: str = "",
+    notes: Mapping[str, str] | None = None,
+) -> Comparison:
+    """Measure contestants in interleaved rounds.
+
+    Each is called ``options.warmup`` times first; calls shorter than ``options.seconds`` are repeated inside a round
+    until they fill it, and the round's figure is the mean over those calls.
+    """
+    if base not in runs:
+        raise ValueError(f"base must be one of {', '.join(runs)}, got {base!r}")
+    calls = {name: _warm(run, options) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with _no_collection():
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                seconds[name].append(_timed(run, calls[name]))
+    return Comparison(
+        title=title, base=base, seconds=seconds, work=dict(work or {}), unit=unit, notes=dict(notes or {})
+    )
+
+
+def sweep(
+    title: str,
+    sizes: Sequence[int],
+    make: Callable[[int], Mapping[str, Run]],
+    *,
+    options: Options,
+    axis: str = "size",
+    memory: bool = True,
+) -> Sweep:
+    """Measure contestants at every size; ``make(size)`` may leave out one that is too slow or cannot."""
+    seconds: dict[str, list[float | None]] = {}
+    peaks: dict[str, list[int | None]] = {}
+    for place, size in enumerate(sizes):
+        runs = make(size)
+        table = compare(f"{axis} {size}", runs, base=next(iter(runs)), options=options)
+        for name, run in runs.items():
+            for column in (seconds, peaks):
+                column.setdefault(name, [None] * place)
+            seconds[name].append(table.median(name))
+            peaks[name].append(peak_memory(run) if memory else None)
+        for column in (seconds, peaks):
+            for values in column.values():
+                values.extend([None] * (place + 1 - len(values)))
+        del runs, run
+    return Sweep(title=title, axis=axis, sizes=list(sizes), seconds=seconds, peak_bytes=peaks)
+
+
+def peak_memory(run: Run) -> int | None:
+    """Return the bytes that one call needs at its worst moment beyond what was held before it.
+
+    On CUDA that is what the allocator counts. On Linux the kernel's high-water mark of resident memory is reset before
+    the call, after freed memory went back to the system: everything counts, whoever allocated it (tensors, work
+    buffers of the linear algebra library, Python). Memory that the process held already and only reuses does not.
+    None on other systems.
+    """
+    run()
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.memory_allocated() > 0:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return int(torch.cuda.max_memory_allocated() - before)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def loglog_slope(x: Sequence[float], y: Sequence[float | None]) -> float:
+    """Least-squares slope of log y over log x; NaN with fewer than two points.
+
+    >>> round(loglog_slope([1, 2, 4], [3, 12, 48]), 6)
+    2.0
+    """
+    points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if b is not None and b > 0]
+    if len(points) < 2:
+        return math.nan
+    return float(np.polyfit(*zip(*points, strict=True), 1)[0])
+
+
+def machine() -> dict[str, Any]:
+    """Describe what measured: processor, threads, load, versions, and the matrix-multiply rates reached just now."""
+    versions = {}
+    for package in ("danlu", "torch", "transformers", "numpy", "scipy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "gemm_gflops_2048x512x1376": gemm_rates(),
+    }
+
+
+def gemm_rates(m: int = 2048, k: int = 512, n: int = 1376) -> dict[str, float]:
+    """GFLOP/s of ``(m, k) @ (k, n)`` on the CPU: float32 by default and "medium" precision, and bfloat16."""
+    held = torch.get_float32_matmul_precision()
+    rates = {}
+    for name, dtype, precision in (
+        ("float32", torch.float32, "highest"),
+        ("float32 medium", torch.float32, "medium"),
+        ("bfloat16", torch.bfloat16, "highest"),
+    ):
+        torch.set_float32_matmul_precision(precision)
+        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        torch.mm(a, b)
+        rates[name] = round(2e-9 * m * k * n / min(_timed(lambda a=a, b=b: torch.mm(a, b), 2) for _ in range(5)), 1)
+    torch.set_float32_matmul_precision(held)
+    return rates
+
+
+def write(name: str, description: str | None, items: Sequence[Comparison | Sweep], options: Options) -> None:
+    """Print the tables; unless the run is a quick one without ``--out``, write ``NAME.json`` and ``NAME.png`` too."""
+    from benchmarks import drawing
+
+    where = machine()
+    out = Console(width=None if Console().is_terminal else 120, highlight=False)
+    for item in items:
+        out.print(_comparison_table(item) if isinstance(item, Comparison) else _sweep_table(item))
+    out.print(f"{where['processor']}, {where['threads']} threads, load {where['load']}, {where['versions']}")
+    if options.out is None:
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    document = {
+        "benchmark": name,
+        "description": " ".join((description or "").split("\n\n")[0].split()),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "quick": options.quick,
+        "rounds": options.rounds,
+        "machine": where,
+        "results": [item.as_dict() for item in items],
+    }
+    path = options.out / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    drawing.draw(items, path.with_suffix(".png"), f"{name}: {where['processor']}, {where['threads']} threads")
+    out.print(f"written: {path} and {path.with_suffix('.png').name}")
+
+
+def _warm(run: Run, options: Options) -> int:
+    """Call until warm and return how many calls fill ``options.seconds``."""
+    for _ in range(options.warmup):
+        run()
+    return max(1, math.ceil(options.seconds / max(_timed(run, 1), 1e-9)))
+
+
+def _timed(run: Run, calls: int) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else None
+    if synchronize:
+        synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if synchronize:
+        synchronize()
+    return (time.perf_counter() - started) / calls
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {key} in /proc/self/status")
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _comparison_table(item: Comparison) -> Table:
+    table = Table(title=item.title, title_justify="left")
+    for header in ("", "median", "min", f"{item.unit}/s", f"times {item.base}", "quartiles", ""):
+        table.add_column(header, justify="left" if not header else "right")
+    for name in item.seconds:
+        rate, ratio = item.rate(name), item.ratio(name)
+        table.add_row(
+            name,
+            _duration(item.median(name)),
+            _duration(min(item.seconds[name])),
+            "" if rate is None else f"{rate:.4g}",
+            f"{ratio.median:.2f}",
+            f"{ratio.low:.2f} to {ratio.high:.2f}",
+            item.notes.get(name, ""),
+        )
+    return table
+
+
+def _sweep_table(item: Sweep) -> Table:
+    table = Table(title=item.title, title_justify="left")
+    table.add_column(item.axis)
+    for size in [*item.sizes, "slope time", "slope memory"]:
+        table.add_column(str(size), justify="right")
+    for name in item.seconds:
+        cells = [
+            "" if s is None else _duration(s) + ("" if b is None else f"\n{b / 2**20:.1f} MiB")
+            for s, b in zip(item.seconds[name], item.peak_bytes[name], strict=True)
+        ]
+        table.add_row(name, *cells, *(f"{slope:.2f}" for slope in item.slopes(name)))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
