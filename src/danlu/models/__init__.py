@@ -1,0 +1,6 @@
+"""Whole networks assembled from ``danlu.nn``."""
+
+from danlu.models.generate import generate, sample_token
+from danlu.models.transformer import Transformer, TransformerConfig
+
+__all__ = ["Transformer", "TransformerConfig", "generate", "sample_token"]

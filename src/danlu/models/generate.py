@@ -1,0 +1,105 @@
+"""Sampling from a language model, one token at a time over its cache."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from danlu._validate import integer, number
+from danlu.models.transformer import Transformer
+
+
+def sample_token(
+    logits_v: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token number from logits ``(vocab,)``.
+
+    Args:
+        logits_v: unnormalised log-probabilities.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: only the ``k`` most likely tokens.
+        top_p: only the smallest set of most likely tokens that reaches probability ``p`` (Holtzman et al., 1904.09751).
+        generator: source of randomness; None is torch's global one.
+
+    Returns:
+        int64 tensor ``()``.
+
+    >>> sample_token(torch.tensor([0.0, 3.0, 1.0]), temperature=0).item()
+    1
+    """
+    if temperature == 0:
+        return logits_v.argmax()
+    logits_v = logits_v.float() / temperature
+    if top_k is not None and top_k < logits_v.numel():
+        logits_v = logits_v.masked_fill(logits_v < logits_v.topk(top_k).values[-1], -torch.inf)
+    if top_p is not None and top_p < 1:
+        probabilities, order = logits_v.softmax(-1).sort(descending=True)
+        # A token stays if those before it have not reached p: the first always does.
+        dropped = probabilities.cumsum(-1) - probabilities >= top_p
+        logits_v = logits_v.index_fill(-1, order[dropped], -torch.inf)
+    return torch.multinomial(logits_v.softmax(-1), 1, generator=generator)[0]
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop: int | None = None,
+) -> Iterator[int]:
+    """Continue ``prompt``, yielding each token number as soon as it is drawn.
+
+    The model is put into evaluation mode. The cache is allocated once for prompt and continuation.
+
+    Args:
+        model: a `Transformer`.
+        prompt: at least one token number.
+        max_new_tokens: how many tokens to draw at most.
+        temperature: 0 is greedy.
+        top_k: see `sample_token`.
+        top_p: see `sample_token`.
+        generator: source of randomness.
+        stop: token number that ends the text; it is not yielded.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, or a sampling argument out of range.
+
+    >>> from danlu.models import TransformerConfig
+    >>> model = Transformer(TransformerConfig(vocab_size=7, dim=16, layers=1, hidden=8))
+    >>> len(list(generate(model, [1, 2], max_new_tokens=5)))
+    5
+    """
+    vocab = model.config.vocab_size
+    if not prompt:
+        raise ValueError("prompt must hold at least one token, got none")
+    if not all(0 <= token < vocab for token in prompt):
+        raise ValueError(f"prompt must hold token numbers below {vocab}, got {max(prompt)} or a negative one")
+    integer("max_new_tokens", max_new_tokens, low=0)
+    number("temperature", temperature, low=0)
+    if top_k is not None:
+        integer("top_k", top_k)
+    if top_p is not None:
+        number("top_p", top_p, low=0, high=1, low_open=True)
+    model.eval()
+    device = model.embedding.device
+    cache = model.new_cache(1, len(prompt) + max_new_tokens)
+    tokens = torch.tensor([list(prompt)], device=device)
+    for _ in range(max_new_tokens):
+        hidden = model.hidden(tokens, cache=cache)[0, -1]
+        logits = torch.mv(model.head_weight.to(hidden.dtype), hidden)
+        token = sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        number_drawn = int(token)
+        if number_drawn == stop:
+            return
+        yield number_drawn
+        tokens = token.view(1, 1)

@@ -1,0 +1,210 @@
+r"""Decoder-only Transformer assembled from ``danlu.nn``: latent attention and experts, or their dense counterparts.
+
+Pre-norm blocks ``x += attention(norm(x)); x += feed_forward(norm(x))``, a final norm and a linear head. With
+`MLAConfig` and `MoEConfig` it is the architecture of DeepSeek-V3 (Hugging Face ``DeepseekV3ForCausalLM``), with `GQAConfig` and no
+experts that of Llama.
+
+Initialisation: every weight is normal with mean 0.
+
+=====================================  =========================================
+weight                                 standard deviation
+=====================================  =========================================
+embedding                              1 (tied: ``1 / sqrt(dim)``)
+head                                   ``0.5 / sqrt(dim)``
+maps that read the residual stream     ``1 / sqrt(fan_in)``
+maps that write to it                  ``1 / sqrt(fan_in * 2 * layers)``
+router                                 ``1 / sqrt(dim)``
+norm gains                             constant 1
+=====================================  =========================================
+
+The depth factor keeps the variance of the residual stream at initialisation independent of the number of layers.
+
+Shape suffixes: b batch, t time, d model size, v vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from danlu._validate import integer, positive
+from danlu.nn import (
+    GQA,
+    MLA,
+    FeedForward,
+    GQAConfig,
+    LayerCache,
+    Linear,
+    MLAConfig,
+    MoE,
+    MoEConfig,
+    RMSNorm,
+    declare,
+    document_mask,
+    rotary_angles,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Sizes of a `Transformer`."""
+
+    vocab_size: int = 4096
+    """tokens; a recipe that trains its tokenizer sets this to the tokenizer's size"""
+    dim: int = 256
+    """model size"""
+    layers: int = 6
+    """blocks"""
+    attention: MLAConfig | GQAConfig = MLAConfig()
+    """kind and sizes of the attention"""
+    hidden: int = 704
+    """width of the dense feed-forward layers"""
+    experts: MoEConfig | None = None
+    """experts in place of the dense layers; None: dense everywhere"""
+    dense_layers: int = 1
+    """first blocks that stay dense when there are experts"""
+    tied: bool = False
+    """head and embedding share one matrix"""
+    rope_base: float = 10000.0
+    """period scale of the rotary positions"""
+    norm_eps: float = 1e-6
+    """added to the mean square in every norm"""
+
+
+class Block(nn.Module):
+    """One attention and one feed-forward layer, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: TransformerConfig, index: int) -> None:
+        super().__init__()
+        c = config
+        depth = (2 * c.layers) ** -0.5
+        self.attention_norm = RMSNorm(c.dim, eps=c.norm_eps)
+        self.feed_forward_norm = RMSNorm(c.dim, eps=c.norm_eps)
+        self.attention: MLA | GQA
+        if isinstance(c.attention, MLAConfig):
+            fan_in = c.attention.heads * c.attention.value_dim
+            self.attention = MLA(c.dim, c.attention, out_std=depth / math.sqrt(fan_in))
+        else:
+            fan_in = c.attention.heads * c.attention.head_dim if c.attention.head_dim else c.dim
+            self.attention = GQA(c.dim, c.attention, out_std=depth / math.sqrt(fan_in))
+        self.feed_forward: MoE | FeedForward
+        if c.experts is not None and index >= c.dense_layers:
+            self.feed_forward = MoE(c.dim, c.experts, out_std=depth / math.sqrt(c.experts.hidden))
+        else:
+            self.feed_forward = FeedForward(c.dim, c.hidden, out_std=depth / math.sqrt(c.hidden))
+
+    def forward(
+        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        """``(batch, time, dim)`` to the same."""
+        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask=mask, cache=cache)
+        y: Tensor = x_btd + self.feed_forward(self.feed_forward_norm(x_btd))
+        return y
+
+
+class Transformer(nn.Module):
+    """Decoder-only Transformer; see the module for architecture and initialisation.
+
+    ``compute_dtype`` is the dtype of the activations (None: that of the weights); weights keep their own.
+
+    Raises:
+        ValueError: sizes that do not fit together, naming the field.
+
+    >>> config = TransformerConfig(vocab_size=11, dim=12, layers=2, hidden=8, attention=GQAConfig(heads=3))
+    >>> model = Transformer(config)
+    >>> model(torch.tensor([[1, 2, 3]])).shape, model.parameter_counts()
+    (torch.Size([1, 3, 11]), (2052, 2052))
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        c = config
+        for name in ("vocab_size", "dim", "layers", "hidden"):
+            integer(name, getattr(c, name))
+        integer("dense_layers", c.dense_layers, low=0)
+        positive("rope_base", c.rope_base)
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = declare(nn.Parameter(torch.empty(c.vocab_size, c.dim)), "embedding")
+        self.blocks = nn.ModuleList(Block(c, index) for index in range(c.layers))
+        self.norm = RMSNorm(c.dim, eps=c.norm_eps)
+        self.head = None if c.tied else Linear(c.dim, c.vocab_size, std=0.5 * c.dim**-0.5, role="head")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the embedding anew (every layer has its own method)."""
+        nn.init.normal_(self.embedding, std=self.config.dim**-0.5 if self.config.tied else 1.0)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(vocab, dim)``: the weight that turns hidden states into logits."""
+        return self.embedding if self.head is None else self.head.weight
+
+    def hidden(
+        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Normalised hidden states ``(batch, time, dim)``, before the head.
+
+        Args:
+            tokens_bt: token numbers, int64.
+            documents: document number of each token, ``(batch, time)``; tokens see their own document only.
+                None: each row is one document.
+            cache: from `new_cache`; the tokens continue those stored in it.
+
+        Raises:
+            ValueError: documents together with a cache, or a shape that does not match.
+        """
+        if tokens_bt.dim() != 2:
+            raise ValueError(f"tokens must be (batch, time), got shape {tuple(tokens_bt.shape)}")
+        if documents is not None and (cache is not None or documents.shape != tokens_bt.shape):
+            raise ValueError("documents must have the shape of tokens, and cannot be combined with a cache")
+        start = cache[0].length if cache is not None else 0
+        positions = torch.arange(start, start + tokens_bt.shape[1], device=tokens_bt.device)
+        x_btd = nn.functional.embedding(tokens_bt, self.embedding)
+        x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
+        if x_btd.dtype == torch.float64:
+            positions = positions.double()
+        first: Block = self.blocks[0]  # type: ignore[assignment]
+        cos, sin = rotary_angles(positions, first.attention.rope_dim, base=self.config.rope_base)
+        rope = (cos.to(x_btd.dtype), sin.to(x_btd.dtype))
+        mask = None if documents is None else document_mask(documents)
+        for index, block in enumerate(self.blocks):
+            x_btd = block(x_btd, rope, mask, None if cache is None else cache[index])
+        y: Tensor = self.norm(x_btd)
+        return y
+
+    def forward(
+        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Logits ``(batch, time, vocab)``; arguments as in `hidden`."""
+        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache)
+        return nn.functional.linear(x_btd, self.head_weight.to(x_btd.dtype))
+
+    def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
+        """Empty caches, one a block, for ``batch`` sequences of up to ``capacity`` tokens."""
+        dtype, device = self.compute_dtype or self.embedding.dtype, self.embedding.device
+        attentions = [block.attention for block in self.blocks]
+        return [a.new_cache(batch, capacity, dtype=dtype, device=device) for a in attentions]  # type: ignore[union-attr, operator]
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """All parameters, and those that one token uses (a routed expert counts if chosen)."""
+        total = sum(p.numel() for p in self.parameters())
+        idle = 0
+        for module in self.modules():
+            if isinstance(module, MoE):
+                stack = module.w_up.numel() + module.w_down.numel()
+                idle += stack - stack * module.config.active // module.config.experts
+        return total, total - idle
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of a forward and a backward pass a token at ``length`` tokens.
+
+        Six a parameter in use (the embedding look-up is none) plus three times the attention products, the causal
+        half only.
+        """
+        _, active = self.parameter_counts()
+        gains = sum(m.weight.numel() for m in self.modules() if isinstance(m, RMSNorm))
+        looked_up = 0 if self.head is None else self.embedding.numel()
+        attention = sum(block.attention.flops_per_token(length) for block in self.blocks)  # type: ignore[union-attr, operator]
+        return 6 * (active - gains - looked_up) + 3 * float(attention)

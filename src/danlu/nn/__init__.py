@@ -1,0 +1,30 @@
+"""Layers: attention, positions, experts, norms; each usable alone in any PyTorch model."""
+
+from danlu.nn.attention import GQA, MLA, GQAConfig, LayerCache, MLAConfig, causal_mask, document_mask
+from danlu.nn.balance import LossFreeConfig
+from danlu.nn.feed_forward import FeedForward, swiglu
+from danlu.nn.linear import Linear, declare
+from danlu.nn.moe import MoE, MoEConfig, scaling_factor
+from danlu.nn.norm import RMSNorm
+from danlu.nn.rotary import rotary_angles, rotate
+
+__all__ = [
+    "GQA",
+    "MLA",
+    "FeedForward",
+    "GQAConfig",
+    "LayerCache",
+    "Linear",
+    "LossFreeConfig",
+    "MLAConfig",
+    "MoE",
+    "MoEConfig",
+    "RMSNorm",
+    "causal_mask",
+    "declare",
+    "document_mask",
+    "rotary_angles",
+    "rotate",
+    "scaling_factor",
+    "swiglu",
+]

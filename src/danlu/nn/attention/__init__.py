@@ -1,0 +1,8 @@
+"""Attention: multi-head, grouped-query, multi-query and latent, with one call and one cache interface."""
+
+from danlu.nn.attention.cache import LayerCache
+from danlu.nn.attention.gqa import GQA, GQAConfig
+from danlu.nn.attention.masks import causal_mask, document_mask
+from danlu.nn.attention.mla import MLA, MLAConfig
+
+__all__ = ["GQA", "MLA", "GQAConfig", "LayerCache", "MLAConfig", "causal_mask", "document_mask"]

@@ -1,0 +1,45 @@
+"""What a layer remembers of the tokens it has seen: preallocated buffers and a length."""
+
+from torch import Tensor
+
+
+class LayerCache:
+    """Buffers ``(..., capacity, size)`` filled from the left along their next-to-last dimension.
+
+    The content is the layer's own affair: keys and values of each group, or one latent for all heads.
+
+    Args:
+        buffers: tensors of equal capacity; nothing is read from them before it was written.
+
+    >>> import torch
+    >>> cache = LayerCache(torch.empty(1, 8, 2))
+    >>> (seen,) = cache.append(torch.ones(1, 3, 2))
+    >>> cache.length, seen.shape
+    (3, torch.Size([1, 3, 2]))
+    """
+
+    def __init__(self, *buffers: Tensor) -> None:
+        capacities = {buffer.shape[-2] for buffer in buffers}
+        if len(capacities) != 1:
+            raise ValueError(f"buffers must share one capacity, got {sorted(capacities)}")
+        self.buffers = buffers
+        self.capacity = capacities.pop()
+        self.length = 0
+
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Write ``new`` ``(..., t, size)`` behind what is there; return views of everything so far.
+
+        Raises:
+            ValueError: the capacity would be exceeded.
+        """
+        end = self.length + new[0].shape[-2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} were to be stored")
+        for buffer, fresh in zip(self.buffers, new):
+            buffer[..., self.length : end, :] = fresh
+        self.length = end
+        return tuple(buffer[..., :end, :] for buffer in self.buffers)
+
+    def elements_per_token(self) -> int:
+        """Stored numbers a token and sequence."""
+        return sum(buffer.numel() // (buffer.shape[0] * self.capacity) for buffer in self.buffers)

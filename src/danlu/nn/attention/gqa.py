@@ -1,0 +1,116 @@
+r"""Multi-head, grouped-query and multi-query attention.
+
+Head ``s`` of ``h`` uses key and value group ``ceil(s g / h)`` (counted from one): ``g = h`` is multi-head attention
+(Vaswani et al., 1706.03762), ``g = 1`` multi-query attention (Shazeer, 1911.02150), anything between is grouped-query
+attention (Ainslie et al., 2305.13245). Keys and values of the groups are all that is cached.
+
+Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K head size, D model size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danlu._validate import integer
+from danlu.nn.attention.cache import LayerCache
+from danlu.nn.attention.masks import causal_mask
+from danlu.nn.linear import Linear
+from danlu.nn.rotary import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GQAConfig:
+    """Sizes of a `GQA` layer."""
+
+    heads: int = 8
+    """query heads"""
+    groups: int | None = None
+    """key/value groups, a divisor of heads; None: as many as heads (multi-head), 1: multi-query"""
+    head_dim: int | None = None
+    """size of a head; None: dim / heads"""
+    rope_dim: int | None = None
+    """rotated coordinates of each head (the last ones); None: all of them, 0: no positions"""
+
+
+class GQA(nn.Module):
+    """Causal attention of ``heads`` queries over ``groups`` keys and values.
+
+    Args:
+        dim: model size D.
+        config: sizes.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(heads * head_dim)``.
+
+    Raises:
+        ValueError: sizes that do not divide, or an odd number of rotated coordinates.
+
+    >>> from danlu.nn.rotary import rotary_angles
+    >>> layer = GQA(12, GQAConfig(heads=3, groups=1))
+    >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
+    torch.Size([2, 5, 12])
+    """
+
+    def __init__(self, dim: int, config: GQAConfig, *, out_std: float | None = None) -> None:
+        super().__init__()
+        integer("heads", config.heads)
+        self.heads = config.heads
+        self.groups = config.heads if config.groups is None else config.groups
+        integer("groups", self.groups)
+        if self.heads % self.groups:
+            raise ValueError(f"groups must divide heads = {self.heads}, got {self.groups}")
+        if config.head_dim is None and dim % self.heads:
+            raise ValueError(f"heads must divide dim = {dim} when head_dim is not given, got {self.heads}")
+        self.head_dim = dim // self.heads if config.head_dim is None else config.head_dim
+        integer("head_dim", self.head_dim)
+        self.rope_dim = self.head_dim if config.rope_dim is None else config.rope_dim
+        integer("rope_dim", self.rope_dim, low=0, high=self.head_dim)
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {self.rope_dim}")
+        rows = (self.heads * self.head_dim, self.groups * self.head_dim, self.groups * self.head_dim)
+        self.qkv = Linear(dim, sum(rows), split=rows)
+        self.out = Linear(rows[0], dim, std=out_std)
+
+    def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """Room for ``capacity`` tokens: ``2 * groups * head_dim`` elements each."""
+        shape = (batch, self.groups, capacity, self.head_dim)
+        return LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+
+    def flops_per_token(self, length: int) -> float:
+        """Multiply-adds times two of the score and value products a token, causal, at ``length`` tokens."""
+        return 2 * self.heads * 2 * self.head_dim * (length + 1) / 2
+
+    def forward(
+        self,
+        x_btd: Tensor,
+        rope: tuple[Tensor, Tensor],
+        *,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x_btd: ``(batch, time, dim)``.
+            rope: tables of `danlu.nn.rotary.rotary_angles` for these tokens, ``(time, rope_dim)``.
+            mask: True where a query may look, broadcastable to ``(batch, heads, time, keys)``; None is causal.
+            cache: what earlier calls stored; the new keys and values are appended to it.
+
+        Returns:
+            ``(batch, time, dim)``.
+        """
+        B, T, _ = x_btd.shape
+        H, G = self.heads, self.groups
+        qkv = self.qkv(x_btd).view(B, T, H + 2 * G, self.head_dim)
+        cos, sin = (table[..., :, None, :] for table in rope)
+        qk = rotate(qkv[:, :, : H + G], cos, sin)
+        q_bhtk = qk[:, :, :H].transpose(1, 2)
+        k_bglk, v_bglk = qk[:, :, H:].transpose(1, 2), qkv[:, :, H + G :].transpose(1, 2)
+        if cache is not None:
+            k_bglk, v_bglk = cache.append(k_bglk, v_bglk)
+            if mask is None and 1 < T < k_bglk.shape[-2]:
+                mask = causal_mask(T, k_bglk.shape[-2], device=x_btd.device)
+        causal = mask is None and T > 1
+        o = F.scaled_dot_product_attention(q_bhtk, k_bglk, v_bglk, attn_mask=mask, is_causal=causal, enable_gqa=G != H)
+        y: Tensor = self.out(o.transpose(1, 2).reshape(B, T, H * self.head_dim))
+        return y

@@ -1,0 +1,165 @@
+r"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Keys and values of every head are linear in one normalised latent ``c = RMSNorm(x W_c)``; positions enter through a
+separate rotated key ``k_r = RoPE(x W_kr)`` that all heads share, since a rotation between ``W_q`` and ``W_k`` would
+keep the two from being merged. For training each head's keys ``[c W_k, k_r]`` and values ``c W_v`` are formed. For
+decoding ``W_k`` moves to the query and ``W_v`` behind the attention (the absorbed form), which then looks at the cached
+``[c, k_r]`` alone: ``kv_rank + rope_dim`` elements a token. Both forms scale by ``1 / sqrt(nope_dim + rope_dim)``.
+
+Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, C kv_rank, N nope_dim, R rope_dim, V value_dim.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danlu._validate import integer
+from danlu.nn.attention.cache import LayerCache
+from danlu.nn.attention.masks import causal_mask
+from danlu.nn.linear import Linear
+from danlu.nn.norm import RMSNorm
+from danlu.nn.rotary import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Sizes of an `MLA` layer."""
+
+    heads: int = 8
+    """attention heads"""
+    kv_rank: int = 64
+    """size of the latent that keys and values come from (d_c), cached"""
+    q_rank: int | None = None
+    """size of the latent that queries come from; None: queries straight from the model dimension"""
+    nope_dim: int = 32
+    """coordinates of a query/key head without position"""
+    rope_dim: int = 16
+    """coordinates with rotary position; the key's are shared by all heads, cached"""
+    value_dim: int = 48
+    """size of a value head; equal to nope_dim + rope_dim, the CPU's fused attention kernel applies"""
+
+
+class MLA(nn.Module):
+    """Causal multi-head latent attention.
+
+    Args:
+        dim: model size D.
+        config: sizes.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(heads * value_dim)``.
+
+    Raises:
+        ValueError: a size below one, or an odd ``rope_dim``.
+
+    >>> from danlu.nn.rotary import rotary_angles
+    >>> layer = MLA(12, MLAConfig(heads=3, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=6))
+    >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
+    torch.Size([2, 5, 12])
+    """
+
+    def __init__(self, dim: int, config: MLAConfig, *, out_std: float | None = None) -> None:
+        super().__init__()
+        for name in ("heads", "kv_rank", "nope_dim", "value_dim"):
+            integer(name, getattr(config, name))
+        integer("rope_dim", config.rope_dim, low=0)
+        if config.rope_dim % 2:
+            raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
+        self.heads, self.kv_rank = config.heads, config.kv_rank
+        self.nope_dim, self.rope_dim, self.value_dim = config.nope_dim, config.rope_dim, config.value_dim
+        self.scale = 1 / math.sqrt(config.nope_dim + config.rope_dim)
+        q_out = config.heads * (config.nope_dim + config.rope_dim)
+        # The maps that read x share one product. Queries come first: compressed, or whole.
+        self.q_rows = q_out if config.q_rank is None else config.q_rank
+        rows = (self.q_rows, config.kv_rank, *((config.rope_dim,) if config.rope_dim else ()))
+        self.down = Linear(dim, sum(rows), split=rows)
+        self.q_norm: RMSNorm | None = None
+        self.q_up: Linear | None = None
+        if config.q_rank is not None:
+            integer("q_rank", config.q_rank)
+            self.q_norm, self.q_up = RMSNorm(config.q_rank), Linear(config.q_rank, q_out)
+        self.kv_norm = RMSNorm(config.kv_rank)
+        self.kv_up = Linear(config.kv_rank, config.heads * (config.nope_dim + config.value_dim))
+        self.out = Linear(config.heads * config.value_dim, dim, std=out_std)
+
+    def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """Room for ``capacity`` tokens: ``kv_rank + rope_dim`` elements each, whatever the number of heads."""
+        shape = (batch, capacity, self.kv_rank + self.rope_dim)
+        return LayerCache(torch.empty(shape, dtype=dtype, device=device))
+
+    def flops_per_token(self, length: int) -> float:
+        """Multiply-adds times two of the score and value products a token, causal, at ``length`` tokens."""
+        return 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim) * (length + 1) / 2
+
+    def forward(
+        self,
+        x_btd: Tensor,
+        rope: tuple[Tensor, Tensor],
+        *,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x_btd: ``(batch, time, dim)``.
+            rope: tables of `danlu.nn.rotary.rotary_angles` for these tokens, ``(time, rope_dim)``.
+            mask: True where a query may look, broadcastable to ``(batch, 1, time, keys)``; None is causal.
+            cache: latents of earlier calls; the new ones are appended.
+
+        Returns:
+            ``(batch, time, dim)``.
+        """
+        B, T, _ = x_btd.shape
+        q, c_btc, k_btr = self.down(x_btd).split((self.q_rows, self.kv_rank, self.rope_dim), dim=-1)
+        if self.q_up is not None and self.q_norm is not None:
+            q = self.q_up(self.q_norm(q))
+        cos, sin = rope
+        q_bthk = rotate(q.view(B, T, self.heads, -1), cos[..., :, None, :], sin[..., :, None, :])
+        c_btc, k_btr = self.kv_norm(c_btc), rotate(k_btr, cos, sin)
+        if cache is None:
+            o_bthv = self._expanded(q_bthk, c_btc, k_btr, mask)
+        else:
+            (seen,) = cache.append(torch.cat((c_btc, k_btr), dim=-1))
+            L = seen.shape[1]
+            if mask is None and 1 < T < L:
+                mask = causal_mask(T, L, device=x_btd.device)
+            # Expanding costs the products with kv_up for the whole history, absorbing makes the scores wider.
+            expanded = L * self.kv_rank + T * L
+            absorbed = T * self.kv_rank + T * L * (2 * self.kv_rank + self.rope_dim) / (self.nope_dim + self.value_dim)
+            if absorbed < expanded:
+                o_bthv = self._absorbed(q_bthk, seen, mask)
+            else:
+                o_bthv = self._expanded(q_bthk, seen[..., : self.kv_rank], seen[..., self.kv_rank :], mask)
+        y: Tensor = self.out(o_bthv.reshape(B, T, self.heads * self.value_dim))
+        return y
+
+    def _expanded(self, q_bthk: Tensor, c_blc: Tensor, k_blr: Tensor, mask: Tensor | None) -> Tensor:
+        """Multi-head form: every head's keys and values are formed from the latent."""
+        B, L, _ = c_blc.shape
+        kv = self.kv_up(c_blc).view(B, L, self.heads, self.nope_dim + self.value_dim)
+        k_rope = k_blr[:, :, None, :].expand(B, L, self.heads, self.rope_dim)
+        k_blhk = torch.cat((kv[..., : self.nope_dim], k_rope), dim=-1)
+        q, k, v = (t.transpose(1, 2) for t in (q_bthk, k_blhk, kv[..., self.nope_dim :]))
+        causal = mask is None and q.shape[-2] > 1
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+        return o.transpose(1, 2)
+
+    def _absorbed(self, q_bthk: Tensor, seen_blm: Tensor, mask: Tensor | None) -> Tensor:
+        """Multi-query form: heads look at the latent itself, as so many queries of one key."""
+        B, T, H, _ = q_bthk.shape
+        w_hmc = self.kv_up.weight.to(q_bthk.dtype).view(H, self.nope_dim + self.value_dim, self.kv_rank)
+        w_k, w_v = w_hmc[:, : self.nope_dim], w_hmc[:, self.nope_dim :]
+        # Serial products, heads as the batch: a merged W_q W_k would be larger than both factors together.
+        q_hnc = torch.bmm(q_bthk[..., : self.nope_dim].permute(2, 0, 1, 3).reshape(H, B * T, -1), w_k)
+        q_latent = q_hnc.view(H, B, T, self.kv_rank).permute(1, 2, 0, 3)
+        q = torch.cat((q_latent, q_bthk[..., self.nope_dim :]), dim=-1).reshape(B, 1, T * H, -1)
+        if mask is not None:
+            mask = mask.expand(B, 1, T, mask.shape[-1]).repeat_interleave(H, dim=2)
+        o = F.scaled_dot_product_attention(
+            q, seen_blm[:, None], seen_blm[:, None, :, : self.kv_rank], attn_mask=mask, scale=self.scale
+        )
+        o_hnc = o.view(B, T, H, self.kv_rank).permute(2, 0, 1, 3).reshape(H, B * T, -1)
+        o_hnv = torch.bmm(o_hnc, w_v.transpose(1, 2))
+        return o_hnv.view(H, B, T, self.value_dim).permute(1, 2, 0, 3)

@@ -1,0 +1,73 @@
+"""Gated feed-forward layer, SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danlu.nn.linear import Linear
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` that keeps its input alone: the activations are formed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        return swiglu_backward(grad, gate_up)
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient of `swiglu` with respect to ``gate_up``, written into one buffer."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    result = torch.empty_like(gate_up)
+    grad_gate, grad_up = result.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return result
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` for ``gate_up = [gate, up]`` along the last dimension: ``(..., 2h) -> (..., h)``.
+
+    >>> swiglu(torch.tensor([[1.0, 2.0]])).round(decimals=4)
+    tensor([[1.4621]])
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    y: Tensor = _SwiGLU.apply(gate_up)
+    return y
+
+
+class FeedForward(nn.Module):
+    """``W_down (silu(W_gate x) * (W_up x))``; gate and up share one fused weight.
+
+    Args:
+        dim: size of input and output.
+        hidden: width of the gated layer.
+        out_std: standard deviation of ``W_down``; None means ``1 / sqrt(hidden)``.
+
+    Shapes: ``(..., dim)`` to ``(..., dim)``.
+
+    >>> FeedForward(4, 6)(torch.zeros(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, dim: int, hidden: int, *, out_std: float | None = None) -> None:
+        super().__init__()
+        self.gate_up = Linear(dim, 2 * hidden, split=(hidden, hidden))
+        self.down = Linear(hidden, dim, std=out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``(..., dim)``."""
+        y: Tensor = self.down(swiglu(self.gate_up(x)))
+        return y

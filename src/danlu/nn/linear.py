@@ -1,0 +1,82 @@
+"""Linear map whose weight keeps its own precision while the product follows the activations."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danlu._validate import integer, number
+
+Role = Literal["matrix", "embedding", "head", "gain", "bias", "conv", "experts"]
+
+
+def declare(parameter: nn.Parameter, role: Role, split: tuple[int, ...] | None = None) -> nn.Parameter:
+    """Write on a parameter what it is, so that ``danlu.optim.param_groups`` need not guess.
+
+    ``split`` lists the row counts of independent matrices that share one fused weight (query, key, value, or heads):
+    an optimizer that acts on whole matrices treats each of them apart, as if they had been separate parameters.
+
+    >>> weight = declare(nn.Parameter(torch.empty(6, 4)), "matrix", split=(4, 2))
+    >>> weight.danlu_role, weight.danlu_split
+    ('matrix', (4, 2))
+    """
+    if split is not None and sum(split) != parameter.shape[-2]:
+        raise ValueError(f"split must add up to the {parameter.shape[-2]} rows of the parameter, got {split}")
+    parameter.danlu_role = role  # type: ignore[attr-defined]
+    parameter.danlu_split = split  # type: ignore[attr-defined]
+    return parameter
+
+
+class Linear(nn.Module):
+    r"""``y = x W^T`` without bias, computed in the dtype of ``x``.
+
+    The weight stays in the dtype it was made in (float32 in training) and is cast to the activation's dtype for the
+    product, so that a bfloat16 network trains float32 weights without ``torch.autocast``.
+
+    Args:
+        in_features: size of the last dimension of ``x``.
+        out_features: size of the last dimension of ``y``.
+        std: standard deviation of the normal initialisation; None means ``1 / sqrt(in_features)``, which keeps the
+            RMS of the activations.
+        role: what an optimizer should take the weight for (see `declare`).
+        split: rows of the matrices fused in this weight (see `declare`).
+
+    Shapes: ``x`` is ``(..., in_features)``, the result ``(..., out_features)``, the weight ``(out, in)``.
+
+    >>> layer = Linear(3, 5)
+    >>> layer(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype, layer.weight.dtype
+    (torch.bfloat16, torch.float32)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        std: float | None = None,
+        role: Role = "matrix",
+        split: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        integer("in_features", in_features)
+        integer("out_features", out_features)
+        if std is not None:
+            number("std", std, low=0)
+        self.in_features, self.out_features = in_features, out_features
+        self.std = 1 / math.sqrt(in_features) if std is None else std
+        self.weight = declare(nn.Parameter(torch.empty(out_features, in_features)), role, split)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew from ``N(0, std^2)``."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in_features)`` to ``(..., out_features)``."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"

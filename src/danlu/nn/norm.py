@@ -1,0 +1,69 @@
+"""Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from danlu._validate import integer, positive
+from danlu.nn.linear import declare
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``x / rms(x) * gain`` with a backward that reads each tensor once instead of once an operation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = wide * scale
+        ctx.save_for_backward(normed, scale, gain)
+        y = normed * gain
+        return y.to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, scale, gain = ctx.saved_tensors
+        wide = grad.to(normed.dtype)
+        product = wide * normed
+        grad_gain = product.flatten(0, -2).sum(0) if product.dim() > 1 else product
+        mean = (product @ gain).div_(gain.shape[0]).unsqueeze(-1)
+        grad_x = (wide * gain).addcmul_(normed, mean, value=-1).mul_(scale)
+        return grad_x.to(grad.dtype), grad_gain, None
+
+
+class RMSNorm(nn.Module):
+    r"""``y = x / sqrt(mean(x^2) + eps) * gain`` over the last dimension.
+
+    Sums in float32 when ``x`` is bfloat16 or float16; the gain stays in its own dtype, the result has the dtype
+    of ``x``. First derivatives only (the backward is a hand-fused one).
+
+    Args:
+        dim: size of the last dimension.
+        eps: added to the mean square; 1e-6.
+
+    >>> norm = RMSNorm(4)
+    >>> norm(torch.tensor([2.0, -2.0, 2.0, -2.0])).round(decimals=4)
+    tensor([ 1., -1.,  1., -1.], grad_fn=<RoundBackward1>)
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        integer("dim", dim)
+        positive("eps", eps)
+        self.eps = eps
+        self.weight = declare(nn.Parameter(torch.ones(dim)), "gain")
+
+    def reset_parameters(self) -> None:
+        """Set every gain to one."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(..., dim)``."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            # Inductor fuses the plain formula itself, and inference needs no saved tensors.
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        return y

@@ -1,0 +1,99 @@
+r"""Rotary position embedding (Su et al., arXiv 2104.09864), in one dimension.
+
+Coordinate pairs ``(j, j + d/2)`` of a query or key at position ``t`` are rotated by the angle
+``t * base^(-2j/d)``, so that the inner product of a query and a key depends on the difference of their positions
+only. The pairing is the half-split one of GPT-NeoX, Llama and of DeepSeek-V3 with ``rope_interleave=False``.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danlu._validate import integer, positive
+
+
+@lru_cache(maxsize=32)
+def _frequencies(dim: int, base: float) -> tuple[float, ...]:
+    return tuple(math.exp(-2 * j / dim * math.log(base)) for j in range(dim // 2))
+
+
+def rotary_angles(positions: Tensor, dim: int, *, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, each ``positions.shape + (dim,)``, in float32 (float64 for float64).
+
+    Args:
+        positions: real or integer positions, any shape; fractional positions are as good as whole ones.
+        dim: rotated size, even; 0 gives empty tables (a network without positions).
+        base: period scale theta, 10000 unless the model says otherwise.
+
+    Raises:
+        ValueError: ``dim`` is odd or negative, or ``base`` is not positive.
+
+    >>> cos, sin = rotary_angles(torch.arange(3), 4)
+    >>> cos.shape, [round(c, 3) for c in cos[1].tolist()]
+    (torch.Size([3, 4]), [0.54, 1.0, 0.54, 1.0])
+    """
+    integer("dim", dim, low=0)
+    positive("base", base)
+    if dim % 2:
+        raise ValueError(f"dim must be even (coordinates are rotated in pairs), got {dim}")
+    # Angles are formed in float64: at position 1e6 a float32 product would already be wrong in the third digit.
+    table = torch.tensor(_frequencies(dim, base), dtype=torch.float64, device=positions.device)
+    angles = positions.to(torch.float64)[..., None] * table
+    angles = torch.cat((angles, angles), dim=-1)
+    dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1] // 2
+    kept = x.shape[-1] - 2 * half
+    y = torch.empty_like(x)
+    y[..., :kept] = x[..., :kept]
+    first, second = x[..., kept : kept + half], x[..., kept + half :]
+    c, s = cos[..., :half], sin[..., :half]
+    torch.mul(first, c, out=y[..., kept : kept + half]).addcmul_(second, s, value=-1)
+    torch.mul(second, c, out=y[..., kept + half :]).addcmul_(first, s)
+    return y
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation is linear and orthogonal: its backward is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate_into(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        y: Tensor = _Rotate.apply(grad, cos, -sin)
+        return y, None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the last ``cos.shape[-1]`` coordinates of ``x`` ``(..., dim)``, leave those before them as they are.
+
+    The tables broadcast against ``x``; the result keeps its dtype. The inverse is ``rotate(x, cos, -sin)``.
+
+    >>> cos, sin = rotary_angles(torch.arange(5), 6)
+    >>> x = torch.randn(5, 8)
+    >>> y = rotate(x, cos, sin)
+    >>> torch.equal(y[:, :2], x[:, :2]), torch.allclose(rotate(y, cos, -sin), x, atol=1e-6)
+    (True, True)
+    """
+    size = cos.shape[-1]
+    if size == 0:
+        return x
+    if size > x.shape[-1]:
+        raise ValueError(f"the tables rotate {size} coordinates, x has only {x.shape[-1]}")
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if torch.compiler.is_compiling():
+        turned, half = x[..., x.shape[-1] - size :], size // 2
+        swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
+        return torch.cat((x[..., : x.shape[-1] - size], turned * cos + swapped * sin), dim=-1)
+    y: Tensor = _Rotate.apply(x, cos, sin)
+    return y

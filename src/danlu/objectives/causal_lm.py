@@ -1,0 +1,94 @@
+"""Next-token prediction."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from danlu._validate import integer
+from danlu.models import Transformer
+from danlu.nn.balance import expert_load
+from danlu.objectives.cross_entropy import IGNORE, linear_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLMConfig:
+    """How the next-token loss is computed."""
+
+    chunk: int = 512
+    """tokens whose logits are held at one time"""
+
+
+class CausalLM(nn.Module):
+    """Cross-entropy of the next token, summed over the tokens that have a target.
+
+    Args:
+        model: the network; held as ``self.model``.
+        config: see `CausalLMConfig`.
+        byte_lengths: int64 ``(vocab,)``, bytes of text each token stands for; with it `evaluate` gives bits per byte.
+
+    A batch is a mapping with ``tokens`` and ``targets`` ``(batch, time)`` int64 and, where packed documents are to be
+    masked apart, ``documents``.
+
+    >>> from danlu.models import TransformerConfig
+    >>> objective = CausalLM(Transformer(TransformerConfig(vocab_size=7, dim=16, layers=1, hidden=8)))
+    >>> batch = {"tokens": torch.tensor([[1, 2, 3]]), "targets": torch.tensor([[2, 3, -100]])}
+    >>> objective(batch).shape, objective.count(batch).item()
+    (torch.Size([]), 2)
+    """
+
+    byte_lengths: Tensor | None
+
+    def __init__(
+        self, model: Transformer, config: CausalLMConfig | None = None, *, byte_lengths: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        config = CausalLMConfig() if config is None else config
+        integer("chunk", config.chunk)
+        self.model, self.config = model, config
+        # A property of the tokenizer, not of the training: it is not saved with the weights.
+        self.register_buffer("byte_lengths", byte_lengths, persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Summed loss in nats, float32."""
+        x_btd = self.model.hidden(batch["tokens"], documents=batch.get("documents"))
+        return linear_cross_entropy(x_btd, self.model.head_weight, batch["targets"], chunk=self.config.chunk)
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Number of tokens with a target, int64."""
+        return (batch["targets"] != IGNORE).sum()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Mean loss over ``batches``: ``val_loss`` in nats a token, ``val_bpb`` in bits a byte of text.
+
+        Raises:
+            ValueError: no token has a target.
+        """
+        was_training = self.training
+        self.eval()
+        device = self.model.embedding.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        tokens = torch.zeros((), dtype=torch.int64, device=device)
+        size = torch.zeros((), dtype=torch.int64, device=device)
+        try:
+            for batch in batches:
+                total += self(batch)
+                tokens += self.count(batch)
+                if self.byte_lengths is not None:
+                    targets = batch["targets"]
+                    size += self.byte_lengths[targets[targets != IGNORE]].sum()
+        finally:
+            self.train(was_training)
+        if not tokens:
+            raise ValueError("batches must hold at least one token with a target, got none")
+        result = {"val_loss": float(total / tokens)}
+        if size:
+            result["val_bpb"] = float(total / size) / math.log(2)
+        return result
+
+    def metrics(self) -> dict[str, float]:
+        """Expert balance at the last optimizer step; empty for a dense model."""
+        return expert_load(self.model)
