@@ -1,0 +1,111 @@
+"""The page of one run: a single HTML file with the plots inside, and the plots as PNG beside it."""
+
+import base64
+import html
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from danlu.report.metrics import Metrics, read_metrics
+from danlu.report.plots import loss_figure, throughput_figure
+
+__all__ = ["write"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #202124; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; } td { padding: .15rem 1.5rem .15rem 0; vertical-align: top; }
+td + td { font-variant-numeric: tabular-nums; }
+pre { background: #f6f7f8; padding: 1rem; overflow-x: auto; white-space: pre-wrap; font-size: .85rem; }
+"""
+
+
+def write(run: str | os.PathLike[str]) -> Path:
+    """Draw a run folder's plots and write its page.
+
+    Writes ``report.html``, ``plots/loss.png`` and, where the run logged it, ``plots/throughput.png`` into the run
+    folder. The page needs no other file and no network.
+
+    Args:
+        run: a run folder with ``metrics.jsonl``; ``config.json`` and ``samples.txt`` are shown where they are there.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileNotFoundError: not a run folder.
+        ValueError: metrics that cannot be read, or none.
+    """
+    folder = Path(run)
+    metrics = read_metrics(folder)
+    name = folder.resolve().name
+    figures = {"loss": loss_figure(metrics, title=f"{name}: loss")}
+    if "tokens_per_second" in metrics or ("tokens" in metrics and "time" in metrics):
+        figures["throughput"] = throughput_figure(metrics, title=f"{name}: throughput")
+    (folder / "plots").mkdir(exist_ok=True)
+    images = []
+    for plot, figure in figures.items():
+        png = _png(figure)
+        (folder / "plots" / f"{plot}.png").write_bytes(png)
+        encoded = base64.b64encode(png).decode("ascii")
+        images.append(f'<h2>{plot.capitalize()}</h2>\n<img alt="{plot}" src="data:image/png;base64,{encoded}">')
+    body = [f"<h1>{html.escape(name)}</h1>", _table(summary(metrics)), *images]
+    samples, config = folder / "samples.txt", folder / "config.json"
+    if samples.is_file():
+        body.append(
+            f"<h2>Samples</h2>\n<pre>{html.escape(samples.read_text(encoding='utf-8', errors='replace'))}</pre>"
+        )
+    if config.is_file():
+        text = json.dumps(json.loads(config.read_text(encoding="utf-8")), indent=2, ensure_ascii=False)
+        body.append(f"<h2>Configuration</h2>\n<pre>{html.escape(text)}</pre>")
+    page = folder / "report.html"
+    page.write_text(
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(name)}</title>\n'
+        f"<style>{_STYLE}</style>\n" + "\n".join(body) + "\n</html>\n",
+        encoding="utf-8",
+    )
+    return page
+
+
+def summary(metrics: Metrics) -> dict[str, str]:
+    """Return a run's figures for a reader: last and best losses, tokens, time and the median throughput.
+
+    >>> import numpy as np
+    >>> from danlu.report.metrics import Series
+    >>> steps = np.array([1, 2])
+    >>> summary(Metrics({"loss": Series(steps, np.array([3.0, 2.0])), "tokens": Series(steps, np.array([9.0, 18.0]))}))
+    {'steps': '2', 'last training loss': '2.0000', 'tokens': '18'}
+    """
+    found: dict[str, Any] = {}
+    loss, rate = metrics["loss"], metrics["tokens_per_second"]
+    if len(loss):
+        found["steps"] = f"{loss.steps[-1]:,}"
+        found["last training loss"] = f"{loss.values[-1]:.4f}"
+    for name, words in (("val_loss", "validation loss"), ("val_bpb", "validation bits per byte")):
+        values = metrics[name]
+        if len(values):
+            best = int(values.values.argmin())
+            found[words] = f"{values.values[-1]:.4f} (lowest {values.values[best]:.4f} at step {values.steps[best]:,})"
+    if len(metrics["tokens"]):
+        found["tokens"] = f"{metrics['tokens'].values[-1]:,.0f}"
+    if len(metrics["time"]):
+        found["training time"] = f"{metrics['time'].values[-1] / 60:.1f} minutes"
+    if len(rate):
+        found["median tokens a second"] = f"{sorted(rate.values)[len(rate) // 2]:,.0f}"
+    return found
+
+
+def _table(rows: dict[str, str]) -> str:
+    cells = "\n".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
+    return f"<table>\n{cells}\n</table>"
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
