@@ -1,0 +1,219 @@
+"""Odd polynomial iterations on the singular values of a stack of matrices, from matrix products alone.
+
+A composition :math:`f = f_T \\circ \\dots \\circ f_1` of odd polynomials is applied to every singular value of a matrix
+without computing any of them: with :math:`A = X X^T`, the step :math:`f(x) = a x + b x^3 + c x^5` is
+:math:`X \\leftarrow (a I + b A + c A^2) X`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from danlu.approx import Composition
+
+# A chunk of the stack is iterated to its end before the next begins, so that its buffers stay in cache.
+CHUNK_BYTES = 4 << 20
+
+
+def orthogonalize(
+    stack_bmn: Tensor,
+    composition: Composition,
+    *,
+    short: Composition | None = None,
+    gram_steps: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Apply ``composition`` to the singular values of every matrix of a stack, scaled so that they lie in [0, 1].
+
+    This is the hot path under :func:`danlu.linalg.msign`: it validates nothing, records no gradient, leaves its input
+    unchanged and, unless ``short`` is given, never waits for the device.
+
+    The scale is first a power of two (exact in every format), then the Schatten-8 norm
+    :math:`\\|(M M^T)^2\\|_F^{1/4} \\ge \\sigma_1`, which the first step computes anyway and which is several times
+    tighter than the Frobenius norm on flat spectra. A zero matrix gives zero.
+
+    Args:
+        stack_bmn: ``(B, m, n)``, a floating dtype, in which the products run; any strides, any device.
+        composition: odd polynomials designed for [lower, 1], with a safety factor where the dtype is a half format.
+        short: a composition with fewer steps, taken for a chunk of the stack whose matrices all have a Frobenius norm
+            of at least 3.5 times their scale: their spectra are flat, so fewer values are small. Waits for the device.
+        gram_steps: how many of the last steps iterate on the small Gram matrix and touch the large one only once at
+            the end. By default as many as save products, at most 3 in half formats and all but the first otherwise:
+            the first acts on the matrix itself because forming its Gram matrix squares the condition number.
+        chunk_bytes: on a CPU, the size of one chunk of the stack.
+
+    Returns:
+        ``(B, m, n)``, same dtype, contiguous.
+
+    >>> import torch
+    >>> from danlu.approx import optimal_composition
+    >>> stack = torch.eye(3, 5, dtype=torch.float64).mul(0.37).expand(2, 3, 5)
+    >>> X = orthogonalize(stack, optimal_composition(1e-3, 8))
+    >>> torch.allclose(X, torch.eye(3, 5, dtype=torch.float64))
+    True
+    """
+    count, m, n = stack_bmn.shape
+    steps = composition.coefficients
+    with torch.no_grad():
+        out = torch.empty(stack_bmn.shape, dtype=stack_bmn.dtype, device=stack_bmn.device)
+        if out.numel() == 0:
+            return out
+        size = count
+        if stack_bmn.device.type == "cpu" and not torch.compiler.is_compiling():
+            size = max(1, min(count, chunk_bytes // (m * n * stack_bmn.element_size())))
+        for start in range(0, count, size):
+            chunk = stack_bmn[start : start + size]
+            target = out[start : start + size]
+            if chunk.shape[0] == 1:  # mm is quicker than bmm of one
+                chunk, target = chunk[0], target[0]
+            result = _iterate(chunk, steps, short.coefficients if short else None, gram_steps, target)
+            if torch.compiler.is_compiling():
+                return result.reshape(stack_bmn.shape)
+    return out
+
+
+def power_of_two_scale(M: Tensor) -> Tensor:
+    """Return the power of two, shape ``(…, 1, 1)``, that brings the largest entry of each matrix into [1/2, 1).
+
+    Multiplying by it is exact. A zero matrix gets 1.
+    """
+    largest = torch.linalg.vector_norm(M, math.inf, dim=(-2, -1), keepdim=True)
+    exponent = torch.frexp(largest.float() if largest.dtype != torch.float64 else largest).exponent
+    # 2^127 is the largest power that float32 holds; entries that small are subnormal and count as zero.
+    return torch.ldexp(torch.ones_like(largest), (-exponent).clamp(max=126))
+
+
+def default_gram_steps(steps: int, m: int, n: int, dtype: torch.dtype) -> int:
+    """Return the number of last steps that are cheapest in Gram space, within what the dtype bears.
+
+    In units of ``min(m, n)**3`` and with aspect ratio r, k steps of degree 5 cost k(2r + 1) on the matrix and
+    2r + 4k - 3 on the Gram side.
+    """
+    ratio = max(m, n) / min(m, n)
+    bearable = min(3, steps - 1) if dtype.itemsize < 4 else steps - 1
+    saving = [k * (2 * ratio + 1) - (2 * ratio + 4 * k - 3) for k in range(1, bearable + 1)]
+    best = max(range(len(saving)), key=saving.__getitem__, default=-1)
+    return best + 1 if best >= 0 and saving[best] > 0 else 0
+
+
+def _iterate(
+    M: Tensor,
+    steps: Sequence[Sequence[float]],
+    short: Sequence[Sequence[float]] | None,
+    gram_steps: int | None,
+    out: Tensor,
+) -> Tensor:
+    """Return the composition of one chunk ``M``, ``(m, n)`` or ``(b, m, n)``, written into ``out`` in eager mode."""
+    m, n = M.shape[-2:]
+    wide = m <= n
+    tail = default_gram_steps(len(steps), m, n, M.dtype) if gram_steps is None else min(gram_steps, len(steps) - 1)
+
+    def gram(X: Tensor, out: Tensor) -> Tensor:
+        return _product(X, X.mT, out) if wide else _product(X.mT, X, out)
+
+    def apply(P: Tensor, X: Tensor, out: Tensor) -> Tensor:
+        return _product(P, X, out) if wide else _product(X, P, out)
+
+    # X alternates between two buffers; begin in the one that makes the last product land in `out`.
+    products = len(steps) - tail + (tail > 0)
+    X, other = (out, torch.empty_like(out)) if products % 2 == 0 else (torch.empty_like(out), out)
+    A, T, P = (M.new_empty((*M.shape[:-2], min(m, n), min(m, n))) for _ in range(3))
+
+    X = torch.mul(M, power_of_two_scale(M), out=X)
+    A = gram(X, A)
+    T = _product(A, A, T)
+    bound = torch.linalg.vector_norm(T, dim=(-2, -1), keepdim=True, dtype=at_least_float32(M.dtype)).pow(0.25)
+    if short is not None and _flat(A, bound):
+        tail = min(tail, len(short) - 1)
+        steps = short
+    # The largest entry is at least 1/2, hence so is the largest singular value, unless the matrix is zero.
+    P = _scaled_polynomial(A, T, steps[0], bound.clamp_min(0.25).reciprocal())
+    X, other = apply(P, X, other), X
+
+    for coefficients in steps[1 : len(steps) - tail]:
+        A = gram(X, A)
+        P = _polynomial(A, coefficients, T, P)
+        X, other = apply(P, X, other), X
+    if tail:
+        A = gram(X, A)
+        Q: Tensor | None = None
+        for remaining, coefficients in zip(range(tail - 1, -1, -1), steps[len(steps) - tail :]):
+            P = _polynomial(A, coefficients, T, P)
+            if remaining:
+                T = _product(P, A, T)
+                A = _product(T, P, A)
+            if Q is None:
+                Q, P = P, torch.empty_like(P)
+            else:
+                Q, T = _product(P, Q, T), Q
+        assert Q is not None
+        X = apply(Q, X, other)
+    if X is not out and not torch.compiler.is_compiling():
+        X = out.copy_(X)
+    return X
+
+
+def _product(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return A @ B
+    return torch.mm(A, B, out=out) if A.ndim == 2 else torch.bmm(A, B, out=out)
+
+
+def _polynomial(A: Tensor, coefficients: Sequence[float], T: Tensor, P: Tensor) -> Tensor:
+    """Return ``c0 I + c1 A + c2 A^2 + …`` in ``P``; ``T`` is scratch."""
+    constant, linear, *higher = coefficients
+    if not higher:
+        P = torch.mul(A, linear) if torch.compiler.is_compiling() else torch.mul(A, linear, out=P)
+    elif len(higher) == 1:
+        P = _fused(A, A, A, linear, higher[0], P)
+    else:
+        # Degrees 7 and 9 split as (c0 + c1 A) + A^2 (c2 + c3 A + c4 A^2), which is one product more than degree 5.
+        T = _product(A, A, T)
+        inner = torch.mul(A, higher[1])
+        if len(higher) == 3:
+            inner.add_(T, alpha=higher[2])
+        inner.diagonal(dim1=-2, dim2=-1).add_(higher[0])
+        P = _fused(A, T, inner, linear, 1.0, P)
+    P.diagonal(dim1=-2, dim2=-1).add_(constant)
+    return P
+
+
+def _scaled_polynomial(A: Tensor, A2: Tensor, coefficients: Sequence[float], s: Tensor) -> Tensor:
+    """Return ``s (c0 I + c1 s² A + c2 s⁴ A² + …)``, where ``s`` has shape ``(…, 1, 1)``.
+
+    It is evaluated in at least float32 because its terms are large and cancel.
+    """
+    constant, linear, *higher = coefficients
+    scaled, square = A * s.square(), A2 * s.square().square()
+    P = scaled * linear
+    if higher:
+        inner = square * higher[0] if len(higher) == 1 else scaled * higher[1]
+        if len(higher) == 3:
+            inner.add_(square, alpha=higher[2])
+        if len(higher) > 1:
+            inner.diagonal(dim1=-2, dim2=-1).add_(higher[0])
+            inner = square @ inner
+        P.add_(inner)
+    P.diagonal(dim1=-2, dim2=-1).add_(constant)
+    return P.mul_(s).to(A.dtype)
+
+
+def _fused(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
+    """Return ``beta C + alpha A B``."""
+    if torch.compiler.is_compiling():
+        return beta * C + alpha * (A @ B)
+    fused = torch.addmm if A.ndim == 2 else torch.baddbmm
+    return fused(C, A, B, beta=beta, alpha=alpha, out=out)
+
+
+def _flat(A: Tensor, bound: Tensor) -> bool:
+    """Say whether every matrix with Gram matrix ``A`` has a Frobenius norm of 3.5 times its Schatten-8 norm or more."""
+    mass = A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=bound.dtype).sqrt()
+    return bool((mass >= 3.5 * bound.squeeze((-2, -1))).all())
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which norms and small factors are held: float32 for the half formats."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
