@@ -1,0 +1,26 @@
+"""Text and images, tokenizers, and loaders whose position is one integer.
+
+>>> from danlu.data import TextConfig
+>>> TextConfig(length=128).vocab_size
+4096
+"""
+
+from danlu.data.corpus import Corpus, Document, open_corpus
+from danlu.data.loader import IGNORE, Loader, validation_batches
+from danlu.data.text import TextConfig, TextData, open_text
+from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "IGNORE",
+    "Corpus",
+    "Document",
+    "Loader",
+    "TextConfig",
+    "TextData",
+    "Tokenizer",
+    "load_tokenizer",
+    "open_corpus",
+    "open_text",
+    "train_tokenizer",
+    "validation_batches",
+]

