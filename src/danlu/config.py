@@ -272,7 +272,7 @@ def _try_member(where: str, value: Any, member: Any) -> tuple[bool, Any]:
         return bool(same), value
     if member is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return fits, float(value) if fits else None
+        return fits, value  # an integer stays one: a span of 100 steps is not a fraction of 100.0
     if member is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     if member in (bool, str):

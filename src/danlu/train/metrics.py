@@ -1,0 +1,96 @@
+"""Where a run's numbers go: a JSON Lines file, TensorBoard, the terminal.
+
+A reporter is anything that can be called with a record (a dictionary with at least ``step``) and closed. Losses that
+are not finite are written as ``null``, for JSON has no word for them.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["MetricsFile", "Record", "Reporter", "TensorBoard"]
+
+Record = Mapping[str, Any]
+
+
+class Reporter(Protocol):
+    """Receives the record of every logged step in order, then is closed."""
+
+    def __call__(self, record: Record) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Finish: nothing is reported afterwards."""
+
+
+class MetricsFile:
+    """Append records to ``metrics.jsonl``, one JSON object a line.
+
+    Args:
+        path: the file.
+        after: step that the run continues from; later lines (and a last line cut off by a crash) are removed first,
+            so that a step that is done again does not stand there twice.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> file = MetricsFile(path)
+    >>> file({"step": 1, "loss": 2.5}); file({"step": 2, "loss": float("nan")}); file.close()
+    >>> path.read_text()
+    '{"step": 1, "loss": 2.5}\\n{"step": 2, "loss": null}\\n'
+    """
+
+    def __init__(self, path: Path, *, after: int = 0) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= after]
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def __call__(self, record: Record) -> None:
+        """Write one line."""
+        finite = {key: None if _is_nonfinite(value) else value for key, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Write every number of a record as a scalar that ``tensorboard --logdir`` shows.
+
+    Args:
+        folder: where event files go.
+        after: step that the run continues from; what was written of later steps is hidden.
+    """
+
+    def __init__(self, folder: Path, *, after: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a third of a second
+
+        self._writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
+
+    def __call__(self, record: Record) -> None:
+        """Write one step's numbers."""
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity for a line that is no record, so that it is removed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _is_nonfinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,359 @@
+"""From a configuration to a trained model in a run folder, and back from the folder to the model.
+
+A run's components are found beside their configurations: for ``TransformerConfig`` the class ``Transformer`` of the
+same module, for ``TextConfig`` the function ``open_text``. What an objective's constructor asks for beyond the model
+and its own configuration (``byte_lengths``, say) is taken from the opened data by name. So a new model, objective or
+data set is used by naming its configuration in a recipe, and nothing here changes.
+"""
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from danlu import config as configs
+from danlu.nn import balance
+from danlu.optim import build_optimizers, schedule
+from danlu.train import checkpoint, plan, rng
+from danlu.train.device import Policy, choose
+from danlu.train.distributed import World, barrier, broadcast, joined
+from danlu.train.ema import averaged
+from danlu.train.metrics import MetricsFile, Reporter, TensorBoard
+from danlu.train.progress import ProgressLine, duration
+from danlu.train.signals import Stop
+from danlu.train.trainer import TrainConfig, Trainer
+
+__all__ = ["RunConfig", "assemble", "evaluate", "load", "read_config", "resume", "train"]
+
+# What may differ from the checkpoint's configuration on resume: it changes no number of the training.
+_FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.threads", "train.tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that makes a run: the configurations of its components.
+
+    Attributes:
+        recipe: name of the recipe it came from.
+        model: configuration of the network, e.g. ``TransformerConfig``.
+        objective: of what is minimised, e.g. ``CausalLMConfig``.
+        data: of the data, e.g. ``TextConfig``.
+        optim: ``MuonConfig`` or ``AdamWConfig``.
+        schedule: of the learning rate, e.g. ``WarmupStableDecay``.
+        train: the loop.
+    """
+
+    recipe: str
+    model: Any
+    objective: Any
+    data: Any
+    optim: Any
+    schedule: Any
+    train: TrainConfig = TrainConfig()
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The components of a run, made and fitted together; ``config`` is the configuration with the sizes fitted."""
+
+    config: RunConfig
+    data: Any
+    model: nn.Module
+    objective: Any
+    optimizers: list[Optimizer]
+    policy: Policy
+    world: World
+
+
+def assemble(config: RunConfig, world: World | None = None) -> Assembly:
+    """Open the data and make model, objective and optimizers, seeded by ``config.train.seed``.
+
+    A model's ``vocab_size`` becomes that of the data's tokenizer: one number, known only once the text was read.
+
+    Raises:
+        ValueError, TypeError, OSError: a component refuses its configuration.
+    """
+    world = world or World()
+    policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
+    policy.apply()
+    data = _opener(config.data)(config.data, seed=config.train.seed, rank=world.rank, world=world.size)
+    vocab_size = getattr(getattr(data, "tokenizer", None), "vocab_size", None)
+    if vocab_size is not None and hasattr(config.model, "vocab_size"):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    rng.seed_all(config.train.seed)
+    model = _beside(config.model)(config.model)
+    model.compute_dtype = policy.dtype
+    objective = _objective(config, model, data).to(policy.device)
+    optimizers = build_optimizers(objective, config.optim)
+    balance.attach(model, optimizers[-1])
+    return Assembly(config, data, model, objective, optimizers, policy, world)
+
+
+def train(config: RunConfig, out: Path | str, *, quiet: bool = False) -> int:
+    """Train a new run in the folder ``out``.
+
+    Args:
+        config: what to train.
+        out: a folder that does not exist yet, or is empty.
+        quiet: print nothing but errors.
+
+    Returns:
+        0 when the run is complete, 130 or 143 when it was interrupted and saved.
+
+    Raises:
+        FileExistsError: ``out`` holds something; it is left as it is.
+        ValueError, TypeError, OSError, FloatingPointError: with a message for the person who started the run.
+    """
+    out = Path(out)
+    console = Console(quiet=quiet)
+    with joined(config.train.device) as world, Stop(patient=world.size > 1) as stop:
+        out = Path(broadcast(str(out)))
+        _refuse_existing(out, world)
+        parts = assemble(config, world)
+        if world.main:
+            out.mkdir(parents=True, exist_ok=True)
+            _write_once(out, parts)
+            _say_plan(console, parts)
+        barrier()
+        return _fit(parts, out, console, stop, None)
+
+
+def resume(path: Path | str, *, quiet: bool = False) -> int:
+    """Go on with the run in the folder ``path`` from its newest whole checkpoint (from the start if it has none).
+
+    On one process every number from there on is what the undisturbed run would have given, bit for bit.
+
+    Returns:
+        As :func:`train`.
+
+    Raises:
+        FileNotFoundError: ``path`` is no run folder.
+        ValueError: its checkpoint is of another configuration (the keys are named), or the data have changed.
+    """
+    path = Path(path)
+    config = read_config(path)
+    console = Console(quiet=quiet)
+    with joined(config.train.device) as world, Stop(patient=world.size > 1) as stop:
+        newest = checkpoint.latest(path)
+        saved = None if newest is None else checkpoint.load(newest)
+        if saved is not None:
+            _refuse_other(config, saved)
+            if saved.step >= config.train.steps and saved.state["unevaluated"] is None:
+                if world.main:
+                    console.print(f"{path} is complete: {saved.step} of {config.train.steps} steps.", soft_wrap=True)
+                return 0
+        parts = assemble(config, world)
+        _refuse_other_data(path, parts)
+        if world.main:
+            where = "its start: there is no whole checkpoint" if saved is None else f"step {saved.step}"
+            console.print(f"Going on with {path} from {where}.", soft_wrap=True, highlight=False)
+        return _fit(parts, path, console, stop, saved)
+
+
+def load(path: Path | str) -> tuple[nn.Module, Any, RunConfig]:
+    """Return the model of a run (its moving average if it keeps one), its tokenizer and its configuration.
+
+    The model is in evaluation mode, on the device and in the arithmetic chosen for this machine. The tokenizer is None
+    for data without one.
+
+    Raises:
+        FileNotFoundError: ``path`` is no run folder, or holds no whole checkpoint.
+    """
+    path = Path(path)
+    config = read_config(path)
+    policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
+    policy.apply()
+    model: nn.Module = _beside(config.model)(config.model)
+    model.compute_dtype = policy.dtype  # type: ignore[assignment]
+    model.load_state_dict(_weights(path, "model."))
+    tokenizer = None
+    if (path / "tokenizer.json").exists():
+        from danlu.data import load_tokenizer  # only text has one
+
+        tokenizer = load_tokenizer(path / "tokenizer.json")
+    return model.to(policy.device).eval(), tokenizer, config
+
+
+def evaluate(path: Path | str, *, batches: int | None = None) -> dict[str, float]:
+    """Evaluate the model of a run on its validation data: all of them, or ``batches`` batches.
+
+    Raises:
+        FileNotFoundError: as :func:`load`.
+        ValueError: the data have changed since.
+    """
+    path = Path(path)
+    parts = assemble(read_config(path))
+    _refuse_other_data(path, parts)
+    parts.objective.load_state_dict(_weights(path, ""))
+    device = parts.policy.device
+    moved = ({key: value.to(device) for key, value in batch.items()} for batch in parts.data.validation(batches))
+    found: dict[str, float] = parts.objective.evaluate(moved)
+    return found
+
+
+def read_config(path: Path | str) -> RunConfig:
+    """Return the configuration of the run in ``path``.
+
+    Raises:
+        FileNotFoundError: no such folder, or no ``config.json`` in it.
+        ValueError: the file is no configuration.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        what = f"it has no {file.name}" if Path(path).is_dir() else "no such folder"
+        raise FileNotFoundError(f"{path} is not a run folder: {what}")
+    return configs.loads(RunConfig, file.read_text(), name=str(file))
+
+
+def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkpoint.Checkpoint | None) -> int:
+    config = parts.config.train
+    length = getattr(parts.data, "length", None)
+    counted = getattr(parts.model, "flops_per_token", None)
+    trainer = Trainer(
+        parts.objective,
+        parts.optimizers,
+        [schedule(optimizer, parts.config.schedule, config.steps) for optimizer in parts.optimizers],
+        parts.data.train,
+        config,
+        policy=parts.policy,
+        validation=parts.data.validation,
+        folder=out / "checkpoints",
+        described=configs.to_tree(parts.config),
+        ema=None if config.ema is None else averaged(parts.objective, config.ema),
+        flops=counted(length) if counted and length else None,
+    )
+    if saved is not None:
+        trainer.load_state_dict(saved.state)
+    elif parts.world.rank:
+        rng.seed_all(config.seed + 1_000_003 * parts.world.rank)  # the weights are equal, what is drawn is not
+    if parts.world.main:
+        trainer.reporters = _reporters(config, out, console, trainer.logged)
+    try:
+        trainer.fit(stop)
+    finally:
+        for reporter in trainer.reporters:
+            reporter.close()
+    if parts.world.main:
+        if trainer.step < config.steps or stop.signal:
+            console.print(
+                f"Stopped after step {trainer.step} of {config.steps}; everything is saved. "
+                f"Go on with: danlu resume {out}",
+                soft_wrap=True,
+                highlight=False,
+            )
+        else:
+            console.print(
+                f"Trained {config.steps} steps in {duration(trainer.seconds)}; the run is in {out}",
+                soft_wrap=True,
+                highlight=False,
+            )
+    return stop.exit_code
+
+
+def _reporters(config: TrainConfig, out: Path, console: Console, after: int) -> list[Reporter]:
+    reporters: list[Reporter] = [MetricsFile(out / "metrics.jsonl", after=after)]
+    if config.tensorboard:
+        reporters.append(TensorBoard(out / "tensorboard", after=after))
+    if not console.quiet:
+        reporters.append(ProgressLine(config.steps, console, start=after))
+    return reporters
+
+
+def _beside(config: Any) -> Any:
+    """The class that a configuration is the configuration of: ``X`` beside ``XConfig``."""
+    kind = type(config)
+    found = getattr(sys.modules[kind.__module__], kind.__name__.removesuffix("Config"), None)
+    if found is None or found is kind:
+        raise TypeError(f"{kind.__module__} has no class {kind.__name__.removesuffix('Config')} beside {kind.__name__}")
+    return found
+
+
+def _opener(config: Any) -> Any:
+    """The function that opens the data of a configuration: ``open_x`` beside ``XConfig``."""
+    kind = type(config)
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.__name__.removesuffix("Config")).lower()
+    found = getattr(sys.modules[kind.__module__], f"open_{snake}", None)
+    if found is None:
+        raise TypeError(f"{kind.__module__} has no function open_{snake} beside {kind.__name__}")
+    return found
+
+
+def _objective(config: RunConfig, model: nn.Module, data: Any) -> Any:
+    kind = _beside(config.objective)
+    asked = [name for name in list(inspect.signature(kind).parameters)[2:] if hasattr(data, name)]
+    return kind(model, config.objective, **{name: getattr(data, name) for name in asked})
+
+
+def _refuse_existing(out: Path, world: World) -> None:
+    if world.main and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} exists already and is left as it is; choose another folder or: danlu resume {out}"
+        )
+
+
+def _refuse_other(config: RunConfig, saved: checkpoint.Checkpoint) -> None:
+    lines = configs.differences(configs.to_tree(config), saved.config)
+    lines = [line for line in lines if line.partition(":")[0] not in _FREE]
+    if lines:
+        raise ValueError(f"{saved.path} is of another configuration (now and then): {'; '.join(lines)}")
+
+
+def _refuse_other_data(path: Path, parts: Assembly) -> None:
+    file = path / "manifest.json"
+    then = json.loads(file.read_text()) if file.is_file() else {}
+    now = getattr(parts.data, "manifest", {})
+    if "sha256" in then and then["sha256"] != now.get("sha256"):
+        raise ValueError(
+            f"the data of {path} have changed: {then.get('source', 'they')} had SHA-256 {then['sha256'][:12]}… "
+            f"and has {str(now.get('sha256'))[:12]}… now"
+        )
+
+
+def _write_once(out: Path, parts: Assembly) -> None:
+    """Write what describes the run and never changes."""
+    (out / "config.json").write_text(configs.dumps(parts.config))
+    manifest = getattr(parts.data, "manifest", None)
+    if manifest is not None:
+        (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    tokenizer = getattr(parts.data, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save(out / "tokenizer.json")
+
+
+def _say_plan(console: Console, parts: Assembly) -> None:
+    loader, device = parts.data.train, parts.policy.device
+    position = loader.state_dict()
+    batch = {key: value.to(device) for key, value in next(loader).items()}
+    loader.load_state_dict(position)
+    length = getattr(parts.data, "length", None)
+    counted = getattr(parts.model, "flops_per_token", None)
+    for line in plan.sentences(
+        parts.config.train,
+        model=parts.model,
+        objective=parts.objective,
+        optimizers=parts.optimizers,
+        batch=batch,
+        policy=parts.policy,
+        processes=parts.world.size,
+        flops=counted(length) if counted and length else None,
+        manifest=getattr(parts.data, "manifest", None),
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _weights(path: Path, prefix: str) -> dict[str, Any]:
+    """The newest weights of a run whose names begin with ``prefix``, without it; averaged ones if there are any."""
+    newest = checkpoint.latest(path)
+    if newest is None:
+        raise FileNotFoundError(f"{path} holds no whole checkpoint yet")
+    state = checkpoint.load(newest, parts=("objective", "ema")).state
+    weights, prefix = (state["objective"], prefix) if state["ema"] is None else (state["ema"], "module." + prefix)
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
