@@ -1,0 +1,41 @@
+"""Optimizers, the groups their parameters belong in, learning-rate schedules, and clipping."""
+
+from danlu.optim.build import AdamWConfig, MuonConfig, OptimizerConfig, build_optimizers
+from danlu.optim.clip import (
+    NonFiniteGuard,
+    clip_grad_norm_,
+    clip_groups_,
+    descent_factor,
+    grad_norm,
+    nonfinite_gradients,
+)
+from danlu.optim.groups import MATRIX_ROLES, ROLES, check_partition, describe, param_groups
+from danlu.optim.muon import Muon, muon_, shape_scale
+from danlu.optim.schedules import Constant, Cosine, InverseTime, ScheduleConfig, WarmupStableDecay, schedule
+
+__all__ = [
+    "MATRIX_ROLES",
+    "ROLES",
+    "AdamWConfig",
+    "Constant",
+    "Cosine",
+    "InverseTime",
+    "Muon",
+    "MuonConfig",
+    "NonFiniteGuard",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "WarmupStableDecay",
+    "build_optimizers",
+    "check_partition",
+    "clip_grad_norm_",
+    "clip_groups_",
+    "descent_factor",
+    "describe",
+    "grad_norm",
+    "muon_",
+    "nonfinite_gradients",
+    "param_groups",
+    "schedule",
+    "shape_scale",
+]

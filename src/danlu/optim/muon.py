@@ -1,0 +1,414 @@
+"""Muon: momentum whose singular values are all set to one, for every linear map of a network.
+
+    M <- mu M + (1 - mu) G
+    O <- msign(mu M + (1 - mu) G)            (Nesterov; msign(M) without)
+    W <- (1 - lr * weight_decay) W - lr * s(shape) * O
+
+Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); Liu et al., "Muon is Scalable
+for LLM Training", arXiv:2502.16982, section 2 (decay and the scale ``moonlight``); Amsel et al., "The Polar Express",
+arXiv:2505.16932 (the iteration).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from danlu._validate import choice, integer, number
+from danlu.approx import Composition, optimal_composition, published
+from danlu.linalg._kernels import fast_matmul_dtype
+from danlu.linalg._newton_schulz import CHUNK_BYTES, orthogonalize
+from danlu.optim.groups import MATRIX_ROLES, Split, check_split, declared, rows_of
+
+SCALES = ("moonlight", "rms", "plain", "jordan", "mup")
+#: Root mean square that an entry of AdamW's update has in practice, which ``moonlight`` and ``rms`` aim at.
+ADAMW_RMS = 0.2
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def shape_scale(scale: str, rows: int, columns: int) -> float:
+    """Return the factor on the orthogonal update of a ``(rows, columns)`` matrix that maps columns to rows.
+
+    ``plain`` 1; ``jordan`` sqrt(max(1, rows/columns)); ``mup`` sqrt(rows/columns); ``moonlight``
+    0.2 sqrt(max(rows, columns)), with which the rates and decays of AdamW carry over. ``rms`` is ``moonlight`` for an
+    update that is exactly orthogonal; :class:`Muon` then corrects it by the norm that the update really has.
+
+    >>> [round(shape_scale(scale, 400, 100), 3) for scale in SCALES]
+    [4.0, 4.0, 1.0, 2.0, 2.0]
+    """
+    choice("scale", scale, SCALES)
+    if scale == "plain":
+        return 1.0
+    if scale == "jordan":
+        return math.sqrt(max(1.0, rows / columns))
+    if scale == "mup":
+        return math.sqrt(rows / columns)
+    return ADAMW_RMS * math.sqrt(max(rows, columns))
+
+
+def _composition(method: str | Composition, steps: int | None) -> Composition:
+    """Return the polynomials that ``method`` and ``steps`` name.
+
+    ``auto`` is designed for [2e-3, 1] with the safety factor and cushion that the half formats need: with the tight
+    scale of :func:`~danlu.linalg._newton_schulz.orthogonalize` five such steps have a smaller error on every spectrum
+    than five of Jordan's or of the published Polar Express, which start from the Frobenius norm.
+    """
+    if isinstance(method, Composition):
+        if steps is not None and steps != method.steps:
+            raise ValueError(f"steps must be None or the composition's own {method.steps}, got {steps}")
+        return method
+    if steps is not None:
+        integer("steps", steps, high=100)
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or a danlu.approx.Composition, got {type(method).__name__}")
+    if method == "auto":
+        return optimal_composition(2e-3, steps or 5, cushion=0.04, safety=1.01)
+    return published(method, steps)
+
+
+class Muon(Optimizer):
+    """Momentum orthogonalised by matrix products, for matrices, stacks of expert matrices and convolutions.
+
+    Embeddings, heads, gains and biases are no linear maps between activations: give them to AdamW
+    (:func:`danlu.optim.build_optimizers` does). Equal shapes are stacked and iterated together. Nothing in ``step``
+    waits for the device, gradients are left unmodified, and the result does not depend on the scale of the loss.
+
+    Args:
+        params: parameters, named parameters or groups. A group may carry, besides every option below,
+            ``role`` (``matrix``; ``experts``: leading dimensions count matrices; ``conv``: trailing dimensions are
+            flattened) and ``split`` (rows orthogonalised apart: a number of equal blocks or a tuple of heights).
+            Where it does not, the parameter's ``danlu_role`` and ``danlu_split`` hold, then its shape: 2-D is a
+            matrix, 3-D a stack.
+        lr: learning rate, a number or a one-element tensor.
+        momentum: decay of the momentum, in [0, 1).
+        nesterov: look one step ahead.
+        weight_decay: decoupled decay; the weights shrink by ``lr * weight_decay`` each step. It bounds the spectral
+            norm of the weights by about ``s(shape) / weight_decay``.
+        scale: factor by shape, see :func:`shape_scale`. ``rms`` makes the root mean square of every update 0.2
+            exactly, whatever the iteration leaves of the smallest singular values; ``moonlight`` gives
+            0.2 for an exact polar factor and a few per cent less for a real one.
+        ema: average gradients (True) or sum them (False). The step is the same as long as ``momentum`` is.
+        maximize: climb instead of descending.
+        method: ``auto``, a name of :func:`danlu.approx.published`, or any :class:`danlu.approx.Composition`.
+        steps: number of polynomials; None for what ``method`` is made for (5).
+        dtype: format of the iteration. None: float64 for float64 parameters, otherwise the faster of bfloat16 and
+            float32 on the device. In bfloat16 the update has a relative error of about 1e-2.
+        momentum_dtype: format of the momentum; None for the parameter's own.
+        chunk_bytes: bytes of one stack in the iteration, which needs about four times as much. None: 4 MiB on a CPU,
+            where a stack should stay in cache, and unlimited elsewhere.
+        foreach: update momenta and weights by fused multi-tensor calls. None: not on a CPU, where a loop is faster.
+
+    Raises:
+        ValueError, TypeError: naming the argument, or the group and the parameter.
+
+    >>> weight = torch.nn.Parameter(torch.eye(2, 3))
+    >>> optimizer = Muon([("weight", weight)], lr=0.1, weight_decay=0.0, scale="plain")
+    >>> weight.grad = torch.tensor([[5.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    >>> optimizer.step()
+    >>> torch.allclose(weight, 0.9 * torch.eye(2, 3), atol=2e-2)
+    True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        scale: str = "moonlight",
+        ema: bool = True,
+        maximize: bool = False,
+        method: str | Composition = "auto",
+        steps: int | None = None,
+        dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        chunk_bytes: int | None = None,
+        foreach: bool | None = None,
+    ) -> None:
+        for name, value in (("dtype", dtype), ("momentum_dtype", momentum_dtype)):
+            if value is not None:
+                choice(name, value, _DTYPES)
+        if chunk_bytes is not None:
+            integer("chunk_bytes", chunk_bytes)
+        self.composition = _composition(method, steps)
+        self.dtype, self.momentum_dtype, self.chunk_bytes, self.foreach = dtype, momentum_dtype, chunk_bytes, foreach
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "ema": ema,
+            "maximize": maximize,
+            "role": None,
+            "split": None,
+        }
+        _check_options("", defaults)
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("composition", "dtype", "momentum_dtype", "chunk_bytes", "foreach")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its options and every parameter in it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_options(f"group {len(self.param_groups) - 1}: ", group)
+            seen: set[int] = set()
+            for index, parameter in enumerate(group["params"]):
+                name = _label(len(self.param_groups) - 1, group, index)
+                if id(parameter) in seen:
+                    raise ValueError(f"{name} is in its group twice")
+                seen.add(id(parameter))
+                role, split = _layout(name, parameter, group)
+                last = role == "conv" and not parameter.is_contiguous()
+                views = _blocks(parameter.detach(), role, split, channels_last=last)
+                if any(view.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr() for view in views):
+                    raise ValueError(f"{name} has strides {parameter.stride()} without a view as a stack of matrices")
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore momenta, in their own format, and options.
+
+        Raises:
+            ValueError: the state is of another optimizer, or a momentum has another shape than its parameter.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        names = [_label(g, group, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        momenta = {}
+        for key, parameter, name in zip(saved, parameters, names):
+            if key not in state_dict["state"]:
+                continue
+            momentum = state_dict["state"][key].get("momentum_buffer")
+            if not isinstance(momentum, Tensor) or set(state_dict["state"][key]) != {"momentum_buffer"}:
+                held = ", ".join(state_dict["state"][key]) or "nothing"
+                raise ValueError(f"state_dict is not of Muon: for {name} it holds {held}, expected momentum_buffer")
+            if momentum.shape != parameter.shape:
+                shapes = f"{tuple(momentum.shape)}, the parameter has {tuple(parameter.shape)}"
+                raise ValueError(f"momentum_buffer of {name} in state_dict has shape {shapes}")
+            momenta[parameter] = momentum
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's format on loading, which would round a wider momentum.
+        for parameter, momentum in momenta.items():
+            kept = self.momentum_dtype or parameter.dtype
+            self.state[parameter]["momentum_buffer"] = momentum.to(parameter.device, kept, copy=True)
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
+    ) -> None:
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            if parameter.grad.is_sparse:
+                raise TypeError(f"{_label(self.param_groups.index(group), group, index)} has a sparse gradient")
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                kept = self.momentum_dtype or parameter.dtype
+                state["momentum_buffer"] = torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format)
+            params.append(parameter)
+            grads.append(parameter.grad)
+            momenta.append(state["momentum_buffer"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; return the closure's loss if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            momenta: list[Tensor] = []
+            self._init_group(group, params, grads, momenta)
+            muon_(
+                params,
+                grads,
+                momenta,
+                composition=self.composition,
+                dtype=self.dtype,
+                chunk_bytes=self.chunk_bytes,
+                foreach=self.foreach,
+                **{key: value for key, value in group.items() if key in _OPTIONS},
+            )
+        return loss
+
+
+_OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "scale", "ema", "maximize", "role", "split")
+
+
+def _label(number: int, group: Mapping[str, Any], index: int) -> str:
+    """Return what to call a parameter in an error: its name if it has one, always its group."""
+    names = group.get("param_names")
+    return f"parameter {names[index] if names else index} of group {number}"
+
+
+def _check_options(where: str, options: Mapping[str, Any]) -> None:
+    """Raise unless every option of a group is in its range; ``where`` begins the message."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{where}lr as a tensor must have one element, got shape {tuple(lr.shape)}")
+    else:
+        number(f"{where}lr", lr, low=0)
+    number(f"{where}momentum", options["momentum"], low=0, high=1, high_open=True)
+    number(f"{where}weight_decay", options["weight_decay"], low=0)
+    choice(f"{where}scale", options["scale"], SCALES)
+    if options["role"] is not None:
+        choice(f"{where}role", options["role"], MATRIX_ROLES)
+
+
+def _layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[str, Split]:
+    """Return the role and split that hold for a parameter; raise if it is nothing Muon can update."""
+    if not parameter.is_floating_point():
+        raise TypeError(f"{name} must have a real floating-point dtype, got {parameter.dtype}")
+    own_role, own_split = declared(name, parameter)
+    shape = tuple(parameter.shape)
+    role = options["role"] or own_role or {2: "matrix", 3: "experts"}.get(parameter.ndim)
+    if role is None or role not in MATRIX_ROLES:
+        kind = f"is declared {role!r}" if role else f"has {parameter.ndim} dimension{'s' * (parameter.ndim != 1)}"
+        hint = "set the group's role to 'conv' to flatten it" if parameter.ndim > 3 else "give it to AdamW"
+        raise ValueError(f"{name} of shape {shape} {kind}; Muon takes matrices and stacks of them: {hint}")
+    if parameter.ndim < (3 if role == "experts" else 2) or (role == "matrix" and parameter.ndim > 2):
+        raise ValueError(f"{name} of shape {shape} cannot have the role {role!r}")
+    split = options["split"] if options["split"] is not None else own_split
+    split = tuple(split) if isinstance(split, list) else split
+    check_split(name, split, rows_of(role, shape))
+    return role, split
+
+
+def _blocks(tensor: Tensor, role: str, split: Split, *, channels_last: bool) -> list[Tensor]:
+    """Return ``(b, m, n)`` views of the matrices in a parameter, one entry for each height that ``split`` asks for."""
+    if role == "conv":
+        # The order of the columns is free (msign commutes with permutations), so any dense layout has its own view.
+        order = tensor.movedim(1, -1) if channels_last else tensor
+        tensor = order.reshape(order.shape[0], -1)
+    if role != "experts":
+        tensor = tensor.unsqueeze(0)
+    elif tensor.ndim > 3:
+        tensor = tensor.reshape(-1, *tensor.shape[-2:])
+    if split is None:
+        return [tensor]
+    if isinstance(split, int):
+        return [tensor.unflatten(1, (split, -1)).flatten(0, 1)]
+    return list(torch.split(tensor, list(split), dim=1))
+
+
+def muon_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    composition: Composition,
+    lr: float | Tensor,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    scale: str,
+    ema: bool = True,
+    maximize: bool = False,
+    role: str | None = None,
+    split: Split = None,
+    dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+    foreach: bool | None = None,
+) -> None:
+    """Update parameters and momenta in place: the functional form of :class:`Muon`, which documents the arguments."""
+    stacks: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for index, (parameter, grad, buffer) in enumerate(zip(params, grads, momenta)):
+        kind, rows = _layout(f"parameter {index}", parameter, {"role": role, "split": split})
+        grad = -grad if maximize else grad
+        last = kind == "conv" and not parameter.is_contiguous()
+        for block in zip(*(_blocks(t, kind, rows, channels_last=last) for t in (parameter, grad, buffer))):
+            work = dtype or (torch.float64 if parameter.dtype == torch.float64 else fast_matmul_dtype(parameter.device))
+            key = (*block[0].shape[1:], parameter.device, parameter.dtype, buffer.dtype, work)
+            stacks.setdefault(key, []).append(block)
+
+    for (m, n, device, _, _, work), stack in stacks.items():
+        on_cpu = device.type == "cpu"
+        limit = chunk_bytes if chunk_bytes is not None else (CHUNK_BYTES if on_cpu else math.inf)
+        fused = foreach if foreach is not None else not on_cpu
+        many = max(1, int(min(limit // (m * n * work.itemsize), sum(p.shape[0] for p, _, _ in stack))))
+        factor = shape_scale(scale, m, n)
+        for chunk in _chunks(stack, many):
+            P, G, M = (list(tensors) for tensors in zip(*chunk))
+            counts = [p.shape[0] for p in P]
+            direction = torch.empty((sum(counts), m, n), dtype=work, device=device)
+            D = list(torch.split(direction, counts))
+            _accumulate(M, G, D, momentum=momentum, nesterov=nesterov, ema=ema, foreach=fused)
+            update = orthogonalize(direction, composition, chunk_bytes=direction.nbytes)
+            if scale == "rms":
+                wide = torch.promote_types(work, torch.float32)
+                norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True, dtype=wide)
+                update.mul_(torch.where(norm > 0, math.sqrt(min(m, n)) / norm, norm))
+            U = list(torch.split(update, counts))
+            _apply(P, U, lr=lr, decay=weight_decay, factor=factor, foreach=fused)
+
+
+def _chunks(stack: Sequence[tuple[Tensor, Tensor, Tensor]], many: int) -> Iterable[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Yield lists of triples of slices that hold at most ``many`` matrices together."""
+    chunk: list[tuple[Tensor, Tensor, Tensor]] = []
+    held = 0
+    for triple in stack:
+        start, count = 0, triple[0].shape[0]
+        while start < count:
+            take = min(many - held, count - start)
+            whole = take == count
+            chunk.append(triple if whole else tuple(t.narrow(0, start, take) for t in triple))  # type: ignore[arg-type]
+            start, held = start + take, held + take
+            if held == many:
+                yield chunk
+                chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _accumulate(
+    M: list[Tensor], G: list[Tensor], D: list[Tensor], *, momentum: float, nesterov: bool, ema: bool, foreach: bool
+) -> None:
+    """Add the gradients ``G`` to the momenta ``M`` and write the direction to follow into ``D``."""
+    weight = 1.0 - momentum if ema else 1.0
+    if foreach:
+        torch._foreach_mul_(M, momentum)
+        torch._foreach_add_(M, G, alpha=weight)
+        look = torch._foreach_add(torch._foreach_mul(G, weight), M, alpha=momentum) if nesterov else M
+        torch._foreach_copy_(D, look)
+        return
+    for buffer, grad, direction in zip(M, G, D):
+        if ema and buffer.dtype == grad.dtype:
+            buffer.lerp_(grad, weight)
+        else:
+            buffer.mul_(momentum).add_(grad, alpha=weight)
+        if not nesterov:
+            direction.copy_(buffer)
+        elif ema and buffer.dtype == grad.dtype == direction.dtype:
+            torch.lerp(grad, buffer, momentum, out=direction)
+        else:
+            direction.copy_(buffer).mul_(momentum).add_(grad, alpha=weight)
+
+
+def _apply(P: list[Tensor], U: list[Tensor], *, lr: float | Tensor, decay: float, factor: float, foreach: bool) -> None:
+    """Shrink the weights and take the step along ``U``; a learning rate that is a tensor is never read by the host."""
+    if isinstance(lr, Tensor):
+        U, alpha = list(torch._foreach_mul(U, lr * factor)), -1.0
+    else:
+        alpha = -lr * factor
+    if foreach:
+        if decay:
+            torch._foreach_mul_(P, 1.0 - lr * decay)
+        torch._foreach_add_(P, U, alpha=alpha)
+        return
+    for parameter, update in zip(P, U):
+        if decay:
+            parameter.mul_(1.0 - lr * decay)
+        parameter.add_(update, alpha=alpha)

@@ -1,0 +1,470 @@
+"""Muon: its identities, its agreement with torch's, and the bugs that others have."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from danlu.approx import optimal_composition, published
+from danlu.optim import Muon, shape_scale
+from danlu.optim.muon import SCALES
+
+EXACT = optimal_composition(1e-3, 9)  # error below float64 rounding on [1e-3, 1]
+
+
+def step(optimizer, *gradients):
+    """Give the optimizer's parameters these gradients and take one step."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, gradient in zip(params, gradients):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+
+
+def one_step(gradient, weight=None, *, steps=1, **options):
+    """Return what one parameter became after ``steps`` steps along one gradient from ``weight`` (default zero)."""
+    parameter = nn.Parameter(torch.zeros_like(gradient) if weight is None else weight.clone())
+    if weight is None:
+        options.setdefault("weight_decay", 0.0)
+    optimizer = Muon([parameter], **{"lr": 1.0, **options})
+    for _ in range(steps):
+        step(optimizer, gradient)
+    return parameter.detach()
+
+
+def polar(matrix):
+    U, _, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return U @ Vh
+
+
+def gaussian(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (13, 7), (11, 11), (1, 5), (5, 1), (1, 1)])
+def test_the_update_is_the_polar_factor_of_the_gradient(shape):
+    gradient = gaussian(*shape)
+    update = -one_step(gradient, method=EXACT, scale="plain")
+    torch.testing.assert_close(update, polar(gradient), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (13, 7), (11, 11)])
+def test_the_exact_update_has_the_rms_of_adamw(shape):
+    update = one_step(gaussian(*shape), method=EXACT)
+    assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-6)
+
+
+@pytest.mark.parametrize("aspect", [1, 2, 4])
+@pytest.mark.parametrize("tall", [False, True])
+def test_the_default_update_has_rms_within_a_tenth_of_adamw(aspect, tall):
+    gradient = gaussian(127, 127 * aspect, dtype=torch.float32)
+    update = one_step(gradient.mT.contiguous() if tall else gradient)
+    assert update.square().mean().sqrt().item() == pytest.approx(0.2, abs=0.02)
+
+
+def test_jordans_five_steps_from_the_frobenius_norm_fall_short_of_the_rms_and_the_rms_scale_mends_it():
+    # A steep spectrum: most singular values stay below what five steps can lift.
+    values = torch.arange(1, 65, dtype=torch.float64) ** -2.0
+    gradient = polar(gaussian(64, 64)) @ torch.diag(values) @ polar(gaussian(64, 64, seed=1))
+    short = one_step(gradient, method=published("jordan", 5)).square().mean().sqrt().item()
+    mended = one_step(gradient, method=published("jordan", 5), scale="rms").square().mean().sqrt().item()
+    assert short < 0.19
+    assert mended == pytest.approx(0.2, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_singular_values_of_jordans_update_lie_in_the_documented_band(dtype):
+    gradient = gaussian(31, 67, dtype=torch.float32)
+    update = one_step(gradient, scale="plain", method=published("jordan", 5), dtype=dtype)
+    values = torch.linalg.svdvals(update)
+    assert values.min() > 0.67
+    assert values.max() < 1.22
+
+
+def test_agrees_with_torchs_muon_where_both_reach_the_polar_factor():
+    gradients = [gaussian(23, 37, seed=seed, dtype=torch.float32) for seed in range(4)]
+    start = gaussian(23, 37, seed=9, dtype=torch.float32)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = Muon([ours], lr=0.1, method=optimal_composition(1e-3, 8, safety=1.01), dtype=torch.bfloat16)
+    reference = torch.optim.Muon(
+        [theirs], lr=0.1, adjust_lr_fn="match_rms_adamw", ns_coefficients=(1.875, -1.25, 0.375), ns_steps=25
+    )
+    for gradient in gradients:
+        step(mine, gradient)
+        step(reference, gradient)
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_is_torchs_momentum(nesterov):
+    ours, theirs = nn.Parameter(torch.zeros(5, 7)), nn.Parameter(torch.zeros(5, 7))
+    mine = Muon([ours], lr=0.1, nesterov=nesterov)
+    reference = torch.optim.Muon([theirs], lr=0.1, nesterov=nesterov)
+    for seed in range(3):
+        gradient = gaussian(5, 7, seed=seed, dtype=torch.float32)
+        step(mine, gradient)
+        step(reference, gradient)
+    torch.testing.assert_close(
+        mine.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"], rtol=1e-6, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_averaged_and_summed_momentum_give_the_same_step(nesterov):
+    a, b = nn.Parameter(torch.zeros(7, 5).double()), nn.Parameter(torch.zeros(7, 5).double())
+    averaged, summed = Muon([a], nesterov=nesterov), Muon([b], nesterov=nesterov, ema=False)
+    for seed in range(4):
+        step(averaged, gaussian(7, 5, seed=seed))
+        step(summed, gaussian(7, 5, seed=seed))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("power", [-60, -7, 3, 60])
+def test_a_power_of_two_on_the_loss_changes_no_bit(power):
+    gradient = gaussian(13, 7, dtype=torch.float32)
+    assert torch.equal(one_step(gradient), one_step(gradient * 2.0**power))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e20])
+def test_the_scale_of_the_loss_is_forgotten(scale, dtype):
+    gradient = gaussian(13, 29, dtype=torch.float32)
+    error = (one_step(gradient, dtype=dtype) - one_step(gradient * scale, dtype=dtype)).norm()
+    assert error < (1e-5 if dtype == torch.float32 else 4e-2) * one_step(gradient).norm()
+
+
+@pytest.mark.parametrize("scale", ["moonlight", "plain", "rms"])
+def test_transposing_the_weight_transposes_the_step(scale):
+    gradient = gaussian(13, 29)
+    options = {"scale": scale, "steps": 6}
+    torch.testing.assert_close(one_step(gradient, **options).mT, one_step(gradient.mT.contiguous(), **options))
+
+
+def test_scales_by_shape_are_those_of_their_sources():
+    assert shape_scale("plain", 8, 2) == 1
+    assert shape_scale("jordan", 8, 2) == 2
+    assert shape_scale("jordan", 2, 8) == 1
+    assert shape_scale("mup", 2, 8) == 0.5
+    assert shape_scale("moonlight", 1024, 64) == pytest.approx(6.4)
+
+
+def test_decay_keeps_the_spectral_norm_under_its_bound():
+    weight = nn.Parameter(5 * polar(gaussian(9, 17)))
+    optimizer = Muon([weight], lr=0.5, weight_decay=0.1, scale="plain", method=EXACT)
+    for seed in range(120):
+        step(optimizer, gaussian(9, 17, seed=seed % 3))
+    assert torch.linalg.matrix_norm(weight, 2) <= 1 / 0.1 + 1e-9
+    assert torch.linalg.matrix_norm(weight, 2) > 5
+
+
+def test_decay_alone_shrinks_by_the_rate_times_the_decay():
+    weight = gaussian(5, 3)
+    shrunk = one_step(torch.zeros(5, 3).double(), weight, lr=0.5, weight_decay=0.2)
+    torch.testing.assert_close(shrunk, 0.9 * weight)
+
+
+def test_a_stack_steps_as_its_matrices_apart():
+    stack = gaussian(5, 7, 11)
+    apart = torch.stack([one_step(matrix, steps=2) for matrix in stack])
+    torch.testing.assert_close(one_step(stack, steps=2), apart, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("heights", [3, (2, 7, 3)])
+def test_rows_that_belong_apart_step_as_separate_parameters(heights):
+    gradient = gaussian(12, 5)
+    sizes = [4] * 3 if heights == 3 else list(heights)
+    parameter = nn.Parameter(torch.zeros(12, 5).double())
+    optimizer = Muon([{"params": [parameter], "split": heights}], lr=1.0)
+    step(optimizer, gradient)
+    apart = torch.cat([one_step(block.contiguous()) for block in gradient.split(sizes)])
+    torch.testing.assert_close(parameter.detach(), apart, rtol=0, atol=1e-12)
+
+
+def test_a_split_declared_on_the_parameter_holds_without_a_group_option():
+    gradient = gaussian(12, 5)
+    parameter = nn.Parameter(torch.zeros(12, 5).double())
+    parameter.danlu_split = 3
+    step(Muon([parameter], lr=1.0), gradient)
+    apart = torch.cat([one_step(block.contiguous()) for block in gradient.split(4)])
+    torch.testing.assert_close(parameter.detach(), apart, rtol=0, atol=1e-12)
+
+
+def test_experts_may_be_split_too():
+    gradient = gaussian(2, 6, 5)
+    parameter = nn.Parameter(torch.zeros(2, 6, 5).double())
+    step(Muon([{"params": [parameter], "split": (2, 4)}], lr=1.0), gradient)
+    apart = torch.stack([torch.cat([one_step(expert[:2]), one_step(expert[2:])]) for expert in gradient])
+    torch.testing.assert_close(parameter.detach(), apart, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_is_flattened_whatever_its_layout(memory_format):
+    kernel = gaussian(5, 3, 2, 2)
+    parameter = nn.Parameter(torch.zeros(5, 3, 2, 2).double().to(memory_format=memory_format))
+    step(Muon([{"params": [parameter], "role": "conv"}], lr=1.0), kernel)
+    flat = one_step(kernel.flatten(1))
+    torch.testing.assert_close(parameter.detach().contiguous().flatten(1), flat, rtol=0, atol=1e-12)
+
+
+def test_a_parameter_in_transposed_layout_is_updated():
+    gradient = gaussian(7, 5)
+    parameter = nn.Parameter(torch.zeros(5, 7).double().mT)
+    step(Muon([parameter], lr=1.0), gradient)
+    torch.testing.assert_close(parameter.detach(), one_step(gradient), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 1 << 30])
+def test_the_size_of_a_chunk_does_not_change_the_step(chunk_bytes):
+    gradients = [gaussian(7, 5, seed=s) for s in range(3)] + [gaussian(4, 7, 5, seed=7)]
+    whole = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    chunked = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    step(Muon(whole), *gradients)
+    step(Muon(chunked, chunk_bytes=chunk_bytes), *gradients)
+    for a, b in zip(whole, chunked):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64)])
+def test_foreach_and_loop_agree(nesterov, ema, lr):
+    results = []
+    for foreach in (False, True):
+        params = [nn.Parameter(gaussian(5, 7, seed=s)) for s in range(3)]
+        optimizer = Muon(params, lr=lr, nesterov=nesterov, ema=ema, foreach=foreach)
+        for seed in range(2):
+            step(optimizer, *(gaussian(5, 7, seed=10 * seed + i) for i in range(3)))
+        results.append(torch.stack([p.detach() for p in params]))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_gradients_and_momentum_are_not_overwritten_by_the_iteration(dtype, nesterov):
+    gradient = gaussian(7, 13).to(dtype) * 100
+    parameter = nn.Parameter(torch.zeros(7, 13, dtype=dtype))
+    optimizer = Muon([parameter], nesterov=nesterov, dtype=dtype)
+    for count in range(1, 4):
+        step(optimizer, gradient)
+        assert torch.equal(parameter.grad, gradient)
+        expected = gradient.float().norm() * (1 - 0.95**count)
+        torch.testing.assert_close(
+            optimizer.state[parameter]["momentum_buffer"].float().norm(), expected, rtol=2e-2, atol=0
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_rank_one_and_nan_matrices_leave_their_neighbours_alone(dtype):
+    good = gaussian(7, 13, dtype=torch.float32)
+    rank_one = torch.outer(gaussian(7, dtype=torch.float32), gaussian(13, dtype=torch.float32))
+    bad = good.clone()
+    bad[2, 3] = math.nan
+    params = [nn.Parameter(torch.zeros(7, 13)) for _ in range(5)]
+    step(Muon(params, lr=1.0, scale="plain", dtype=dtype), good, torch.zeros(7, 13), rank_one, bad, good)
+    alone = one_step(torch.stack([good] * 5), scale="plain", dtype=dtype)[0]
+    torch.testing.assert_close(params[0].detach(), alone)
+    torch.testing.assert_close(params[4].detach(), alone)
+    assert torch.equal(params[1].detach(), torch.zeros(7, 13))
+    update, unit = -params[2].detach(), rank_one / rank_one.norm()
+    assert (update * unit).sum().item() == pytest.approx(1, abs=0.05)
+    # Rounding to bfloat16 gives a matrix of rank one a tail of singular values, which the iteration lifts.
+    assert torch.linalg.matrix_norm(update, 2) < (1.05 if dtype == torch.float32 else 1.25)
+    assert params[3].isnan().any()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_zero_gradient_from_rest_moves_nothing(scale):
+    assert torch.equal(one_step(torch.zeros(3, 5), scale=scale), torch.zeros(3, 5))
+
+
+def test_maximize_climbs_by_the_same_step():
+    gradient = gaussian(5, 7)
+    assert torch.equal(one_step(gradient, maximize=True), -one_step(gradient))
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_makes_the_round_trip_bit_exactly(dtype, momentum_dtype):
+    def fresh(weights):
+        return Muon([("w", weights)], lr=0.1, momentum_dtype=momentum_dtype)
+
+    weight = nn.Parameter(gaussian(5, 7).to(dtype))
+    optimizer = fresh(weight)
+    for seed in range(3):
+        step(optimizer, gaussian(5, 7, seed=seed).to(dtype))
+    file = io.BytesIO()
+    torch.save({"w": weight.detach(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = nn.Parameter(saved["w"].clone())
+    resumed = fresh(other)
+    resumed.load_state_dict(saved["optimizer"])
+    assert resumed.state[other]["momentum_buffer"].dtype == (momentum_dtype or dtype)
+    for seed in range(3, 6):
+        step(optimizer, gaussian(5, 7, seed=seed).to(dtype))
+        step(resumed, gaussian(5, 7, seed=seed).to(dtype))
+    assert torch.equal(weight, other)
+
+
+def test_momentum_in_bfloat16_follows_momentum_in_float32():
+    short, full = nn.Parameter(torch.zeros(7, 11)), nn.Parameter(torch.zeros(7, 11))
+    optimizers = Muon([short], momentum_dtype=torch.bfloat16), Muon([full])
+    for seed in range(5):
+        for optimizer in optimizers:
+            step(optimizer, gaussian(7, 11, seed=seed, dtype=torch.float32))
+    assert (
+        optimizers[0].state[short]["momentum_buffer"].nbytes * 2 == optimizers[1].state[full]["momentum_buffer"].nbytes
+    )
+    assert (short - full).norm() < 0.03 * full.norm()
+
+
+def test_a_copy_of_the_optimizer_keeps_its_iteration():
+    optimizer = Muon([nn.Parameter(torch.zeros(2, 2))], method="jordan", steps=5, dtype=torch.float32)
+    twin = copy.deepcopy(optimizer)
+    assert (twin.composition, twin.dtype) == (optimizer.composition, torch.float32)
+
+
+def test_two_runs_are_bit_identical():
+    gradient = gaussian(17, 13, dtype=torch.float32)
+    assert torch.equal(one_step(gradient, steps=3), one_step(gradient, steps=3))
+
+
+def test_parameters_without_gradients_and_empty_groups_are_passed_over_and_more_can_join():
+    still, moving, late = (nn.Parameter(torch.zeros(3, 5)) for _ in range(3))
+    optimizer = Muon([{"params": [still, moving]}, {"params": []}], lr=1.0)
+    moving.grad = torch.ones(3, 5)
+    optimizer.step()
+    assert torch.equal(still, torch.zeros(3, 5))
+    assert moving.abs().sum() > 0
+    assert still not in optimizer.state
+    optimizer.add_param_group({"params": [late], "lr": 0.5})
+    late.grad = torch.ones(3, 5)
+    optimizer.step()
+    assert late.abs().sum() > 0
+
+
+def test_the_closure_is_evaluated_with_gradients_and_its_loss_returned():
+    weight = nn.Parameter(torch.eye(3))
+
+    def closure():
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert Muon([weight], lr=0.1).step(closure).item() == 3.0
+
+
+def test_a_matrix_regression_is_solved():
+    target, inputs = gaussian(5, 7), gaussian(7, 64, seed=1)
+    weight = nn.Parameter(torch.zeros(5, 7).double())
+    optimizer = Muon([weight], lr=0.3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: 1 - count / 150)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = ((weight - target) @ inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert loss.item() < 1e-3
+
+
+def test_step_compiles_once_into_one_graph():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    weight, experts = nn.Parameter(torch.zeros(5, 7)), nn.Parameter(torch.zeros(3, 5, 7))
+    plain = nn.Parameter(torch.zeros(5, 7))
+    optimizer, eager = Muon([weight, experts], lr=torch.tensor(0.1)), Muon([plain], lr=torch.tensor(0.1))
+    counter = CompileCounter()
+    compiled = torch.compile(optimizer.step, backend=counter)
+    for seed in range(3):
+        gradient = gaussian(5, 7, seed=seed, dtype=torch.float32)
+        weight.grad, plain.grad, experts.grad = gradient.clone(), gradient.clone(), gaussian(3, 5, 7).float()
+        optimizer.param_groups[0]["lr"].fill_(0.1 / (seed + 1))
+        eager.param_groups[0]["lr"].fill_(0.1 / (seed + 1))
+        compiled()
+        eager.step()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(weight, plain)
+
+
+class TestBadInput:
+    """Every refusal names the argument, or the group and the parameter."""
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"lr": -1.0}, "lr must be in"),
+            ({"lr": math.nan}, "lr must be in"),
+            ({"lr": torch.ones(2)}, "lr as a tensor must have one element"),
+            ({"momentum": 1.0}, "momentum must be in"),
+            ({"momentum": math.nan}, "momentum must be in"),
+            ({"weight_decay": -0.1}, "weight_decay must be in"),
+            ({"scale": "moonlght"}, "did you mean 'moonlight'"),
+            ({"steps": 0}, "steps must be an integer"),
+            ({"method": "polar_expres"}, "did you mean 'polar_express'"),
+            ({"method": published("jordan", 5), "steps": 4}, "steps must be None or the composition's own 5"),
+            ({"dtype": torch.float16}, "dtype must be one of"),
+            ({"chunk_bytes": 0}, "chunk_bytes must be an integer"),
+        ],
+    )
+    def test_options(self, options, says):
+        with pytest.raises(ValueError, match=says):
+            Muon([nn.Parameter(torch.zeros(2, 2))], **options)
+
+    def test_a_vector_is_named(self):
+        with pytest.raises(ValueError, match=r"parameter norm\.weight of group 0 of shape \(3,\).*AdamW"):
+            Muon([("norm.weight", nn.Parameter(torch.zeros(3)))])
+
+    def test_a_kernel_without_its_role_is_named(self):
+        with pytest.raises(ValueError, match=r"parameter 0 of group 1 .*4 dimensions.*'conv'"):
+            Muon([{"params": []}, {"params": [nn.Parameter(torch.zeros(3, 2, 2, 2))]}])
+
+    def test_a_declared_embedding_is_refused(self):
+        table = nn.Parameter(torch.zeros(3, 2))
+        table.danlu_role = "embedding"
+        with pytest.raises(ValueError, match="declared 'embedding'"):
+            Muon([table])
+
+    def test_a_duplicate_is_named(self):
+        weight = nn.Parameter(torch.zeros(3, 2))
+        with pytest.raises(ValueError, match="parameter w of group 0 is in its group twice"), pytest.warns(UserWarning):
+            Muon([{"params": [("w", weight), ("w", weight)]}])
+
+    def test_a_complex_parameter_is_named(self):
+        with pytest.raises(TypeError, match=r"parameter 0 of group 0 .*complex64"):
+            Muon([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))])
+
+    def test_a_split_that_does_not_divide_is_named(self):
+        with pytest.raises(ValueError, match="split of parameter 0 of group 0 must divide its 5 rows, got 2"):
+            Muon([{"params": [nn.Parameter(torch.zeros(5, 2))], "split": 2}])
+
+    def test_a_sparse_gradient_is_named(self):
+        weight = nn.Parameter(torch.zeros(3, 2))
+        weight.grad = torch.zeros(3, 2).to_sparse()
+        with pytest.raises(TypeError, match="parameter 0 of group 0 has a sparse gradient"):
+            Muon([weight]).step()
+
+    def test_a_group_that_is_refused_is_not_kept(self):
+        optimizer = Muon([nn.Parameter(torch.zeros(2, 2))])
+        with pytest.raises(ValueError, match="group 1: lr"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))], "lr": -1.0})
+        assert len(optimizer.param_groups) == 1
+
+    def test_the_state_of_another_optimizer_is_refused_by_name(self):
+        weight = nn.Parameter(torch.zeros(2, 2))
+        weight.grad = torch.ones(2, 2)
+        other = torch.optim.AdamW([weight])
+        other.step()
+        with pytest.raises(ValueError, match="not of Muon: for parameter w of group 0 it holds step, exp_avg"):
+            Muon([("w", weight)]).load_state_dict(other.state_dict())
+
+    def test_the_state_of_another_shape_is_refused_by_name(self):
+        weight = nn.Parameter(torch.zeros(2, 3))
+        optimizer = Muon([weight])
+        step(optimizer, torch.ones(2, 3))
+        with pytest.raises(ValueError, match=r"parameter 0 of group 0 in state_dict has shape \(2, 3\)"):
+            Muon([nn.Parameter(torch.zeros(3, 2))]).load_state_dict(optimizer.state_dict())
