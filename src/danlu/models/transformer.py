@@ -1,8 +1,8 @@
 r"""Decoder-only Transformer assembled from ``danlu.nn``: latent attention and experts, or their dense counterparts.
 
 Pre-norm blocks ``x += attention(norm(x)); x += feed_forward(norm(x))``, a final norm and a linear head. With
-`MLAConfig` and `MoEConfig` it is the architecture of DeepSeek-V3 (Hugging Face ``DeepseekV3ForCausalLM``), with `GQAConfig` and no
-experts that of Llama.
+`MLAConfig` and `MoEConfig` it is the architecture of DeepSeek-V3 (Hugging Face ``DeepseekV3ForCausalLM``), with
+`GQAConfig` and no experts that of Llama.
 
 Initialisation: every weight is normal with mean 0.
 
