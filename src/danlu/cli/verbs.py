@@ -1,0 +1,215 @@
+"""What each verb does. Every function imports the rooms it needs when it runs, and no others."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from danlu._validate import integer, number
+
+__all__ = ["doctor", "eval", "recipes", "report", "resume", "sample", "show", "train", "verify"]
+
+# The recipe's name says where a configuration comes from; the first word of `danlu train` chooses it.
+_FIXED = ("recipe",)
+
+_SAMPLES = 3
+_SAMPLE_TOKENS = 160
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train a recipe with the given leaves changed, then write samples and the report."""
+    from danlu.recipes import load
+
+    recipe = load(arguments.recipe)
+    from danlu.cli.overrides import apply
+    from danlu.train import run
+
+    words = [*(["--data.path", *arguments.data] if arguments.data else []), *arguments.overrides]
+    config = apply(recipe, words, fixed=_FIXED)
+    # Several processes may count differently while the first of them makes its folder: its answer holds for all.
+    folder = Path(arguments.out) if arguments.out else _free_folder(arguments.recipe)
+    return _finish(folder, run.train(config, folder))
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Go on with a run, then write samples and the report."""
+    from danlu.train import run
+
+    return _finish(Path(arguments.folder), run.resume(arguments.folder))
+
+
+def _finish(folder: Path, code: int) -> int:
+    """Write the samples and the report of a run that is complete; return ``code``."""
+    if code == 0 and os.environ.get("RANK", "0") == "0":
+        if not (folder / "samples.txt").exists():
+            _write_samples(folder)
+        from danlu.report import write
+
+        print(f"Report: {write(folder)}")
+        print(f'Write more: danlu sample {shlex.quote(str(folder))} --prompt "..."')
+    return code
+
+
+def _write_samples(folder: Path) -> None:
+    """Write a few texts, from nothing, to samples.txt and the terminal."""
+    from danlu.train import run
+
+    model, tokenizer, config = run.load(folder)
+    if tokenizer is None:
+        return
+    with open(folder / "samples.txt", "w", encoding="utf-8") as file:
+        for index in range(_SAMPLES):
+            heading = f"--- sample {index + 1} of {_SAMPLES}"
+            text = "".join(_write(model, tokenizer, tokens=_SAMPLE_TOKENS, seed=config.train.seed + index))
+            print(heading, text, sep="\n", flush=True)
+            print(heading, text, sep="\n", file=file)
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Continue a prompt and print the text while it is written."""
+    integer("--tokens", arguments.tokens)
+    integer("--count", arguments.count)
+    number("--temperature", arguments.temperature, low=0)
+    if arguments.top_k is not None:
+        integer("--top-k", arguments.top_k)
+    if arguments.top_p is not None:
+        number("--top-p", arguments.top_p, low=0, high=1, low_open=True)
+    if arguments.seed is not None:
+        integer("--seed", arguments.seed, low=0)
+    from danlu.train import run
+
+    model, tokenizer, _ = run.load(arguments.folder)
+    if tokenizer is None:
+        raise ValueError(f"{arguments.folder} is not a run on text: it has no tokenizer to write with")
+    for index in range(arguments.count):
+        if arguments.count > 1:
+            print(f"--- {index + 1} of {arguments.count}")
+        print(arguments.prompt, end="", flush=True)
+        pieces = _write(
+            model,
+            tokenizer,
+            prompt=arguments.prompt,
+            tokens=arguments.tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=None if arguments.seed is None else arguments.seed + index,
+        )
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def _write(
+    model: Any,
+    tokenizer: Any,
+    *,
+    prompt: str = "",
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Yield the continuation of ``prompt`` piece by piece, until the document ends or the tokens are used up."""
+    import torch
+
+    from danlu.models.generate import generate
+
+    generator = torch.Generator(next(model.parameters()).device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    # In training a document begins after the token that ended the one before.
+    ids = [tokenizer.end, *tokenizer.encode(prompt)]
+    drawn = generate(
+        model,
+        ids,
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+        stop=tokenizer.end,
+    )
+    return tokenizer.decode_stream(drawn)  # type: ignore[no-any-return]
+
+
+def eval(arguments: argparse.Namespace) -> int:
+    """Print a run's measures on its validation data."""
+    if arguments.batches is not None:
+        integer("--batches", arguments.batches)
+    from danlu.train import run
+
+    for name, value in run.evaluate(arguments.folder, batches=arguments.batches).items():
+        print(f"{name} {value:.6g}")
+    return 0
+
+
+def recipes(arguments: argparse.Namespace) -> int:
+    """List the recipes."""
+    from danlu.recipes import REGISTRY
+
+    width = max(map(len, REGISTRY))
+    for name, recipe in REGISTRY.items():
+        print(f"{name:{width}}  {recipe.summary}")
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Print a recipe's configuration as JSON and as options of `danlu train`."""
+    from danlu.config import dumps
+    from danlu.recipes import load
+
+    config = load(arguments.recipe)
+    if arguments.format != "options":
+        print(dumps(config), end="")
+    if arguments.format == "both":
+        print(f"\nThe same as options of `danlu train {arguments.recipe}`:")
+    if arguments.format != "json":
+        print(*_options(config), sep="\n")
+    return 0
+
+
+def _options(config: Any) -> Iterator[str]:
+    from danlu.cli.overrides import leaves
+
+    for path, value in leaves(config):
+        if path not in _FIXED:
+            values = value if isinstance(value, (tuple, list)) else [value]
+            yield shlex.join([f"--{path}", *map(str, values)])
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write a run's plots and page, and say where they are."""
+    from danlu.report import write
+
+    print(write(arguments.folder))
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print the examination of this machine."""
+    from danlu.cli.doctor import examine
+
+    examine()
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Measure claims again."""
+    from danlu.claims import main
+
+    return main(arguments.words)
+
+
+def _free_folder(recipe: str) -> Path:
+    """Return the first of runs/RECIPE-1, runs/RECIPE-2, ... that is not there."""
+    number = 1
+    while (folder := Path("runs") / f"{recipe}-{number}").exists():
+        number += 1
+    return folder

@@ -1,0 +1,189 @@
+"""The command line as a person meets it: what it answers, in how many lines, and with which exit code."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from danlu.cli import main
+from danlu.cli.overrides import apply, leaves
+from danlu.cli.parser import VERBS, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    heads: int = 4
+    kv_rank: int = 64
+
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise ValueError(f"heads must be an integer of at least 1, got {self.heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped:
+    heads: int = 4
+    groups: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    dim: int = 256
+    attention: Grouped | Latent = field(default_factory=Grouped)
+    experts: Latent | None = None
+    tied: bool = True
+    activation: Literal["silu", "gelu"] = "silu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    path: tuple[str, ...] | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    recipe: str
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    lr: float = 0.02
+
+
+RECIPE = Run(recipe="tiny", model=Model(dim=99, attention=Latent(heads=2, kv_rank=7)))
+
+
+def test_a_leaf_set_by_its_path_leaves_the_recipes_other_values_alone() -> None:
+    changed = apply(RECIPE, ["--model.attention.kv_rank", "3", "--lr", "1e-3"])
+    assert changed == Run(recipe="tiny", model=Model(dim=99, attention=Latent(heads=2, kv_rank=3)), lr=1e-3)
+
+
+def test_no_overrides_change_nothing() -> None:
+    assert apply(RECIPE, []) == RECIPE
+
+
+def test_hyphens_equal_signs_lists_and_truth_values_are_understood() -> None:
+    words = [
+        "--model.attention.kv-rank=3",
+        "--data.path",
+        "a.txt",
+        "b",
+        "--model.tied",
+        "False",
+        "--data.betas",
+        "0",
+        "1",
+    ]
+    changed = apply(RECIPE, words)
+    assert changed.model.attention == Latent(heads=2, kv_rank=3)
+    assert changed.data == Data(path=("a.txt", "b"), betas=(0.0, 1.0))
+    assert changed.model.tied is False
+
+
+def test_every_leaf_can_be_set_to_the_value_it_has() -> None:
+    for path, value in leaves(RECIPE):
+        words = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
+        assert apply(RECIPE, [f"--{path}", *words]) == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--model.dmi", "3"], ["--model.dmi", "did you mean --model.dim?"]),
+        (["--kv_rank", "3"], ["did you mean --model.attention.kv_rank?"]),
+        (["--zzzzzz", "3"], ["no leaf --zzzzzz", "danlu show"]),
+        (["--model.attention", "x"], ["is a section", "--model.attention.heads"]),
+        (["--model.experts.heads", "3"], ["this recipe has no model.experts"]),
+        (["--model.dim", "many"], ["--model.dim", "'many'", "accepted: --model.dim INT"]),
+        (["--model.activation", "gelo"], ["'gelo'", "'silu', 'gelu'"]),
+        (["--data.betas", "1"], ["--data.betas", "2 values"]),
+        (["--lr"], ["--lr", "1 value"]),
+        (["stray"], ["'stray' belongs to no option"]),
+        (["--model.attention.heads", "0"], ["heads must be an integer of at least 1, got 0"]),
+        (["--recipe", "other"], ["no leaf --recipe"]),
+    ],
+)
+def test_what_cannot_be_set_is_refused_in_one_line_that_helps(
+    words: list[str], parts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        apply(RECIPE, words, fixed=["recipe"])
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+    assert not set("│╭╰─|") & set(message)
+    assert "--" * 2 not in message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_train_takes_its_recipe_first_and_keeps_the_rest_for_the_configuration() -> None:
+    arguments = parse(["train", "--train.steps", "300", "--data", "a.txt", "b.txt", "--data", "c", "--out", "x"])
+    assert arguments.recipe == "lm"
+    assert arguments.data == ["a.txt", "b.txt", "c"]
+    assert arguments.out == "x"
+    assert arguments.overrides == ["--train.steps", "300"]
+    assert parse(["train", "other"]).recipe == "other"
+
+
+def danlu(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "danlu", *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("verb", [*VERBS, None])
+def test_help_has_examples_and_exits_with_zero(verb: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*([verb] if verb else []), "--help"]) == 0
+    text = capsys.readouterr().out
+    if verb:
+        assert "examples:" in text
+        assert f"danlu {verb}" in text
+    else:
+        assert all(name in text for name in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["sample"], "RUN"),
+        (["sample", "x", "--topk", "3"], "did you mean --top-k?"),
+        (["sample", "x", "--tokens", "q"], "--tokens"),
+        (["recipes", "x"], "'x'"),
+        (["show", "lmm"], "lm"),
+        (["train", "lmm"], "lm"),
+        (["train", "--train.stepps", "3"], "--train.steps"),
+        (["train", "--train.steps", "three"], "three"),
+        (["train", "--data"], "--data"),
+        (["train", "--data", "no/such/file.txt"], "no/such/file.txt"),
+        (["resume", "no/such/run"], "no/such/run"),
+        (["sample", "no/such/run"], "no/such/run"),
+        (["eval", "no/such/run"], "no/such/run"),
+        (["report", "no/such/run"], "no/such/run"),
+        (["verify", "no_such_claim"], "no_such_claim"),
+        (["verify", "--bogus"], "--bogus"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_two(
+    words: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("danlu")
+    assert err.count("\n") == 1, err
+    assert part in err
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def test_a_traceback_is_shown_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DANLU_DEBUG", "1")
+    with pytest.raises(ValueError, match="did you mean"):
+        main(["trian"])
+
+
+def test_the_command_exits_with_its_code_and_prints_errors_on_stderr() -> None:
+    done = danlu("trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert danlu("--version").stdout.startswith("danlu ")
