@@ -21,15 +21,11 @@ import ctypes
 import gc
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +33,9 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import drawing
+from benchmarks.machine import describe
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,7 +51,14 @@ class Options:
     warmup: int = 2
     seconds: float = 0.1
     threads: int = 2
+    parts: tuple[str, ...] = ()
+    cpu_time: bool = False
     out: Path | None = None
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Wall time, or this process's processor time."""
+        return time.process_time if self.cpu_time else time.perf_counter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,20 +133,37 @@ class Sweep:
         return {"kind": "sweep", **asdict(self), "slopes": slopes}
 
 
-def options(description: str | None, **defaults: Any) -> Options:
-    """Read the command line that all benchmarks share and set the number of threads."""
+def options(description: str | None, *, parts: Sequence[str] = (), **defaults: Any) -> Options:
+    """Read the command line that all benchmarks share and set the number of threads.
+
+    A benchmark with ``parts`` can be asked for some of them; like a quick run, that writes files with ``--out`` only.
+    """
     base = Options(**defaults)
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes; prints, writes nothing")
+    if parts:
+        parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(parts)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes; writes with --out only")
     parser.add_argument("--rounds", type=int, default=base.rounds)
     parser.add_argument("--threads", type=int, default=base.threads)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread: for a busy machine")
     parser.add_argument("--out", type=Path, default=None, help=f"folder for JSON and PNG (default: {RESULTS.name}/)")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    chosen = tuple(getattr(given, "parts", ())) or tuple(parts)
+    if unknown := set(chosen) - set(parts):
+        parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    threads = 1 if given.cpu_time else given.threads
+    torch.set_num_threads(threads)
     rounds, warmup = (min(3, given.rounds), 1) if given.quick else (given.rounds, base.warmup)
-    out = given.out if given.quick or given.out else RESULTS
+    whole = not given.quick and chosen == tuple(parts)
     return Options(
-        quick=given.quick, rounds=rounds, warmup=warmup, seconds=base.seconds, threads=given.threads, out=out
+        quick=given.quick,
+        rounds=rounds,
+        warmup=warmup,
+        seconds=base.seconds,
+        threads=threads,
+        parts=chosen,
+        cpu_time=given.cpu_time,
+        out=given.out or (RESULTS if whole else None),
     )
 
 
@@ -166,7 +189,7 @@ def compare(
     with _no_collection():
         for _ in range(options.rounds):
             for name, run in runs.items():
-                seconds[name].append(_timed(run, calls[name]))
+                seconds[name].append(_timed(run, calls[name], options.clock))
     return Comparison(
         title=title, base=base, seconds=seconds, work=dict(work or {}), unit=unit, notes=dict(notes or {})
     )
@@ -236,53 +259,15 @@ def loglog_slope(x: Sequence[float], y: Sequence[float | None]) -> float:
     return float(np.polyfit(*zip(*points, strict=True), 1)[0])
 
 
-def machine() -> dict[str, Any]:
-    """Describe what measured: processor, threads, load, versions, and the matrix-multiply rates reached just now."""
-    versions = {}
-    for package in ("danlu", "torch", "transformers", "numpy", "scipy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": _commit(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "gemm_gflops_2048x512x1376": gemm_rates(),
-    }
-
-
-def gemm_rates(m: int = 2048, k: int = 512, n: int = 1376) -> dict[str, float]:
-    """GFLOP/s of ``(m, k) @ (k, n)`` on the CPU: float32 by default and "medium" precision, and bfloat16."""
-    held = torch.get_float32_matmul_precision()
-    rates = {}
-    for name, dtype, precision in (
-        ("float32", torch.float32, "highest"),
-        ("float32 medium", torch.float32, "medium"),
-        ("bfloat16", torch.bfloat16, "highest"),
-    ):
-        torch.set_float32_matmul_precision(precision)
-        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-        torch.mm(a, b)
-        rates[name] = round(2e-9 * m * k * n / min(_timed(lambda a=a, b=b: torch.mm(a, b), 2) for _ in range(5)), 1)
-    torch.set_float32_matmul_precision(held)
-    return rates
-
-
 def write(name: str, description: str | None, items: Sequence[Comparison | Sweep], options: Options) -> None:
     """Print the tables; unless the run is a quick one without ``--out``, write ``NAME.json`` and ``NAME.png`` too."""
-    from benchmarks import drawing
-
-    where = machine()
+    where = describe()
     out = Console(width=None if Console().is_terminal else 120, highlight=False)
     for item in items:
         out.print(_comparison_table(item) if isinstance(item, Comparison) else _sweep_table(item))
     out.print(f"{where['processor']}, {where['threads']} threads, load {where['load']}, {where['versions']}")
+    if options.cpu_time:
+        out.print("processor time of one thread, not wall time")
     if options.out is None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
@@ -292,6 +277,7 @@ def write(name: str, description: str | None, items: Sequence[Comparison | Sweep
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "quick": options.quick,
         "rounds": options.rounds,
+        "clock": "processor time" if options.cpu_time else "wall time",
         "machine": where,
         "results": [item.as_dict() for item in items],
     }
@@ -305,19 +291,19 @@ def _warm(run: Run, options: Options) -> int:
     """Call until warm and return how many calls fill ``options.seconds``."""
     for _ in range(options.warmup):
         run()
-    return max(1, math.ceil(options.seconds / max(_timed(run, 1), 1e-9)))
+    return max(1, math.ceil(options.seconds / max(_timed(run, 1, options.clock), 1e-9)))
 
 
-def _timed(run: Run, calls: int) -> float:
+def _timed(run: Run, calls: int, clock: Callable[[], float]) -> float:
     synchronize = torch.cuda.synchronize if torch.cuda.is_initialized() else None
     if synchronize:
         synchronize()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(calls):
         run()
     if synchronize:
         synchronize()
-    return (time.perf_counter() - started) / calls
+    return (clock() - started) / calls
 
 
 @contextlib.contextmanager
@@ -335,24 +321,6 @@ def _status_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {key} in /proc/self/status")
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def _comparison_table(item: Comparison) -> Table:
