@@ -431,7 +431,10 @@ class TestBadInput:
 
     def test_a_duplicate_is_named(self):
         weight = nn.Parameter(torch.zeros(3, 2))
-        with pytest.raises(ValueError, match="parameter w of group 0 is in its group twice"), pytest.warns(UserWarning):
+        with (
+            pytest.raises(ValueError, match="parameter w of group 0 is in its group twice"),
+            pytest.warns(match="duplicate"),
+        ):
             Muon([{"params": [("w", weight), ("w", weight)]}])
 
     def test_a_complex_parameter_is_named(self):

@@ -67,7 +67,20 @@ def declared(name: str, parameter: Tensor) -> tuple[str | None, Split]:
             raise ValueError(f"{name} is declared {role!r}, which its shape {tuple(parameter.shape)} cannot be")
     if split is not None and parameter.ndim >= 2:
         check_split(name, split, rows_of(role or ("experts" if parameter.ndim == 3 else "matrix"), parameter.shape))
-    return role, split
+    return role, normal_split(split)
+
+
+def normal_split(split: Split | Sequence[int]) -> Split:
+    """Return equal heights as their number, so that the blocks can be stacked, and one height as no split at all.
+
+    >>> normal_split((4, 4, 4)), normal_split((4, 2)), normal_split((4,))
+    (3, (4, 2), None)
+    """
+    if split is None or isinstance(split, int):
+        return None if split == 1 else split
+    if len(set(split)) == 1:
+        return None if len(split) == 1 else len(split)
+    return tuple(split)
 
 
 def _fused(leaf: str, module: nn.Module, parameter: Tensor) -> Split:
@@ -257,7 +270,7 @@ def describe(groups: Sequence[Mapping[str, Any]], *, width: int = 110) -> str:
     for column, justify in (("role", "left"), ("split", "right"), ("tensors", "right"), ("parameters", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("shapes")
-    table.add_column("names")
+    table.add_column("names", overflow="fold")
     tensors = numbers = 0
     for group in groups:
         params: list[Tensor] = list(group["params"])

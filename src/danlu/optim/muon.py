@@ -21,7 +21,7 @@ from danlu._validate import choice, integer, number
 from danlu.approx import Composition, optimal_composition, published
 from danlu.linalg._kernels import fast_matmul_dtype
 from danlu.linalg._newton_schulz import CHUNK_BYTES, orthogonalize
-from danlu.optim.groups import MATRIX_ROLES, Split, check_split, declared, rows_of
+from danlu.optim.groups import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
 
 SCALES = ("moonlight", "rms", "plain", "jordan", "mup")
 #: Root mean square that an entry of AdamW's update has in practice, which ``moonlight`` and ``rms`` aim at.
@@ -284,7 +284,7 @@ def _layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[s
     split = options["split"] if options["split"] is not None else own_split
     split = tuple(split) if isinstance(split, list) else split
     check_split(name, split, rows_of(role, shape))
-    return role, split
+    return role, normal_split(split)
 
 
 def _blocks(tensor: Tensor, role: str, split: Split, *, channels_last: bool) -> list[Tensor]:

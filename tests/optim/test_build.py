@@ -1,0 +1,89 @@
+"""Optimizers from a config: every parameter once, each under its rule."""
+
+import pytest
+import torch
+from torch import nn
+
+from danlu.optim import AdamWConfig, Muon, MuonConfig, build_optimizers
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def test_muon_takes_the_linear_maps_and_adamw_the_rest_each_parameter_once():
+    network = model()
+    muon, adamw = build_optimizers(network, MuonConfig(lr=0.02))
+    assert isinstance(muon, Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert {g["role"] for g in muon.param_groups} == {"matrix"}
+    assert {g["role"] for g in adamw.param_groups} == {"embedding", "gain", "bias"}
+    held = [id(p) for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in network.parameters())
+
+
+def test_both_share_rate_and_decay_unless_told_otherwise():
+    shared = build_optimizers(model(), MuonConfig(lr=0.02, weight_decay=0.3))
+    assert {(g["lr"], g["weight_decay"]) for o in shared for g in o.param_groups} == {(0.02, 0.3)}
+    apart = build_optimizers(model(), MuonConfig(lr=0.02, adamw_lr=0.5))
+    assert {g["lr"] for g in apart[1].param_groups} == {0.5}
+
+
+@pytest.mark.parametrize("config", [MuonConfig(no_decay=("gain", "bias")), AdamWConfig(no_decay=("gain", "bias"))])
+def test_roles_without_decay_have_none(config):
+    decays = {g["role"]: g["weight_decay"] for o in build_optimizers(model(), config) for g in o.param_groups}
+    assert decays["gain"] == decays["bias"] == 0
+    assert decays["embedding"] == decays["matrix"] == 0.1
+
+
+def test_adamw_is_torchs_fused_adamw():
+    (optimizer,) = build_optimizers(model(), AdamWConfig(lr=0.1))
+    assert optimizer.defaults["fused"]
+
+
+def test_a_model_of_linear_maps_alone_needs_no_adamw():
+    assert len(build_optimizers(nn.Linear(3, 5, bias=False), MuonConfig())) == 1
+
+
+def test_both_optimizers_lower_the_loss():
+    network, tokens, targets = model(), torch.arange(11), torch.arange(11) % 3
+    optimizers = build_optimizers(network, MuonConfig(lr=0.05, weight_decay=0.0))
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(network(tokens), targets)
+        losses.append(loss.item())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_options_of_the_config_reach_muon():
+    config = MuonConfig(momentum=0.9, nesterov=False, scale="rms", method="jordan", steps=5, dtype="bfloat16")
+    muon = build_optimizers(nn.Linear(3, 5, bias=False), config)[0]
+    assert (muon.defaults["momentum"], muon.defaults["nesterov"], muon.defaults["scale"]) == (0.9, False, "rms")
+    assert (muon.composition.name, muon.dtype) == ("jordan", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: MuonConfig(lr=-1.0), "lr must be in"),
+        (lambda: MuonConfig(steps=0), "steps must be"),
+        (lambda: MuonConfig(dtype="float16"), "dtype must be one of"),
+        (lambda: MuonConfig(betas=(0.9, 1.0)), r"betas\[1\] must be in"),
+        (lambda: MuonConfig(no_decay=("gains",)), "did you mean 'gain'"),
+        (lambda: AdamWConfig(eps=0.0), "eps must be in"),
+        (lambda: AdamWConfig(betas=(0.9,)), "betas must be two numbers"),
+    ],
+)
+def test_bad_values_are_named(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_another_config_is_refused():
+    with pytest.raises(TypeError, match="config must be AdamWConfig or MuonConfig, got str"):
+        build_optimizers(model(), "muon")
