@@ -6,6 +6,7 @@
 """
 
 from danlu.data.corpus import Corpus, Document, open_corpus
+from danlu.data.images import ExampleLoader, ImagesConfig, ImagesData, open_images
 from danlu.data.loader import IGNORE, Loader, validation_batches
 from danlu.data.text import TextConfig, TextData, open_text
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -14,12 +15,16 @@ __all__ = [
     "IGNORE",
     "Corpus",
     "Document",
+    "ExampleLoader",
+    "ImagesConfig",
+    "ImagesData",
     "Loader",
     "TextConfig",
     "TextData",
     "Tokenizer",
     "load_tokenizer",
     "open_corpus",
+    "open_images",
     "open_text",
     "train_tokenizer",
     "validation_batches",

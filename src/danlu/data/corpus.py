@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from danlu._validate import choice
+from danlu.data.shuffle import fraction
 
 # Tests, generated tables and vendored copies say little about how Python is written.
 _STDLIB_SKIP = frozenset(
@@ -115,7 +116,7 @@ def survey(corpus: Corpus, validation: float) -> Survey:
         count += 1
         size += len(data)
         longest = max(longest, len(document.text))
-        held_out += len(data) if _fraction(digest) < validation else 0
+        held_out += len(data) if fraction(digest) < validation else 0
     if not count:
         left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
         raise ValueError(f"{corpus.source} holds no text" + (f" (left out: {left_out})" if left_out else ""))
@@ -133,17 +134,13 @@ def split(text: str, validation: float, *, whole: bool) -> tuple[str, str]:
     """
     if whole:
         digest = hashlib.sha256(text.encode()).digest()
-        return ("", text) if _fraction(digest) < validation else (text, "")
+        return ("", text) if fraction(digest) < validation else (text, "")
     if len(text) < 2:
         return text, ""
     cut = min(max(1, round(len(text) * (1 - validation))), len(text) - 1)
     line = text.find("\n", cut - 1) + 1
     # A tail begins at a line if that costs at most half of it.
     return (text[:line], text[line:]) if 0 < line < (cut + len(text)) / 2 else (text[:cut], text[cut:])
-
-
-def _fraction(digest: bytes) -> float:
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _read_stdlib(skipped: Counter[str]) -> Iterator[Document]:

@@ -64,7 +64,7 @@ class Loader:
         sha256: str = "",
         pin: bool = False,
     ) -> None:
-        _check(batch, rank, world)
+        check_shares(batch, rank, world)
         integer("length", length, high=len(tokens) - 1)
         self.tokens, self.end, self.length, self.batch = tokens, end, length, batch
         self.seed, self.rank, self.world, self.sha256, self.pin = seed, rank, world, sha256, pin
@@ -177,7 +177,7 @@ def validation_batches(
         batches: at most so many batches, of windows spread evenly over the stream; None for all.
         end, length, batch, rank, world, pin: as in :class:`Loader`.
     """
-    _check(batch, rank, world)
+    check_shares(batch, rank, world)
     total = -(-len(tokens) // length)
     chosen = np.arange(total)
     if batches is not None:
@@ -196,9 +196,18 @@ def validation_batches(
         yield {name: tensor.pin_memory() for name, tensor in result.items()} if pin else result
 
 
-def _check(batch: int, rank: int, world: int) -> None:
+def check_shares(batch: int, rank: int, world: int) -> None:
+    """Raise unless ``batch`` can be shared among ``world`` processes of which ``rank`` is one."""
     integer("batch", batch)
     integer("world", world)
     integer("rank", rank, low=0, high=world - 1)
     if batch % world:
         raise ValueError(f"batch counts the windows of all {world} processes and must be a multiple of it, got {batch}")
+
+
+def check_identity(state: dict[str, Any], identity: dict[str, int | str]) -> None:
+    """Raise unless a saved state is of the stream with this ``identity`` and has a position."""
+    for name, here in identity.items():
+        if state.get(name) != here:
+            raise ValueError(f"cannot resume: {name} was {state.get(name)!r} when saved and is {here!r} now")
+    integer("position", state.get("position"), low=0)

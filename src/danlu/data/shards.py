@@ -50,10 +50,16 @@ def cached(folder: Path, build: Callable[[Path], None], complete: Callable[[Path
         with _lock(folder.with_name(folder.name + ".lock")):
             if complete(folder):
                 return folder
-            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name[:12]}-", dir=folder.parent))
+            prefix = f".{folder.name}-"
+            if fcntl is not None:
+                # With the lock held, what others left under this name was left by ones that were killed.
+                for left in folder.parent.glob(prefix + "*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
             try:
                 build(scratch)
-                shutil.rmtree(folder, ignore_errors=True)
+                if not complete(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
                 try:
                     scratch.rename(folder)
                 except OSError:

@@ -1,4 +1,7 @@
-"""A permutation of any size that is computed one index at a time, so that a shuffled pass can be entered anywhere."""
+"""Choices made by hashes alone, without a random generator: the side of a split, and the order of a pass.
+
+The order is a permutation computed one index at a time, so that a shuffled pass can be entered anywhere.
+"""
 
 import hashlib
 
@@ -16,6 +19,15 @@ def keys(*what: int | str) -> NDArray[np.uint64]:
     """
     digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=64).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+
+def fraction(digest: bytes) -> float:
+    """Read a hash as a number in [0, 1).
+
+    >>> fraction(bytes([128, 0, 0, 0, 0, 0, 0, 0, 7]))
+    0.5
+    """
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def permute(index: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:

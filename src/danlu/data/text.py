@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _log = logging.getLogger(__name__)
 # Part of every cache key: raised when the same input would give other files.
 _FORMAT = 1
 _TOKENIZER_BYTES = 64 * 2**20
+# The trainer's time grows with the square of a word's length, and a word without end (base64, DNA) is a whole piece.
+_LONG_WORD = re.compile(r"\S{256}")
 _PIECE = 2**16
 _PIECES = 256
 
@@ -239,7 +242,7 @@ def _tokenizer_texts(corpus: Corpus, found: Survey, config: TextConfig) -> Itera
     every = -(-found.bytes // _TOKENIZER_BYTES)
     for n, piece in enumerate(p for text in _side(corpus, found, config, 0, Counter()) for p in _pieces(text)):
         if n % every == 0:
-            yield piece
+            yield _LONG_WORD.sub(r"\g<0>\n", piece)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -99,7 +99,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vocabulary as a ``tokenizer.json`` that the tokenizers library reads."""
-        self._backend.save(os.fspath(path))
+        # Not the library's own save, whose errors are not OSErrors.
+        Path(path).write_bytes(self._backend.to_str(pretty=True).encode())
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
