@@ -28,7 +28,7 @@ def test_each_pair_is_turned_by_position_times_its_frequency() -> None:
     for row, position in enumerate([0.0, 2.5, -7.0]):
         for pair in range(5):
             angle = torch.tensor(position * 100.0 ** (-2 * pair / 10), dtype=torch.float64)
-                turn = torch.polar(torch.ones_like(angle), angle)
+            turn = torch.polar(torch.ones_like(angle), angle)
             expected = torch.complex(x[row, pair], x[row, pair + 5]) * turn
             torch.testing.assert_close(torch.complex(y[row, pair], y[row, pair + 5]), expected, rtol=0, atol=1e-13)
 

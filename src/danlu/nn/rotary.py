@@ -5,19 +5,12 @@ Coordinate pairs ``(j, j + d/2)`` of a query or key at position ``t`` are rotate
 only. The pairing is the half-split one of GPT-NeoX, Llama and of DeepSeek-V3 with ``rope_interleave=False``.
 """
 
-import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from danlu._validate import integer, positive
-
-
-@lru_cache(maxsize=32)
-def _frequencies(dim: int, base: float) -> tuple[float, ...]:
-    return tuple(math.exp(-2 * j / dim * math.log(base)) for j in range(dim // 2))
 
 
 def rotary_angles(positions: Tensor, dim: int, *, base: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -40,8 +33,8 @@ def rotary_angles(positions: Tensor, dim: int, *, base: float = 10000.0) -> tupl
     if dim % 2:
         raise ValueError(f"dim must be even (coordinates are rotated in pairs), got {dim}")
     # Angles are formed in float64: at position 1e6 a float32 product would already be wrong in the third digit.
-    table = torch.tensor(_frequencies(dim, base), dtype=torch.float64, device=positions.device)
-    angles = positions.to(torch.float64)[..., None] * table
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / max(dim, 1)
+    angles = positions.to(torch.float64)[..., None] * base**-exponents
     angles = torch.cat((angles, angles), dim=-1)
     dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -22,10 +22,23 @@ from torch import Tensor
 
 from danlu._validate import choice, integer
 
-__all__ = ["FLOAT32_ERROR", "Policy", "Probe", "Rate", "available_threads", "cache_dir", "choose", "probe"]
+__all__ = [
+    "FLOAT32_ERROR",
+    "FLOAT32_GAIN",
+    "Policy",
+    "Probe",
+    "Rate",
+    "available_threads",
+    "cache_dir",
+    "choose",
+    "probe",
+]
 
 FLOAT32_ERROR = 2e-6
 """Largest relative (Frobenius) error of a product that still counts as float32; sums of 640 terms reach 3e-7."""
+
+FLOAT32_GAIN = 1.2
+"""How much faster another float32 kernel must be before it replaces the default: less is within a probe's noise."""
 
 BFLOAT16_GAIN = 1.25
 """How much faster the bfloat16 product must be before it is chosen: it also costs accuracy and casts."""
@@ -180,8 +193,10 @@ def choose(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, and PyTorch finds no CUDA device here; accepted: 'cpu', 'auto'")
     found = probe(device, threads=threads, refresh=refresh)
-    exact = [r for r in found.rates if r.dtype == "float32" and r.error <= FLOAT32_ERROR]
-    best = max(exact or [found.rate("float32")], key=lambda r: r.gflops)
+    best = found.rate("float32")
+    for other in found.rates:
+        if other.dtype == "float32" and other.error <= FLOAT32_ERROR and other.gflops > FLOAT32_GAIN * best.gflops:
+            best = other
     half = found.rate("bfloat16")
     if precision == "auto":
         precision = "bfloat16" if half.gflops > BFLOAT16_GAIN * best.gflops else "float32"

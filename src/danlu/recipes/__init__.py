@@ -1,0 +1,53 @@
+"""Complete run configurations, one function each: ``load(name)`` returns the tree that ``danlu train NAME`` runs.
+
+A recipe is a Python function without arguments; adding one is a function in a file of this folder and a line here.
+Only the recipe that is asked for is imported.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from danlu._validate import nearest
+
+if TYPE_CHECKING:
+    from danlu.train.run import RunConfig
+
+__all__ = ["REGISTRY", "Recipe", "load"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One line of the registry: what the recipe trains, and ``module:function``."""
+
+    summary: str
+    target: str
+
+
+REGISTRY: dict[str, Recipe] = {
+    "lm": Recipe("language model: latent attention, shared and fine-grained experts, Muon", "danlu.recipes.lm:lm"),
+    "lm-dense": Recipe("the same without experts, grouped-query attention (Llama), Muon", "danlu.recipes.lm:lm_dense"),
+    "lm-baseline": Recipe(
+        "dense GPT of the same active size with AdamW, to compare with", "danlu.recipes.lm:lm_baseline"
+    ),
+}
+
+
+def load(name: str) -> "RunConfig":
+    """Return the configuration of a recipe.
+
+    Raises:
+        ValueError: no such recipe; the nearest name is suggested.
+
+    >>> load("lm-basline")
+    Traceback (most recent call last):
+    ...
+    ValueError: no recipe is called 'lm-basline'; did you mean 'lm-baseline'? All: lm, lm-dense, lm-baseline
+    """
+    if name not in REGISTRY:
+        close = nearest(name, REGISTRY)
+        hint = f"; did you mean {close!r}?" if close else "."
+        raise ValueError(f"no recipe is called {name!r}{hint} All: {', '.join(REGISTRY)}")
+    module, _, function = REGISTRY[name].target.partition(":")
+    config: RunConfig = getattr(importlib.import_module(module), function)()
+    return config

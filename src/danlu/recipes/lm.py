@@ -1,0 +1,53 @@
+"""Language models on text: the default, its dense counterpart, and the baseline both are compared with."""
+
+from danlu.data import TextConfig
+from danlu.models import TransformerConfig
+from danlu.nn import GQAConfig, MLAConfig, MoEConfig
+from danlu.objectives import CausalLMConfig
+from danlu.optim import AdamWConfig, MuonConfig, WarmupStableDecay
+from danlu.train import RunConfig, TrainConfig
+
+
+def lm() -> RunConfig:
+    """Multi-head latent attention, fine-grained experts with a shared one, loss-free balancing, Muon."""
+    return RunConfig(
+        recipe="lm",
+        data=TextConfig(vocab_size=4096, length=256, batch=16),
+        model=TransformerConfig(
+            dim=256,
+            layers=4,
+            hidden=640,
+            attention=MLAConfig(heads=4, kv_rank=128, nope_dim=48, rope_dim=16, value_dim=64),
+            experts=MoEConfig(experts=16, active=4, hidden=128, shared=1),
+        ),
+        objective=CausalLMConfig(),
+        optim=MuonConfig(lr=3e-3),
+        schedule=WarmupStableDecay(warmup=0.02, decay=0.4),
+        train=TrainConfig(steps=600),
+    )
+
+
+def lm_dense() -> RunConfig:
+    """The Llama architecture at the same active size, trained by Muon."""
+    return RunConfig(
+        recipe="lm-dense",
+        data=TextConfig(vocab_size=4096, length=256, batch=16),
+        model=TransformerConfig(dim=256, layers=4, hidden=640, attention=GQAConfig(heads=4)),
+        objective=CausalLMConfig(),
+        optim=MuonConfig(lr=3e-3),
+        schedule=WarmupStableDecay(warmup=0.02, decay=0.4),
+        train=TrainConfig(steps=600),
+    )
+
+
+def lm_baseline() -> RunConfig:
+    """A dense GPT (multi-head attention, gated feed-forward) of the same active size, trained by AdamW."""
+    return RunConfig(
+        recipe="lm-baseline",
+        data=TextConfig(vocab_size=4096, length=256, batch=16),
+        model=TransformerConfig(dim=256, layers=4, hidden=640, attention=GQAConfig(heads=4)),
+        objective=CausalLMConfig(),
+        optim=AdamWConfig(lr=2e-3),
+        schedule=WarmupStableDecay(warmup=0.02, decay=0.4),
+        train=TrainConfig(steps=600),
+    )

@@ -1,0 +1,55 @@
+"""Next-token prediction: the sum, the count, and what evaluation reports."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from danlu.models import Transformer, TransformerConfig
+from danlu.nn import GQAConfig
+from danlu.objectives import CausalLM, CausalLMConfig
+
+
+def build(byte_lengths: torch.Tensor | None = None) -> CausalLM:
+    torch.manual_seed(11)
+    model = Transformer(TransformerConfig(vocab_size=31, dim=16, layers=1, hidden=24, attention=GQAConfig(heads=2)))
+    return CausalLM(model, CausalLMConfig(chunk=3), byte_lengths=byte_lengths)
+
+
+def batch(rows: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(rows)
+    targets = torch.randint(0, 31, (rows, 7), generator=g)
+    targets[0, 2] = -100
+    return {"tokens": torch.randint(0, 31, (rows, 7), generator=g), "targets": targets}
+
+
+def test_loss_is_the_summed_cross_entropy_of_the_logits() -> None:
+    objective, b = build(), batch(3)
+    logits = objective.model(b["tokens"])
+    expected = F.cross_entropy(logits.flatten(0, 1), b["targets"].flatten(), reduction="sum")
+    torch.testing.assert_close(objective(b), expected)
+    assert objective.count(b).item() == 20
+
+
+def test_evaluation_weighs_batches_by_their_tokens_and_bits_by_their_bytes() -> None:
+    lengths = torch.arange(31) % 5
+    objective = build(lengths)
+    batches = [batch(3), batch(5)]
+    found = objective.evaluate(batches)
+    total = sum(objective(b).item() for b in batches)
+    count = sum(int(objective.count(b)) for b in batches)
+    size = sum(int(lengths[b["targets"][b["targets"] != -100]].sum()) for b in batches)
+    assert found["val_loss"] == pytest.approx(total / count, rel=1e-6)
+    assert found["val_bpb"] == pytest.approx(total / size / math.log(2), rel=1e-6)
+
+
+def test_evaluation_restores_the_mode_and_needs_no_byte_lengths() -> None:
+    objective = build().train()
+    assert set(objective.evaluate([batch(2)])) == {"val_loss"}
+    assert objective.training
+
+
+def test_evaluating_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        build().evaluate([])
