@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 __all__ = ["Checkpoint", "CheckpointError", "checkpoints", "latest", "load", "pack", "save", "unpack"]
 
 _FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _STATE = "state.json"
 
 
@@ -58,14 +59,26 @@ def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
     (['weight'], {'step': 3, 'weight': {'$tensor': 'weight', 'shape': [2]}})
     """
     tensors: dict[str, Tensor] = {}
+    places: dict[tuple[Any, ...], str] = {}  # tied weights are one tensor under two names
+    storages: set[int] = set()
+
+    def place(tensor: Tensor, path: str) -> str:
+        identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and identity in places:
+            return places[identity]
+        if path in tensors:
+            raise TypeError(f"two tensors of the state share the path {path!r}")
+        # A scalar is kept as one element: not every reader of the file format slices zero dimensions.
+        kept = tensor.reshape(1) if tensor.dim() == 0 else tensor.contiguous()
+        storage = kept.untyped_storage().data_ptr()
+        tensors[path] = kept.clone() if storage in storages else kept  # the format refuses overlapping memory
+        storages.add(storage)
+        places[identity] = path
+        return path
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            if path in tensors:
-                raise TypeError(f"two tensors of the state share the path {path!r}")
-            # A scalar is kept as one element: not every reader of the file format slices zero dimensions.
-            tensors[path] = value.detach().reshape(1) if value.dim() == 0 else value.detach().contiguous()
-            return {"$tensor": path, "shape": list(value.shape)}
+            return {"$tensor": place(value.detach(), path), "shape": list(value.shape)}
         if isinstance(value, float) and not math.isfinite(value):
             return {"$float": repr(value)}
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -117,7 +130,7 @@ def save(folder: Path, step: int, state: Any, *, config: Mapping[str, Any], keep
         CheckpointError: the disk is full or cannot be written; nothing that was there has changed.
         TypeError: the state holds something that is neither tensor nor plain.
     """
-    final = folder / f"step-{step:08d}"
+    final = _free_name(folder, step)
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     tensors, tree = pack(state)
     try:
@@ -132,17 +145,16 @@ def save(folder: Path, step: int, state: Any, *, config: Mapping[str, Any], keep
         for path in temporary.iterdir():
             _flush(path)
         _flush(temporary)
-        if final.exists():  # of a run that was taken up again further back: what is written last counts
-            _remove(final)
         os.rename(temporary, final)
         _flush(folder)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         shutil.rmtree(temporary, ignore_errors=True)
         raise _explained(error, final, folder) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for path in checkpoints(folder)[:-keep]:
+    replaced = [path for path in folder.glob(f"step-{step:08d}*") if path != final]
+    for path in replaced + [path for path in checkpoints(folder) if path not in replaced][:-keep]:
         _remove(path)
     return final
 
@@ -151,8 +163,8 @@ def checkpoints(folder: Path) -> list[Path]:
     """Return the whole checkpoints in ``folder``, oldest first; what is half written or damaged is passed over."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if _described(path) is not None]
+    found = [(int(m[1]), int(m[2] or 0), path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
+    return [path for *_, path in sorted(found) if _described(path) is not None]
 
 
 def latest(run: Path) -> Path | None:
@@ -185,7 +197,7 @@ def load(path: Path, *, parts: Sequence[str] | None = None) -> Checkpoint:
             }
             load_tensors(tensors, storage_reader=reader, no_dist=True)
         state = unpack(tensors, tree)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return Checkpoint(path, described["step"], described["config"], state)
 
@@ -216,6 +228,15 @@ def _described(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return described if whole else None
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    """``step-00000100``, or with a number behind it if the step was saved before and must stay until this is whole."""
+    final, number = folder / f"step-{step:08d}", 0
+    while final.exists():
+        number += 1
+        final = folder / f"step-{step:08d}.{number}"
+    return final
 
 
 def _flush(path: Path) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,8 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False) -> int:
         if world.main:
             out.mkdir(parents=True, exist_ok=True)
             _write_once(out, parts)
-            _say_plan(console, parts)
+            if not quiet:
+                _say_plan(console, parts)
         barrier()
         return _fit(parts, out, console, stop, None)
 
@@ -241,8 +243,9 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
     finally:
         for reporter in trainer.reporters:
             reporter.close()
+    complete = trainer.step == config.steps and trainer.logged == trainer.step
     if parts.world.main:
-        if trainer.step < config.steps or stop.signal:
+        if not complete:
             console.print(
                 f"Stopped after step {trainer.step} of {config.steps}; everything is saved. "
                 f"Go on with: danlu resume {out}",
@@ -255,7 +258,8 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
                 soft_wrap=True,
                 highlight=False,
             )
-    return stop.exit_code
+    # Of several processes the one that was asked to stop may be another.
+    return 0 if complete else stop.exit_code or 128 + signal.SIGTERM
 
 
 def _reporters(config: TrainConfig, out: Path, console: Console, after: int) -> list[Reporter]:
@@ -294,9 +298,7 @@ def _objective(config: RunConfig, model: nn.Module, data: Any) -> Any:
 
 def _refuse_existing(out: Path, world: World) -> None:
     if world.main and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} exists already and is left as it is; choose another folder or: danlu resume {out}"
-        )
+        raise FileExistsError(f"{out} exists and is left as it is; choose another folder, or: danlu resume {out}")
 
 
 def _refuse_other(config: RunConfig, saved: checkpoint.Checkpoint) -> None:

@@ -6,6 +6,7 @@ processes, gives the step of one large batch, however unevenly the units are spr
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -282,15 +283,19 @@ class Trainer:
             loss += part.detach()
         norm = grad_norm(self.parameters) if config.clip is None else clip_grad_norm_(self.parameters, config.clip)
         lr = float(self.optimizers[0].param_groups[0]["lr"])
-        if self.guard.allows(norm, self.objective.named_parameters()):
+        allowed = self.guard.allows(norm, self.objective.named_parameters())
+        if allowed:
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.objective)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        for schedule in self.schedules:
-            schedule.step()
+        with warnings.catch_warnings():
+            if not allowed:  # a skipped first step is no mistake in the order of calls
+                warnings.simplefilter("ignore")
+            for schedule in self.schedules:
+                schedule.step()
         if self.world.size > 1:
             self._stopping = bool(totals[1] > 0)
         self.step += 1
@@ -375,6 +380,7 @@ class Trainer:
             found = {name: mean / max(total, 1) for name, mean in zip(names, means, strict=True)}
         self._report({**record, **found})
         self._unevaluated = None
+        self.saved = None  # a checkpoint that still asks for this evaluation is out of date
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,0 +1,111 @@
+import pytest
+import torch
+import toy
+from torch import Tensor, nn
+
+from danlu.train import TrainConfig, assemble
+from danlu.train.device import Policy
+from danlu.train.plan import activation_bytes, sentences, state_bytes
+
+
+class Product(nn.Module):
+    """Keeps exactly its input (for the weight's gradient) and its tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 5))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        self.calls += 1
+        return torch.tanh(batch["x"] @ self.weight.T).sum()
+
+
+def test_activations_are_counted_and_nothing_is_changed() -> None:
+    objective, x = Product(), torch.randn(11, 3, 5)
+    before = torch.get_rng_state()
+    assert activation_bytes(objective, {"x": x}) == 11 * 4 * (3 * 7) + 11 * x.untyped_storage().nbytes()
+    assert float(objective.calls) == 0
+    assert objective.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_optimizer_state_is_what_the_optimizer_will_hold() -> None:
+    parts = assemble(toy.run_config())
+    batch = next(parts.data.train)
+    parts.objective(batch).backward()
+    for optimizer in parts.optimizers:
+        optimizer.step()
+    held = sum(
+        value.nbytes
+        for optimizer in parts.optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.dim() > 0
+    )
+    assert state_bytes(parts.optimizers) == held
+
+
+class Mixture(nn.Linear):
+    def parameter_counts(self) -> tuple[int, int]:
+        return 2_000_000, 500_000
+
+
+class Counted(Product):
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.tensor(batch["x"].shape[0])
+
+
+def test_the_plan_says_sizes_tokens_and_time() -> None:
+    policy = Policy(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        matmul_precision="highest",
+        threads=2,
+        gflops={"float32": 100.0, "bfloat16": 50.0},
+        name="a processor",
+    )
+    said = " ".join(
+        sentences(
+            TrainConfig(steps=100, accumulate=2, compile=True),
+            model=Mixture(2, 3),
+            objective=Counted(),
+            optimizers=[],
+            batch={"x": torch.randn(10, 3, 5)},
+            policy=policy,
+            processes=2,
+            flops=1e9,
+            manifest={
+                "source": "a book",
+                "bytes": 1_500_000,
+                "documents": 1,
+                "train_tokens": 1000,
+                "warnings": ["It is short."],
+            },
+        )
+    )
+    for part in (
+        "Data: a book, 1.50 MB in 1 document. It is short.",
+        "Model: 2 million parameters, of which 500 thousand work on each token.",
+        "Training: 100 steps of 40 tokens, 4 thousand in all, 4.0 passes over the data.",
+        "a processor: computes in float32 on 2 threads, float32 products at precision 'highest'",
+        "Time: about 50 s, if 40% of the measured speed is reached",  # 4000 * 1e9 / (0.4 * 2 * 1e11)
+        "The first step compiles the model",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_an_average_of_the_weights_costs_memory(ema: float | None) -> None:
+    objective = Counted()
+    objective.weight = nn.Parameter(torch.zeros(2**18, 5))
+    said = sentences(
+        TrainConfig(ema=ema),
+        model=nn.Linear(1, 1),
+        objective=objective,
+        optimizers=[torch.optim.AdamW(objective.parameters())],
+        batch={"x": torch.randn(1, 1, 5)},
+        policy=assemble(toy.run_config()).policy,
+    )
+    copies = 5 if ema else 4
+    assert f"Memory: about {round(copies * 5 + 1)} MiB" in " ".join(said)
