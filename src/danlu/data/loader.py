@@ -202,7 +202,7 @@ def check_shares(batch: int, rank: int, world: int) -> None:
     integer("world", world)
     integer("rank", rank, low=0, high=world - 1)
     if batch % world:
-        raise ValueError(f"batch counts the windows of all {world} processes and must be a multiple of it, got {batch}")
+        raise ValueError(f"batch is shared among {world} processes and must be a multiple of {world}, got {batch}")
 
 
 def check_identity(state: dict[str, Any], identity: dict[str, int | str]) -> None:
