@@ -1,5 +1,7 @@
 """The command line as a person meets it: what it answers, in how many lines, and with which exit code."""
 
+import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -8,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from danlu.cli import main
+from danlu.cli import main, verbs
 from danlu.cli.overrides import apply, leaves
 from danlu.cli.parser import VERBS, parse
 
@@ -187,3 +189,110 @@ def test_the_command_exits_with_its_code_and_prints_errors_on_stderr() -> None:
     done = danlu("trian")
     assert (done.returncode, done.stdout) == (2, "")
     assert danlu("--version").stdout.startswith("danlu ")
+
+
+SMALL = [
+    "--train.steps=4",
+    "--train.eval_every=2",
+    "--train.checkpoint_every=2",
+    "--train.precision=float32",
+    "--train.threads=1",
+    "--data.vocab_size=300",
+    "--data.length=32",
+    "--data.batch=2",
+    "--model.dim=32",
+    "--model.layers=2",
+    "--model.hidden=48",
+    "--model.attention.heads=2",
+    "--model.attention.kv_rank=16",
+    "--model.attention.nope_dim=8",
+    "--model.attention.rope_dim=8",
+    "--model.attention.value_dim=8",
+    "--model.experts.experts=4",
+    "--model.experts.active=2",
+    "--model.experts.hidden=16",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder that `danlu train` made of a small text."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "text.txt").write_text("".join(f"line {i} of the text, and {i * i % 97} more\n" for i in range(400)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DANLU_CACHE", str(place / "cache"))
+        assert main(["train", "--data", str(place / "text.txt"), "--out", str(place / "run"), *SMALL]) == 0
+    return place / "run"
+
+
+def test_a_run_folder_holds_what_the_other_verbs_need(trained: Path) -> None:
+    expected = ["config.json", "manifest.json", "metrics.jsonl", "tokenizer.json", "samples.txt", "report.html"]
+    assert [name for name in expected if not (trained / name).is_file()] == []
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all({"loss", "tokens", "time"} <= record.keys() for record in records)
+    assert [("val_loss" in record, "val_bpb" in record) for record in records] == [(False,) * 2, (True,) * 2] * 2
+
+
+def test_samples_of_one_seed_are_the_same_text_and_begin_with_the_prompt(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["sample", str(trained), "--prompt", "line 7", "--tokens", "12", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("line 7")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_temperature_of_zero_needs_no_seed_and_count_writes_several(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(trained), "--temperature", "0", "--tokens", "5", "--count", "2"]) == 0
+    first, second = capsys.readouterr().out.split("--- 2 of 2\n")
+    assert first == f"--- 1 of 2\n{second}"
+
+
+def test_a_terminal_is_not_given_the_escape_sequences_that_a_model_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b[2Jb\tc\r\n\x07é"
+    assert verbs._shown(text) == text, "a pipe is given the text as it is"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert verbs._shown(text) == "a\ufffd[2Jb\tc\ufffd\n\ufffdé"
+
+
+def test_eval_prints_the_measures_of_the_last_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(trained)]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(printed["val_loss"]) == pytest.approx(last["val_loss"], rel=1e-5)
+    assert float(printed["val_bpb"]) == pytest.approx(last["val_bpb"], rel=1e-5)
+
+
+def test_a_run_folder_is_never_overwritten(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    assert main(["train", "--data", str(trained.parent / "text.txt"), "--out", str(trained), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "danlu resume" in error
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+@pytest.mark.parametrize("option", ["--tokens=-1", "--count=0", "--temperature=-0.5", "--top-k=0", "--top-p=1.5"])
+def test_impossible_sampling_options_are_refused_by_their_name(
+    trained: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(trained), option]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"danlu: {option.split('=')[0]} must be")
+
+
+@pytest.mark.parametrize("name", ["lm", "lm-baseline"])
+def test_the_options_that_show_prints_give_the_recipe_back(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from danlu.recipes import load
+
+    assert main(["show", name, "--format", "options"]) == 0
+    words = [word for line in capsys.readouterr().out.splitlines() for word in shlex.split(line)]
+    assert apply(load(name), words, fixed=["recipe"]) == load(name)
+    assert main(["show", name, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == name

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _write_samples(folder: Path) -> None:
         for index in range(_SAMPLES):
             heading = f"--- sample {index + 1} of {_SAMPLES}"
             text = "".join(_write(model, tokenizer, tokens=_SAMPLE_TOKENS, seed=config.train.seed + index))
-            print(heading, text, sep="\n", flush=True)
+            print(heading, _shown(text), sep="\n", flush=True)
             print(heading, text, sep="\n", file=file)
 
 
@@ -98,7 +99,7 @@ def sample(arguments: argparse.Namespace) -> int:
             seed=None if arguments.seed is None else arguments.seed + index,
         )
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(_shown(piece), end="", flush=True)
         print()
     return 0
 
@@ -137,6 +138,13 @@ def _write(
         stop=tokenizer.end,
     )
     return tokenizer.decode_stream(drawn)  # type: ignore[no-any-return]
+
+
+def _shown(text: str) -> str:
+    """Return ``text`` as a terminal may show it: a model can write escape sequences that would take the screen over."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def eval(arguments: argparse.Namespace) -> int:
