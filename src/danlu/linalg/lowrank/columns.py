@@ -59,7 +59,7 @@ def choose_columns(
             ``"norm_random"`` by column norm; ``"uniform"``; ``"kmeans"`` the column nearest to each cluster centre.
             Arrays and implicit matrices take ``"sketch"``, ``"sample"``, ``"uniform"`` and those that start from
             singular vectors.
-        oversample: rows of the sketch (default 2 r) or columns of the sample (default 3 r), at least r.
+        oversample: rows of the sketch (default 2 r + 10) or columns of the sample (default 3 r), at least r.
         power: ``"sketch"`` only: subspace iterations on Ω, each two more passes over the matrix.
         dominant: g, the number of singular vectors behind leverage scores and DEIM; default r. With g as large as the
             numerical rank of a square matrix every leverage score is 1 and says nothing.
@@ -77,8 +77,6 @@ def choose_columns(
     check_rank(rank, matrix.shape)
     choice("method", method, CHOOSERS)
     n = matrix.shape[-1]
-    if oversample is not None:
-        integer("oversample", oversample, low=rank)
     if method in SPECTRAL:
         return from_singular_vectors(
             svd(matrix, _dominant(rank, dominant, method, matrix), generator=generator).Vh.mT, rank, method, generator
@@ -86,7 +84,9 @@ def choose_columns(
     if method == "uniform":
         return _draw(torch.ones(*_batch(matrix), n, device=matrix.device), rank, generator)
     if method == "sample":
-        sample = _draw(torch.ones(*_batch(matrix), n, device=matrix.device), min(n, oversample or 3 * rank), generator)
+        size = 3 * rank if oversample is None else oversample
+        integer("oversample", size, low=rank)
+        sample = _draw(torch.ones(*_batch(matrix), n, device=matrix.device), min(n, size), generator)
         T = columns_of(matrix, sample).mT.contiguous()
         check_finite("M", T, matrix)
         return sample.gather(-1, pivots(T, rank)[0])
@@ -116,9 +116,10 @@ def sketch(
 
     A sketch with as many rows as M would only blur it: M itself is the sketch then.
     """
-    integer("power", power, low=0)
     m = M.shape[-2]
-    size = rows or 2 * rank
+    size = 2 * rank + 10 if rows is None else rows
+    integer("oversample", size, low=rank)
+    integer("power", power, low=0)
     if size >= m and not isinstance(M, ImplicitMatrix):
         P = gaussian(M, m, probes, generator)
         T = M.mT.contiguous()
