@@ -186,3 +186,11 @@ def test_impossible_fields_are_refused_by_name(changes: dict[str, object], messa
 def test_impossible_balancing_is_refused_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossFreeConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_decoding_one_token_equals_the_training_path() -> None:
+    layer, x = build(), random(5, 11)
+    together = layer(x)
+    with torch.no_grad():
+        alone = torch.cat([layer(row) for row in x.split(1)])
+    torch.testing.assert_close(alone, together, rtol=1e-12, atol=1e-12)

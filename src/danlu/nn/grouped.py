@@ -16,6 +16,10 @@ from torch import Tensor
 from danlu.nn.feed_forward import swiglu_backward
 
 
+_FEW = 16
+"""Choices up to which a CPU loses more by sorting the tokens than by taking them one by one."""
+
+
 def _fused_products(x: Tensor, *sizes: int) -> bool:
     """Whether torch's grouped product serves: bfloat16 with rows that are multiples of 16 bytes."""
     return x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
@@ -79,6 +83,16 @@ class _Experts(torch.autograd.Function):
         return grad_x, grad_gate, None, grad_up, grad_down
 
 
+def _few_choices(x_nd: Tensor, gate_nk: Tensor, chosen_nk: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """Decode a few tokens on a CPU: expert after expert straight from its weights, without sorting or gathering."""
+    y_nd = torch.zeros_like(x_nd)
+    for x_1d, y_1d, gate_k, chosen_k in zip(x_nd.split(1), y_nd.split(1), gate_nk.tolist(), chosen_nk.tolist()):
+        for gate, expert in zip(gate_k, chosen_k):
+            first, second = torch.mm(x_1d, w_up[expert].T.to(x_1d.dtype)).chunk(2, dim=1)
+            y_1d.addmm_(F.silu(first).mul_(second), w_down[expert].T.to(x_1d.dtype), alpha=gate)
+    return y_nd
+
+
 def routed_experts(x_nd: Tensor, gate_nk: Tensor, chosen_nk: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """``y_n = sum over k of gate_nk * expert_{chosen_nk}(x_n)`` for SwiGLU experts.
 
@@ -97,6 +111,8 @@ def routed_experts(x_nd: Tensor, gate_nk: Tensor, chosen_nk: Tensor, w_up: Tenso
     >>> routed_experts(x, torch.ones(5, 2), torch.tensor([[0, 2]]).expand(5, 2), w_up, w_down).shape
     torch.Size([5, 4])
     """
+    if chosen_nk.numel() <= _FEW and not torch.is_grad_enabled() and x_nd.device.type == "cpu":
+        return _few_choices(x_nd, gate_nk, chosen_nk, w_up, w_down)
     flat = chosen_nk.flatten()
     order_s = torch.argsort(flat, stable=True)
     token_s = torch.div(order_s, chosen_nk.shape[1], rounding_mode="floor")

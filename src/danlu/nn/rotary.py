@@ -84,6 +84,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if size > x.shape[-1]:
         raise ValueError(f"the tables rotate {size} coordinates, x has only {x.shape[-1]}")
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if not torch.is_grad_enabled():
+        return _rotate_into(x, cos, sin)
     if torch.compiler.is_compiling():
         turned, half = x[..., x.shape[-1] - size :], size // 2
         swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
