@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-__all__ = ["Checkpoint", "CheckpointError", "checkpoints", "latest", "load", "pack", "save", "unpack"]
+__all__ = ["Checkpoint", "CheckpointError", "checkpoints", "latest", "load", "pack", "plain_groups", "save", "unpack"]
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -200,6 +200,22 @@ def load(path: Path, *, parts: Sequence[str] | None = None) -> Checkpoint:
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return Checkpoint(path, described["step"], described["config"], state)
+
+
+def plain_groups(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state without the settings that are no plain values: the configuration gives those again.
+
+    >>> plain_groups({"state": {}, "param_groups": [{"lr": 0.1, "dtype": torch.float32, "params": [0]}]})
+    {'state': {}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}
+    """
+    groups = [{key: value for key, value in group.items() if _is_plain(value)} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))
 
 
 def _places(tree: Any) -> Iterator[str]:

@@ -59,11 +59,12 @@ def joined(device: str = "auto") -> Iterator[World]:
 def wrap(objective: nn.Module) -> nn.Module:
     """Return ``objective`` as called for training: data parallel in a world of several, itself in a world of one.
 
-    Buffers are not broadcast: what a module counts on its own rank (the load of experts) is its own to reduce.
+    Buffers are not shared while training: what a module counts on its own rank (the load of experts) is its own to
+    reduce.
     """
     if world().size == 1:
         return objective
-    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

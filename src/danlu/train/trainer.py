@@ -229,7 +229,7 @@ class Trainer:
             "seconds": self.seconds,
             "unevaluated": self._unevaluated,
             "objective": self.objective.state_dict(),
-            "optimizers": [_plain_groups(optimizer.state_dict()) for optimizer in self.optimizers],
+            "optimizers": [checkpoint.plain_groups(optimizer.state_dict()) for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "loader": dict(self.loader.state_dict()),
             "guard": self.guard.state_dict(),
@@ -389,15 +389,3 @@ def _due(step: int, every: int | None) -> bool:
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
-def _plain_groups(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state without the settings that are no plain values: those come from the configuration."""
-    groups = [{key: value for key, value in group.items() if _is_plain(value)} for group in state["param_groups"]]
-    return {**state, "param_groups": groups}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str, Tensor))
