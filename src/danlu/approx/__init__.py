@@ -1,8 +1,10 @@
 """Scalar approximation theory in NumPy: minimax polynomials, and compositions that drive singular values to 1."""
 
 from danlu.approx.bounds import capacity, geometric_gap, poisson_tail, poisson_tail_bound, series_coefficients
+from danlu.approx.budget import budgeted_composition, matrix_products
 from danlu.approx.coefficients import TABLES
 from danlu.approx.composition import Composition, optimal_composition, published
+from danlu.approx.fit import fit_composition
 from danlu.approx.minimax import Certificate, ConvergenceError, ExtendedMinimax, Minimax, certify, minimax
 
 __all__ = [
@@ -12,9 +14,12 @@ __all__ = [
     "ConvergenceError",
     "ExtendedMinimax",
     "Minimax",
+    "budgeted_composition",
     "capacity",
     "certify",
+    "fit_composition",
     "geometric_gap",
+    "matrix_products",
     "minimax",
     "optimal_composition",
     "poisson_tail",
