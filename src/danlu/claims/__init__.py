@@ -52,6 +52,9 @@ __all__ = [
 # method -> room
 REGISTRY: dict[str, str] = {
     "balance": "nn",
+    "bounds": "approx",
+    "composition": "approx",
+    "minimax": "approx",
     "mla": "nn",
     "moe": "nn",
     "rotary": "nn",
