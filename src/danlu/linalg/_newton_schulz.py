@@ -7,6 +7,7 @@ without computing any of them: with :math:`A = X X^T`, the step :math:`f(x) = a 
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +17,22 @@ from danlu.approx import Composition
 # A chunk of the stack is iterated to its end before the next begins, so that its buffers stay in cache.
 CHUNK_BYTES = 4 << 20
 
+# Rounding leaves a Gram matrix with eigenvalues of -eps and so where it should have zeros, and a step that multiplies
+# small singular values by a multiplies those by a^2, until they leave the interval in which the polynomials converge.
+# This is how much growth each format bears before the last step.
+_GRAM_GROWTH = {torch.float64: 1e12, torch.float32: 1e5, torch.bfloat16: 160.0}
+
+# Frobenius over Schatten-8 norm from which a spectrum counts as flat: 1.3 for a power law 1/i, 4 and more for Gaussian
+# matrices of side 128 and up.
+_FLAT = 3.5
+
 
 def orthogonalize(
     stack_bmn: Tensor,
     composition: Composition,
     *,
     short: Composition | None = None,
+    scale: Literal["schatten8", "frobenius"] = "schatten8",
     gram_steps: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
@@ -32,16 +43,18 @@ def orthogonalize(
 
     The scale is first a power of two (exact in every format), then the Schatten-8 norm
     :math:`\\|(M M^T)^2\\|_F^{1/4} \\ge \\sigma_1`, which the first step computes anyway and which is several times
-    tighter than the Frobenius norm on flat spectra. A zero matrix gives zero.
+    tighter than the Frobenius norm on flat spectra. A zero matrix gives zero. Not for float16, which has not the range
+    to hold the square of a Gram matrix.
 
     Args:
         stack_bmn: ``(B, m, n)``, a floating dtype, in which the products run; any strides, any device.
         composition: odd polynomials designed for [lower, 1], with a safety factor where the dtype is a half format.
         short: a composition with fewer steps, taken for a chunk of the stack whose matrices all have a Frobenius norm
             of at least 3.5 times their scale: their spectra are flat, so fewer values are small. Waits for the device.
+        scale: ``"frobenius"`` is the scale that published coefficient sets were fitted for.
         gram_steps: how many of the last steps iterate on the small Gram matrix and touch the large one only once at
-            the end. By default as many as save products, at most 3 in half formats and all but the first otherwise:
-            the first acts on the matrix itself because forming its Gram matrix squares the condition number.
+            the end. By default as many as save products and the dtype bears; never the first, because forming the Gram
+            matrix squares the condition number.
         chunk_bytes: on a CPU, the size of one chunk of the stack.
 
     Returns:
@@ -68,7 +81,7 @@ def orthogonalize(
             target = out[start : start + size]
             if chunk.shape[0] == 1:  # mm is quicker than bmm of one
                 chunk, target = chunk[0], target[0]
-            result = _iterate(chunk, steps, short.coefficients if short else None, gram_steps, target)
+            result = _iterate(chunk, steps, short.coefficients if short else None, scale, gram_steps, target)
             if torch.compiler.is_compiling():
                 return result.reshape(stack_bmn.shape)
     return out
@@ -85,30 +98,39 @@ def power_of_two_scale(M: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), (-exponent).clamp(max=126))
 
 
-def default_gram_steps(steps: int, m: int, n: int, dtype: torch.dtype) -> int:
+def default_gram_steps(steps: Sequence[Sequence[float]], m: int, n: int, dtype: torch.dtype) -> int:
     """Return the number of last steps that are cheapest in Gram space, within what the dtype bears.
 
     In units of ``min(m, n)**3`` and with aspect ratio r, k steps of degree 5 cost k(2r + 1) on the matrix and
     2r + 4k - 3 on the Gram side.
     """
     ratio = max(m, n) / min(m, n)
-    bearable = min(3, steps - 1) if dtype.itemsize < 4 else steps - 1
-    saving = [k * (2 * ratio + 1) - (2 * ratio + 4 * k - 3) for k in range(1, bearable + 1)]
-    best = max(range(len(saving)), key=saving.__getitem__, default=-1)
-    return best + 1 if best >= 0 and saving[best] > 0 else 0
+    best, most_saved, growth = 0, 0.0, 1.0
+    for k in range(1, len(steps)):
+        if k > 1:
+            growth *= steps[len(steps) - k][0] ** 2
+        if growth > _GRAM_GROWTH[dtype]:
+            break
+        saved = k * (2 * ratio + 1) - (2 * ratio + 4 * k - 3)
+        if saved > most_saved:
+            best, most_saved = k, saved
+    return best
 
 
 def _iterate(
     M: Tensor,
     steps: Sequence[Sequence[float]],
     short: Sequence[Sequence[float]] | None,
+    scale: str,
     gram_steps: int | None,
     out: Tensor,
 ) -> Tensor:
     """Return the composition of one chunk ``M``, ``(m, n)`` or ``(b, m, n)``, written into ``out`` in eager mode."""
     m, n = M.shape[-2:]
     wide = m <= n
-    tail = default_gram_steps(len(steps), m, n, M.dtype) if gram_steps is None else min(gram_steps, len(steps) - 1)
+
+    def tail_of(steps: Sequence[Sequence[float]]) -> int:
+        return default_gram_steps(steps, m, n, M.dtype) if gram_steps is None else min(gram_steps, len(steps) - 1)
 
     def gram(X: Tensor, out: Tensor) -> Tensor:
         return _product(X, X.mT, out) if wide else _product(X.mT, X, out)
@@ -117,6 +139,7 @@ def _iterate(
         return _product(P, X, out) if wide else _product(X, P, out)
 
     # X alternates between two buffers; begin in the one that makes the last product land in `out`.
+    tail = tail_of(steps)
     products = len(steps) - tail + (tail > 0)
     X, other = (out, torch.empty_like(out)) if products % 2 == 0 else (torch.empty_like(out), out)
     A, T, P = (M.new_empty((*M.shape[:-2], min(m, n), min(m, n))) for _ in range(3))
@@ -125,9 +148,11 @@ def _iterate(
     A = gram(X, A)
     T = _product(A, A, T)
     bound = torch.linalg.vector_norm(T, dim=(-2, -1), keepdim=True, dtype=at_least_float32(M.dtype)).pow(0.25)
-    if short is not None and _flat(A, bound):
-        tail = min(tail, len(short) - 1)
-        steps = short
+    frobenius = A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=bound.dtype)[..., None, None].sqrt()
+    if short is not None and bool((frobenius >= _FLAT * bound).all()):
+        steps, tail = short, tail_of(short)
+    if scale == "frobenius":
+        bound = frobenius
     # The largest entry is at least 1/2, hence so is the largest singular value, unless the matrix is zero.
     P = _scaled_polynomial(A, T, steps[0], bound.clamp_min(0.25).reciprocal())
     X, other = apply(P, X, other), X
@@ -147,7 +172,8 @@ def _iterate(
             if Q is None:
                 Q, P = P, torch.empty_like(P)
             else:
-                Q, T = _product(P, Q, T), Q
+                # The factors commute but for rounding, which the order in which they meet X keeps from being amplified.
+                Q, T = (_product(P, Q, T) if wide else _product(Q, P, T)), Q
         assert Q is not None
         X = apply(Q, X, other)
     if X is not out and not torch.compiler.is_compiling():
@@ -206,12 +232,6 @@ def _fused(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float, out: Tens
         return beta * C + alpha * (A @ B)
     fused = torch.addmm if A.ndim == 2 else torch.baddbmm
     return fused(C, A, B, beta=beta, alpha=alpha, out=out)
-
-
-def _flat(A: Tensor, bound: Tensor) -> bool:
-    """Say whether every matrix with Gram matrix ``A`` has a Frobenius norm of 3.5 times its Schatten-8 norm or more."""
-    mass = A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=bound.dtype).sqrt()
-    return bool((mass >= 3.5 * bound.squeeze((-2, -1))).all())
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -12,26 +12,14 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number
-from danlu.approx import Composition, optimal_composition, published
+from danlu.approx import TABLES, Composition, optimal_composition, published
 from danlu.linalg._matrix import check_matrix
 from danlu.linalg._newton_schulz import at_least_float32, orthogonalize, power_of_two_scale
 
 __all__ = ["METHODS", "default_compositions", "msign", "orthogonalize", "polar", "rank_tolerance"]
 
 # Names accepted by `msign`: "auto", "svd", "designed" and the published coefficient sets of danlu.approx.
-METHODS = (
-    "auto",
-    "svd",
-    "designed",
-    "classical",
-    "jordan",
-    "you",
-    "su_shared",
-    "su_x50",
-    "su_x200",
-    "su_x5",
-    "polar_express",
-)
+METHODS = ("auto", "svd", "designed", *sorted(TABLES))
 
 
 @functools.lru_cache
@@ -44,7 +32,7 @@ def default_compositions(dtype: torch.dtype) -> tuple[Composition, Composition |
     """
     if dtype.itemsize < 4:
         robust = functools.partial(optimal_composition, cushion=0.04, safety=1.01)
-        return robust(2e-3, 5), robust(4.5e-3, 4)
+        return robust(2e-3, 5), robust(6e-3, 4)
     if dtype == torch.float32:
         return optimal_composition(1e-3, 7, cushion=0.024), None
     return optimal_composition(1e-5, 10), None
@@ -74,13 +62,14 @@ def msign(
         method: ``"svd"`` is exact, with singular values below ``eps * max(m, n) * sigma_1`` counted as zero.
             ``"designed"`` is the composition of minimax polynomials made for the interval [lower, 1] of singular values
             relative to the Schatten-8 norm; it is what ``"auto"`` takes in float32 and the half formats (``"auto"`` is
-            ``"svd"`` in float64). A name in `METHODS` is a published set of coefficients; a `Composition` is applied as
-            it is.
+            ``"svd"`` in float64). A `Composition` is applied as it is. Another name in `METHODS` is a published set of
+            coefficients, applied as published: to the matrix divided by its Frobenius norm.
         steps: number of steps; ``"auto"`` takes the set's own, or for designed coefficients 7 in float32 (reaching
             1e-3) and in the half formats 4 or 5 by the flatness of the spectrum; with ``lower`` given, as many as it
             needs.
         lower: smallest relative singular value that designed coefficients bring to 1.
-        dtype: in which the products run; by default that of ``M``.
+        dtype: in which the products run; by default that of ``M``. float16 is iterated in float32, because the square
+            of a Gram matrix leaves its range.
 
     Returns:
         ``(…, m, n)`` in the dtype of ``M``. Frobenius error over sqrt(rank), for relative singular values in [1e-3, 1]:
@@ -106,8 +95,10 @@ def msign(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a real floating torch.dtype or None, got {dtype!r}")
     working = dtype or M.dtype
+    if working == torch.float16:
+        working = torch.float32
     composition, short = _resolve(method, steps, lower, working)
-    result: Tensor = _MSign.apply(M, composition, short, working)
+    result: Tensor = _MSign.apply(M, composition, short, "frobenius" if method in TABLES else "schatten8", working)
     return result
 
 
@@ -189,7 +180,12 @@ def _designed(steps: int | None, lower: float | None, dtype: torch.dtype) -> tup
 class _MSign(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, M: Tensor, composition: Composition | None, short: Composition | None, dtype: torch.dtype
+        ctx: Any,
+        M: Tensor,
+        composition: Composition | None,
+        short: Composition | None,
+        scale: Literal["schatten8", "frobenius"],
+        dtype: torch.dtype,
     ) -> Tensor:
         if M.numel() == 0:
             X = torch.empty_like(M)
@@ -198,15 +194,16 @@ class _MSign(torch.autograd.Function):
         else:
             # The scale comes before the cast, which could overflow or underflow.
             scaled = M if dtype == M.dtype else (M * power_of_two_scale(M)).to(dtype)
-            X = orthogonalize(scaled.reshape(-1, *M.shape[-2:]), composition, short=short).reshape(M.shape).to(M.dtype)
+            stack = scaled.reshape(-1, *M.shape[-2:])
+            X = orthogonalize(stack, composition, short=short, scale=scale).reshape(M.shape).to(M.dtype)
         ctx.save_for_backward(M, X)
         return X
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None, None]:
         M, X = ctx.saved_tensors
-        return _msign_backward(M, X, G), None, None, None
+        return _msign_backward(M, X, G), None, None, None, None
 
 
 def _svd_msign(M: Tensor) -> Tensor:
