@@ -55,6 +55,7 @@ REGISTRY: dict[str, str] = {
     "bounds": "approx",
     "composition": "approx",
     "minimax": "approx",
+    "lowrank": "linalg",
     "mla": "nn",
     "moe": "nn",
     "rotary": "nn",
