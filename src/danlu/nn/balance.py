@@ -83,8 +83,8 @@ class Balancer(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("bias", torch.zeros(experts))
-        # Between two updates only; a checkpoint is written after an update.
-        self.register_buffer("counts", torch.zeros(experts), persistent=False)
+        # Saved too: a step that was skipped leaves its choices to the next update, which may follow a resume.
+        self.register_buffer("counts", torch.zeros(experts))
         self.register_buffer("load", torch.zeros(experts), persistent=False)
 
     def reset_parameters(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from danlu._validate import integer
@@ -64,29 +65,32 @@ class CausalLM(nn.Module):
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
         """Mean loss over ``batches``: ``val_loss`` in nats a token, ``val_bpb`` in bits a byte of text.
 
+        With several processes each brings its own batches, and all get the mean over those of all.
+
         Raises:
             ValueError: no token has a target.
         """
         was_training = self.training
         self.eval()
         device = self.model.embedding.device
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        tokens = torch.zeros((), dtype=torch.int64, device=device)
-        size = torch.zeros((), dtype=torch.int64, device=device)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
         try:
             for batch in batches:
-                total += self(batch)
-                tokens += self.count(batch)
+                sums[0] += self(batch)
+                sums[1] += self.count(batch)
                 if self.byte_lengths is not None:
                     targets = batch["targets"]
-                    size += self.byte_lengths[targets[targets != IGNORE]].sum()
+                    sums[2] += self.byte_lengths[targets[targets != IGNORE]].sum()
         finally:
             self.train(was_training)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        nats, tokens, size = sums.tolist()
         if not tokens:
             raise ValueError("batches must hold at least one token with a target, got none")
-        result = {"val_loss": float(total / tokens)}
+        result = {"val_loss": nats / tokens}
         if size:
-            result["val_bpb"] = float(total / size) / math.log(2)
+            result["val_bpb"] = nats / size / math.log(2)
         return result
 
     def metrics(self) -> dict[str, float]:
