@@ -53,12 +53,20 @@ __all__ = [
 REGISTRY: dict[str, str] = {
     "balance": "nn",
     "bounds": "approx",
+    "clip": "optim",
     "composition": "approx",
-    "minimax": "approx",
+    "lion": "optim",
     "lowrank": "linalg",
+    "mclip": "linalg",
+    "minimax": "approx",
     "mla": "nn",
     "moe": "nn",
+    "msign": "linalg",
+    "muon": "optim",
     "rotary": "nn",
+    "schedules": "optim",
+    "spectral": "linalg",
+    "tiger": "optim",
 }
 
 _EXAMPLES = """examples:

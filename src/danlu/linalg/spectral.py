@@ -119,7 +119,7 @@ def spectral_decay_(
     >>> import torch
     >>> W = torch.diag(torch.tensor([2.0, 1.0]))
     >>> v = spectral_decay_(W, 0.25, iterations=30)
-    >>> W.round(decimals=6)
+    >>> W.round(decimals=6) + 0.0
     tensor([[1.5000, 0.0000],
             [0.0000, 1.0000]])
     """
