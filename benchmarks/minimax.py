@@ -28,17 +28,24 @@ def runge(x: Array) -> Array:
     return np.asarray(1 / (1 + 25 * x * x))
 
 
+def runge_slope(x: Array) -> Array:
+    """Derivative of Runge's function."""
+    return np.asarray(-50 * x * runge(x) ** 2)
+
+
 FUNCTIONS: dict[str, Function] = {"abs": np.abs, "runge": runge, "exp": np.exp}
+SLOPES: dict[str, Function] = {"abs": np.sign, "runge": runge_slope, "exp": np.exp}
 
 
-def peers(f: Function, degree: int) -> dict[str, Callable[[], Function]]:
+def peers(name: str, degree: int) -> dict[str, Callable[[], Function]]:
     """Solvers of the installed peers; each returns what it found, as a function."""
     if importlib.util.find_spec("baryrat") is None:
         return {}
     import baryrat
 
+    f, slope = FUNCTIONS[name], SLOPES[name]
     return {
-        "baryrat bpane": lambda: baryrat.bpane(f, (-1, 1), (degree, 0), tol=1e-7, maxiter=500),
+        "baryrat bpane": lambda: baryrat.bpane(f, slope, (-1, 1), degree, tol=1e-7, maxiter=500),
         "baryrat brasil": lambda: baryrat.brasil(f, (-1, 1), (degree, 0), tol=1e-7),
     }
 
@@ -56,7 +63,7 @@ def speed(options: harness.Options) -> list[harness.Comparison]:
         for degree in (5, 10, 20):
             best = minimax(f, degree)
             runs: dict[str, Callable[[], object]] = {"danlu": lambda f=f, degree=degree: minimax(f, degree)}
-            for peer, solve in peers(f, degree).items():
+            for peer, solve in peers(name, degree).items():
                 with warnings.catch_warnings(), np.errstate(all="ignore"):
                     warnings.simplefilter("ignore")
                     try:
