@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import integer, number
+from danlu.models.gpt import GPT
 from danlu.models.transformer import Transformer
 
 
@@ -47,7 +48,7 @@ def sample_token(
 
 @torch.inference_mode()
 def generate(
-    model: Transformer,
+    model: Transformer | GPT,
     prompt: Sequence[int],
     *,
     max_new_tokens: int = 256,
@@ -62,7 +63,7 @@ def generate(
     The model is put into evaluation mode. The cache is allocated once for prompt and continuation.
 
     Args:
-        model: a `Transformer`.
+        model: a `Transformer` or `GPT`.
         prompt: at least one token number.
         max_new_tokens: how many tokens to draw at most.
         temperature: 0 is greedy.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from danlu._validate import integer
-from danlu.models import Transformer
+from danlu.models import GPT, Transformer
 from danlu.nn.balance import expert_load
 from danlu.objectives.cross_entropy import IGNORE, linear_cross_entropy
 
@@ -43,7 +43,7 @@ class CausalLM(nn.Module):
     byte_lengths: Tensor | None
 
     def __init__(
-        self, model: Transformer, config: CausalLMConfig | None = None, *, byte_lengths: Tensor | None = None
+        self, model: Transformer | GPT, config: CausalLMConfig | None = None, *, byte_lengths: Tensor | None = None
     ) -> None:
         super().__init__()
         config = CausalLMConfig() if config is None else config

@@ -1,7 +1,7 @@
 """Language models on text: the default, its dense counterpart, and the baseline both are compared with."""
 
 from danlu.data import TextConfig
-from danlu.models import TransformerConfig
+from danlu.models import GPTConfig, TransformerConfig
 from danlu.nn import GQAConfig, MLAConfig, MoEConfig
 from danlu.objectives import CausalLMConfig
 from danlu.optim import AdamWConfig, MuonConfig, WarmupStableDecay
@@ -41,11 +41,11 @@ def lm_dense() -> RunConfig:
 
 
 def lm_baseline() -> RunConfig:
-    """A dense GPT (multi-head attention, gated feed-forward) of the same active size, trained by AdamW."""
+    """A plain GPT of the same active size, trained by AdamW."""
     return RunConfig(
         recipe="lm-baseline",
         data=TextConfig(vocab_size=4096, length=256, batch=16),
-        model=TransformerConfig(dim=256, layers=4, hidden=640, attention=GQAConfig(heads=4)),
+        model=GPTConfig(dim=256, layers=4, heads=4),
         objective=CausalLMConfig(),
         optim=AdamWConfig(lr=2e-3),
         schedule=WarmupStableDecay(warmup=0.02, decay=0.4),

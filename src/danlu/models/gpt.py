@@ -1,0 +1,142 @@
+"""The plain GPT that everything else is compared with (Radford et al., 2019, as most training scripts write it).
+
+Learned positions, LayerNorm before each layer, multi-head attention, a GELU network four times as wide, head tied to
+the embedding. Every weight is drawn from N(0, 0.02^2), those that write to the residual stream from
+N(0, 0.02^2 / (2 layers)). No biases.
+
+Shape suffixes: b batch, t time, d model size, v vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from danlu._validate import integer
+from danlu.nn import GQA, GQAConfig, LayerCache, Linear, declare, document_mask, rotary_angles
+
+_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Sizes of a `GPT`."""
+
+    vocab_size: int = 4096
+    """tokens; a recipe that trains its tokenizer sets this to the tokenizer's size"""
+    dim: int = 256
+    """model size"""
+    layers: int = 4
+    """blocks"""
+    heads: int = 4
+    """attention heads, a divisor of dim"""
+    context: int = 1024
+    """longest sequence: positions are learned one by one"""
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a gain and no bias."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = declare(nn.Parameter(torch.ones(dim)), "gain")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(..., dim)``."""
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype))
+
+
+class GPTBlock(nn.Module):
+    """Attention and a GELU network, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        c, out_std = config, _STD * (2 * config.layers) ** -0.5
+        self.attention_norm, self.feed_forward_norm = LayerNorm(c.dim), LayerNorm(c.dim)
+        self.attention = GQA(c.dim, GQAConfig(heads=c.heads, rope_dim=0), out_std=out_std)
+        nn.init.normal_(self.attention.qkv.weight, std=_STD)
+        self.up = Linear(c.dim, 4 * c.dim, std=_STD)
+        self.down = Linear(4 * c.dim, c.dim, std=out_std)
+
+    def forward(
+        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        """``(batch, time, dim)`` to the same."""
+        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask=mask, cache=cache)
+        y: Tensor = x_btd + self.down(F.gelu(self.up(self.feed_forward_norm(x_btd)), approximate="tanh"))
+        return y
+
+
+class GPT(nn.Module):
+    """Plain GPT; the methods are those of `danlu.models.Transformer`.
+
+    Raises:
+        ValueError: sizes that do not fit together, or a sequence beyond ``context``.
+
+    >>> model = GPT(GPTConfig(vocab_size=11, dim=12, layers=2, heads=3, context=5))
+    >>> model(torch.tensor([[1, 2, 3]])).shape, model.parameter_counts()
+    (torch.Size([1, 3, 11]), (3708, 3708))
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        for name in ("vocab_size", "dim", "layers", "heads", "context"):
+            integer(name, getattr(config, name))
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = declare(nn.Parameter(torch.empty(config.vocab_size, config.dim)), "embedding")
+        self.positions = declare(nn.Parameter(torch.empty(config.context, config.dim)), "embedding")
+        self.blocks = nn.ModuleList(GPTBlock(config) for _ in range(config.layers))
+        self.norm = LayerNorm(config.dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw embedding and positions anew."""
+        nn.init.normal_(self.embedding, std=_STD)
+        nn.init.normal_(self.positions, std=_STD)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(vocab, dim)``: the embedding."""
+        return self.embedding
+
+    def hidden(
+        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Normalised hidden states ``(batch, time, dim)``; arguments as in `Transformer.hidden`."""
+        start = cache[0].length if cache is not None else 0
+        end = start + tokens_bt.shape[1]
+        if end > self.config.context:
+            raise ValueError(f"this GPT has {self.config.context} positions (context), {end} are needed")
+        x_btd = F.embedding(tokens_bt, self.embedding) + self.positions[start:end]
+        x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
+        none = rotary_angles(torch.arange(start, end, device=tokens_bt.device), 0)
+        mask = None if documents is None else document_mask(documents)
+        for index, block in enumerate(self.blocks):
+            x_btd = block(x_btd, none, mask, None if cache is None else cache[index])
+        y: Tensor = self.norm(x_btd)
+        return y
+
+    def forward(
+        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Logits ``(batch, time, vocab)``."""
+        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache)
+        return F.linear(x_btd, self.head_weight.to(x_btd.dtype))
+
+    def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
+        """Empty caches, one a block, for ``batch`` sequences of up to ``capacity`` tokens."""
+        dtype, device = self.compute_dtype or self.embedding.dtype, self.embedding.device
+        return [block.attention.new_cache(batch, capacity, dtype=dtype, device=device) for block in self.blocks]  # type: ignore[union-attr, operator]
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """All parameters, twice: every one works on every token."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of a forward and a backward pass a token, as `Transformer.flops_per_token`."""
+        linear = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name != "positions")
+        attention = sum(block.attention.flops_per_token(length) for block in self.blocks)  # type: ignore[union-attr, operator]
+        return 6 * linear + 3 * float(attention)
