@@ -15,7 +15,6 @@ from torch import Tensor
 
 from danlu.nn.feed_forward import swiglu_backward
 
-
 _FEW = 16
 """Choices up to which a CPU loses more by sorting the tokens than by taking them one by one."""
 
