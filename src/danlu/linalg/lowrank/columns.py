@@ -52,7 +52,7 @@ def choose_columns(
     Args:
         M: (…, m, n) tensor in float32 or float64, or a 2-D array, memory map or :class:`ImplicitMatrix`.
         rank: r, from 1 to min(m, n).
-        method: ``"sketch"`` column-pivoted QR of Ω M with Gaussian Ω (the default: as good, a tenth of the work);
+        method: ``"sketch"`` column-pivoted QR of Ω M with Gaussian Ω (the default: its error within a few per cent);
             ``"cpqr"`` column-pivoted QR; ``"sample"`` the same on a uniform sample of columns; ``"greedy"`` the column
             that lowers the total residual most; ``"deim"``; ``"leverage"`` the largest leverage scores (it picks
             near-duplicates: it can be the worst of all) and ``"leverage_random"`` a draw by them; ``"norm"``,
