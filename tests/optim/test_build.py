@@ -30,6 +30,13 @@ def test_both_share_rate_and_decay_unless_told_otherwise():
     assert {g["lr"] for g in apart[1].param_groups} == {0.5}
 
 
+def test_embeddings_take_their_own_rate_where_one_is_given():
+    _, adamw = build_optimizers(model(), MuonConfig(lr=0.01, adamw_lr=0.02, embedding_lr=0.3))
+    rates = {group["role"]: group["lr"] for group in adamw.param_groups}
+    assert rates.pop("embedding") == 0.3
+    assert set(rates.values()) == {0.02}
+
+
 @pytest.mark.parametrize("config", [MuonConfig(no_decay=("gain", "bias")), AdamWConfig(no_decay=("gain", "bias"))])
 def test_roles_without_decay_have_none(config):
     decays = {g["role"]: g["weight_decay"] for o in build_optimizers(model(), config) for g in o.param_groups}

@@ -68,6 +68,8 @@ class MuonConfig:
         dtype: format of the iteration; ``auto`` takes the faster of float32 and bfloat16.
         momentum_dtype: format of Muon's momentum; ``auto`` is the parameter's own.
         adamw_lr: AdamW's learning rate; None for Muon's.
+        embedding_lr: learning rate of the embeddings, whose entries of size one want larger steps than a matrix;
+            None for adamw_lr.
         betas: AdamW's decays of the first and of the second moment.
         eps: added to the root of AdamW's second moment.
         no_decay: roles without decay.
@@ -83,14 +85,16 @@ class MuonConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     momentum_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     adamw_lr: float | None = None
+    embedding_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     no_decay: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         Muon([nn.Parameter(torch.zeros(1, 1))], **self.muon_options())  # the optimizer checks its own options
-        if self.adamw_lr is not None:
-            number("adamw_lr", self.adamw_lr, low=0)
+        for name in ("adamw_lr", "embedding_lr"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name), low=0)
         _check_betas("betas", self.betas)
         positive("eps", self.eps)
         _check_roles("no_decay", self.no_decay)
@@ -156,5 +160,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
         adamw = AdamWConfig(
             lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, no_decay=config.no_decay
         )
+        if config.embedding_lr is not None:
+            rest = [{**g, "lr": config.embedding_lr} if g["role"] == "embedding" else g for g in rest]
         optimizers.append(_adamw(rest, adamw))
     return optimizers

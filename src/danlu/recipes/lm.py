@@ -21,7 +21,7 @@ def lm() -> RunConfig:
             experts=MoEConfig(experts=16, active=4, hidden=128, shared=1),
         ),
         objective=CausalLMConfig(),
-        optim=MuonConfig(lr=3e-3),
+        optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
         schedule=WarmupStableDecay(warmup=0.02, decay=0.4),
         train=TrainConfig(steps=600),
     )
@@ -34,7 +34,7 @@ def lm_dense() -> RunConfig:
         data=TextConfig(vocab_size=4096, length=256, batch=16),
         model=TransformerConfig(dim=256, layers=4, hidden=640, attention=GQAConfig(heads=4)),
         objective=CausalLMConfig(),
-        optim=MuonConfig(lr=3e-3),
+        optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
         schedule=WarmupStableDecay(warmup=0.02, decay=0.4),
         train=TrainConfig(steps=600),
     )
