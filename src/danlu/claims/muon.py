@@ -23,7 +23,8 @@ def _gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 def _polar(matrix: Tensor) -> Tensor:
     U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return U @ Vh
+    polar: Tensor = U @ Vh
+    return polar
 
 
 def _moved(gradients: Sequence[Tensor], make: _Make) -> Tensor:
@@ -58,7 +59,8 @@ def _shares(rows: int, columns: int) -> Tensor:
     """Singular values of a Gaussian matrix over its Frobenius norm."""
     matrix = _gaussian(rows, columns)
     squares = torch.linalg.eigvalsh(matrix.mT @ matrix).clamp(min=0)
-    return (squares / squares.sum()).sqrt()
+    shares: Tensor = (squares / squares.sum()).sqrt()
+    return shares
 
 
 def _jordan_rms(steps: int) -> float:
