@@ -4,6 +4,7 @@ Nothing heavy is imported before a verb runs, so that every ``--help`` answers a
 one line on stderr and exit code 2; set ``DANLU_DEBUG=1`` to see the traceback instead.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
+        _show_progress()
         return int(arguments.run(arguments))
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -48,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = "" if expected else f"unexpected {type(error).__name__} (DANLU_DEBUG=1 shows where): "
         print(f"danlu: {where}{_sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, _REFUSALS) else 1
+
+
+def _show_progress() -> None:
+    """Let the rooms say what they are busy with (the first look at a corpus takes seconds), on stderr, once."""
+    log = logging.getLogger("danlu")
+    if not log.handlers and os.environ.get("RANK", "0") == "0":
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
 
 
 def _sentence(error: Exception) -> str:

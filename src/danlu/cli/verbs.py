@@ -27,7 +27,9 @@ def train(arguments: argparse.Namespace) -> int:
     from danlu.cli.overrides import apply
     from danlu.train import run
 
-    words = [*(["--data.path", *arguments.data] if arguments.data else []), *arguments.overrides]
+    # Absolute, so that the run can be resumed from any folder.
+    data = [os.path.abspath(path) for path in arguments.data or ()]
+    words = [*(["--data.path", *data] if data else []), *arguments.overrides]
     config = apply(recipe, words, fixed=_FIXED)
     # Several processes may count differently while the first of them makes its folder: its answer holds for all.
     folder = Path(arguments.out) if arguments.out else _free_folder(arguments.recipe)
