@@ -1,5 +1,7 @@
 """Every recipe is a complete configuration that builds, and the registry names the nearest one."""
 
+import dataclasses
+
 import pytest
 
 from danlu import config as configs
@@ -21,8 +23,9 @@ def test_the_default_and_what_it_is_compared_with_work_as_much_on_each_token_wit
     assert max(work) < 1.1 * min(work)
 
 
-def test_the_default_and_its_baseline_read_the_same_data() -> None:
-    assert load("lm").data == load("lm-dense").data == load("lm-baseline").data
+def test_the_default_and_its_baseline_read_the_same_text_in_the_same_tokens() -> None:
+    data = [dataclasses.replace(load(name).data, batch=1) for name in ("lm", "lm-dense", "lm-baseline")]
+    assert data[0] == data[1] == data[2]
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:

@@ -44,7 +44,7 @@ def lm_baseline() -> RunConfig:
     """A plain GPT of the same active size, trained by AdamW."""
     return RunConfig(
         recipe="lm-baseline",
-        data=TextConfig(vocab_size=4096, length=256, batch=16),
+        data=TextConfig(vocab_size=4096, length=256, batch=8),
         model=GPTConfig(dim=256, layers=4, heads=4),
         objective=CausalLMConfig(),
         optim=AdamWConfig(lr=2e-3),
