@@ -10,8 +10,10 @@ from danlu.optim.clip import (
     nonfinite_gradients,
 )
 from danlu.optim.groups import MATRIX_ROLES, ROLES, check_partition, describe, param_groups
+from danlu.optim.lion import Lion
 from danlu.optim.muon import Muon, muon_, shape_scale
 from danlu.optim.schedules import Constant, Cosine, InverseTime, ScheduleConfig, WarmupStableDecay, schedule
+from danlu.optim.tiger import Tiger
 
 __all__ = [
     "MATRIX_ROLES",
@@ -20,11 +22,13 @@ __all__ = [
     "Constant",
     "Cosine",
     "InverseTime",
+    "Lion",
     "Muon",
     "MuonConfig",
     "NonFiniteGuard",
     "OptimizerConfig",
     "ScheduleConfig",
+    "Tiger",
     "WarmupStableDecay",
     "build_optimizers",
     "check_partition",

@@ -10,17 +10,17 @@ arXiv:2505.16932 (the iteration).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from danlu._validate import choice, integer, number
 from danlu.approx import Composition, optimal_composition, published
 from danlu.linalg._kernels import fast_matmul_dtype
 from danlu.linalg._newton_schulz import CHUNK_BYTES, orthogonalize
+from danlu.optim._common import MomentumOptimizer, check_rate
 from danlu.optim.groups import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
 
 SCALES = ("moonlight", "rms", "plain", "jordan", "mup")
@@ -69,7 +69,7 @@ def _composition(method: str | Composition, steps: int | None) -> Composition:
     return published(method, steps)
 
 
-class Muon(Optimizer):
+class Muon(MomentumOptimizer):
     """Momentum orthogonalised by matrix products, for matrices, stacks of expert matrices and convolutions.
 
     Embeddings, heads, gains and biases are no linear maps between activations: give them to AdamW
@@ -112,6 +112,9 @@ class Muon(Optimizer):
     True
     """
 
+    slot = "momentum_buffer"
+    own = ("composition", "dtype", "momentum_dtype", "chunk_bytes", "foreach")
+
     def __init__(
         self,
         params: Any,
@@ -148,130 +151,45 @@ class Muon(Optimizer):
             "role": None,
             "split": None,
         }
-        _check_options("", defaults)
+        self.check_options("", defaults)
         super().__init__(params, defaults)
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("composition", "dtype", "momentum_dtype", "chunk_bytes", "foreach")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+    def check_options(self, where: str, options: Mapping[str, Any]) -> None:
+        """Raise unless every option of a group is in its range; ``where`` begins the message."""
+        check_rate(where, options["lr"])
+        number(f"{where}momentum", options["momentum"], low=0, high=1, high_open=True)
+        number(f"{where}weight_decay", options["weight_decay"], low=0)
+        choice(f"{where}scale", options["scale"], SCALES)
+        if options["role"] is not None:
+            choice(f"{where}role", options["role"], MATRIX_ROLES)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its options and every parameter in it."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            _check_options(f"group {len(self.param_groups) - 1}: ", group)
-            seen: set[int] = set()
-            for index, parameter in enumerate(group["params"]):
-                name = _label(len(self.param_groups) - 1, group, index)
-                if id(parameter) in seen:
-                    raise ValueError(f"{name} is in its group twice")
-                seen.add(id(parameter))
-                role, split = _layout(name, parameter, group)
-                last = role == "conv" and not parameter.is_contiguous()
-                views = _blocks(parameter.detach(), role, split, channels_last=last)
-                if any(view.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr() for view in views):
-                    raise ValueError(f"{name} has strides {parameter.stride()} without a view as a stack of matrices")
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+    def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
+        """Raise if a parameter is no linear map, or its memory has no view as a stack of matrices."""
+        role, split = _layout(name, parameter, options)
+        last = role == "conv" and not parameter.is_contiguous()
+        views = _blocks(parameter.detach(), role, split, channels_last=last)
+        if any(view.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr() for view in views):
+            raise ValueError(f"{name} has strides {parameter.stride()} without a view as a stack of matrices")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore momenta, in their own format, and options.
-
-        Raises:
-            ValueError: the state is of another optimizer, or a momentum has another shape than its parameter.
-        """
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        names = [_label(g, group, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        momenta = {}
-        for key, parameter, name in zip(saved, parameters, names):
-            if key not in state_dict["state"]:
-                continue
-            momentum = state_dict["state"][key].get("momentum_buffer")
-            if not isinstance(momentum, Tensor) or set(state_dict["state"][key]) != {"momentum_buffer"}:
-                held = ", ".join(state_dict["state"][key]) or "nothing"
-                raise ValueError(f"state_dict is not of Muon: for {name} it holds {held}, expected momentum_buffer")
-            if momentum.shape != parameter.shape:
-                shapes = f"{tuple(momentum.shape)}, the parameter has {tuple(parameter.shape)}"
-                raise ValueError(f"momentum_buffer of {name} in state_dict has shape {shapes}")
-            momenta[parameter] = momentum
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's format on loading, which would round a wider momentum.
-        for parameter, momentum in momenta.items():
-            kept = self.momentum_dtype or parameter.dtype
-            self.state[parameter]["momentum_buffer"] = momentum.to(parameter.device, kept, copy=True)
-
-    def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
-    ) -> None:
-        for index, parameter in enumerate(group["params"]):
-            if parameter.grad is None:
-                continue
-            if parameter.grad.is_sparse:
-                raise TypeError(f"{_label(self.param_groups.index(group), group, index)} has a sparse gradient")
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                kept = self.momentum_dtype or parameter.dtype
-                state["momentum_buffer"] = torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format)
-            params.append(parameter)
-            grads.append(parameter.grad)
-            momenta.append(state["momentum_buffer"])
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; return the closure's loss if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            momenta: list[Tensor] = []
-            self._init_group(group, params, grads, momenta)
-            muon_(
-                params,
-                grads,
-                momenta,
-                composition=self.composition,
-                dtype=self.dtype,
-                chunk_bytes=self.chunk_bytes,
-                foreach=self.foreach,
-                **{key: value for key, value in group.items() if key in _OPTIONS},
-            )
-        return loss
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+        """Update parameters and momenta of a group in place."""
+        muon_(
+            params,
+            grads,
+            momenta,
+            composition=self.composition,
+            dtype=self.dtype,
+            chunk_bytes=self.chunk_bytes,
+            foreach=self.foreach,
+            **{key: value for key, value in group.items() if key in _OPTIONS},
+        )
 
 
 _OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "scale", "ema", "maximize", "role", "split")
 
 
-def _label(number: int, group: Mapping[str, Any], index: int) -> str:
-    """Return what to call a parameter in an error: its name if it has one, always its group."""
-    names = group.get("param_names")
-    return f"parameter {names[index] if names else index} of group {number}"
-
-
-def _check_options(where: str, options: Mapping[str, Any]) -> None:
-    """Raise unless every option of a group is in its range; ``where`` begins the message."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"{where}lr as a tensor must have one element, got shape {tuple(lr.shape)}")
-    else:
-        number(f"{where}lr", lr, low=0)
-    number(f"{where}momentum", options["momentum"], low=0, high=1, high_open=True)
-    number(f"{where}weight_decay", options["weight_decay"], low=0)
-    choice(f"{where}scale", options["scale"], SCALES)
-    if options["role"] is not None:
-        choice(f"{where}role", options["role"], MATRIX_ROLES)
-
-
 def _layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[str, Split]:
     """Return the role and split that hold for a parameter; raise if it is nothing Muon can update."""
-    if not parameter.is_floating_point():
-        raise TypeError(f"{name} must have a real floating-point dtype, got {parameter.dtype}")
     own_role, own_split = declared(name, parameter)
     shape = tuple(parameter.shape)
     role = options["role"] or own_role or {2: "matrix", 3: "experts"}.get(parameter.ndim)

@@ -1,0 +1,139 @@
+"""Lion: the sign of a momentum that looks at the present gradient more than at the past.
+
+    u <- sign(b1 m + (1 - b1) g)
+    W <- W - lr (u + weight_decay W)
+    m <- b2 m + (1 - b2) g                 (after u, which takes the old m)
+
+Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, program 1.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danlu._validate import choice, number
+from danlu.optim._common import MomentumOptimizer, check_rate, pieces
+
+
+class Lion(MomentumOptimizer):
+    """Sign descent with two decays: every coordinate moves by exactly ``lr``, and one slot a parameter is kept.
+
+    Coming from AdamW, divide the learning rate by 3 to 10 and multiply the decay by the same, so that their product
+    stays; keep schedule and clipping. The weights end in a box of half-width ``1 / weight_decay``. A coordinate whose
+    gradient has become zero keeps moving until its momentum has died out, which for rarely used rows of an embedding
+    can take thousands of steps.
+
+    Args:
+        params: parameters, named parameters or groups; a group may carry every option below but ``momentum_dtype``.
+        lr: learning rate, a number or a one-element tensor.
+        betas: weight of the momentum inside the sign, and decay of the momentum. Language models take (0.95, 0.98).
+        weight_decay: decoupled decay; the weights shrink by ``lr * weight_decay`` each step.
+        maximize: climb instead of descending.
+        momentum_dtype: format of the momentum; None for the parameter's own. The paper keeps bfloat16.
+        foreach: update by fused multi-tensor calls. None: not on a CPU, where a loop that stays in cache is faster.
+
+    Raises:
+        ValueError, TypeError: naming the argument, or the group and the parameter.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+    >>> optimizer = Lion([weight], lr=0.5)
+    >>> weight.grad = torch.tensor([1e-3, -7.0, 0.0])
+    >>> optimizer.step()
+    >>> weight.tolist()
+    [0.5, 1.5, 1.0]
+    """
+
+    slot = "exp_avg"
+    own = ("momentum_dtype", "foreach")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        foreach: bool | None = None,
+    ) -> None:
+        if momentum_dtype is not None:
+            choice("momentum_dtype", momentum_dtype, (torch.float32, torch.float64, torch.bfloat16))
+        self.momentum_dtype, self.foreach = momentum_dtype, foreach
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        self.check_options("", defaults)
+        super().__init__(params, defaults)
+
+    def check_options(self, where: str, options: Mapping[str, Any]) -> None:
+        """Raise unless every option of a group is in its range; ``where`` begins the message."""
+        check_rate(where, options["lr"])
+        betas = options["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"{where}betas must be two numbers, got {betas!r}")
+        number(f"{where}betas[0]", betas[0], low=0, high=1, high_open=True)
+        number(f"{where}betas[1]", betas[1], low=0, high=1, high_open=True)
+        number(f"{where}weight_decay", options["weight_decay"], low=0)
+
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+        """Update parameters and momenta of a group in place."""
+        if not params:
+            return
+        if group["maximize"]:
+            grads = [-grad for grad in grads]
+        foreach = self.foreach if self.foreach is not None else params[0].device.type != "cpu"
+        rule = _foreach if foreach else _loop
+        rule(params, grads, momenta, lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"])
+
+
+def _loop(
+    P: list[Tensor],
+    G: list[Tensor],
+    M: list[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    for tensors in zip(P, G, M):
+        for parameter, grad, momentum in pieces(*tensors):
+            direction = _mixed(momentum, grad, betas[0]).sign_()
+            if weight_decay:
+                parameter.mul_(1.0 - lr * weight_decay)
+            if isinstance(lr, Tensor):
+                parameter.sub_(direction.mul_(lr))
+            else:
+                parameter.add_(direction, alpha=-lr)
+            momentum.mul_(betas[1]).add_(grad, alpha=1.0 - betas[1])
+
+
+def _foreach(
+    P: list[Tensor],
+    G: list[Tensor],
+    M: list[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    U = list(torch._foreach_mul(M, betas[0]))
+    torch._foreach_add_(U, G, alpha=1.0 - betas[0])
+    torch._foreach_sign_(U)
+    if weight_decay:
+        torch._foreach_mul_(P, 1.0 - lr * weight_decay)
+    if isinstance(lr, Tensor):
+        torch._foreach_mul_(U, lr)
+        torch._foreach_sub_(P, U)
+    else:
+        torch._foreach_add_(P, U, alpha=-lr)
+    torch._foreach_mul_(M, betas[1])
+    torch._foreach_add_(M, G, alpha=1.0 - betas[1])
+
+
+def _mixed(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
+    """Return ``beta * momentum + (1 - beta) * grad`` in a new tensor, in the wider format of the two."""
+    if momentum.dtype == grad.dtype:
+        return momentum.mul(beta).add_(grad, alpha=1.0 - beta)
+    wide = torch.promote_types(momentum.dtype, grad.dtype)
+    return momentum.to(wide).mul_(beta).add_(grad, alpha=1.0 - beta)

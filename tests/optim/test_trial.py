@@ -1,0 +1,253 @@
+"""What every optimizer of the room has to pass, one table over all of them."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from danlu.optim import Lion, Muon, Tiger
+
+OPTIMIZERS = {
+    "muon": lambda params, **options: Muon(params, **{"weight_decay": 0.0, **options}),
+    "muon-bf16-momentum": lambda params, **o: Muon(params, **{"momentum_dtype": torch.bfloat16, **o}),
+    "lion": Lion,
+    "lion-decay": lambda params, **options: Lion(params, **{"weight_decay": 0.1, **options}),
+    "lion-foreach": lambda params, **options: Lion(params, foreach=True, **options),
+    "tiger": lambda params, **options: Tiger(params, **{"scale": "none", **options}),
+    "tiger-relative": Tiger,
+}
+RATES = {"muon": 0.3, "lion": 0.05, "tiger": 0.05}
+every = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def gaussian(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def minimize(name, weight, loss_of, *, steps, lr):
+    """Return the loss after a linear decay of the learning rate to zero."""
+    options = {"weight_decay": 0.0}
+    optimizer = OPTIMIZERS[name]([weight], lr=lr, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: 1 - count / steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(weight).backward()
+        optimizer.step()
+        scheduler.step()
+    return loss_of(weight).item()
+
+
+@pytest.mark.parametrize("name", ["muon", "lion", "lion-foreach", "tiger"])
+def test_a_quadratic_is_minimised(name):
+    target = gaussian(3, 5, dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
+    loss = minimize(name, weight, lambda w: (w - target).square().sum(), steps=400, lr=RATES[name.split("-")[0]])
+    assert loss < 1e-3
+
+
+@pytest.mark.parametrize("name", ["muon", "lion", "tiger"])
+def test_rosenbrocks_valley_is_followed_to_its_end(name):
+    weight = nn.Parameter(torch.tensor([[-0.5, 1.0]], dtype=torch.float64))
+
+    def valley(w):
+        x, y = w[0]
+        return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+    assert minimize(name, weight, valley, steps=1500, lr=0.02) < 1e-2
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_dtype_moves_and_stays_finite(name, dtype):
+    weight = nn.Parameter(gaussian(5, 7, dtype=dtype))
+    before = weight.detach().clone()
+    optimizer = OPTIMIZERS[name]([weight], lr=0.1)
+    for seed in range(3):
+        weight.grad = gaussian(5, 7, seed=seed, dtype=dtype)
+        optimizer.step()
+    assert weight.dtype == dtype
+    assert torch.isfinite(weight).all()
+    assert not torch.equal(weight, before)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_that_is_saved_and_resumed_is_bit_identical_to_one_that_is_not(name, dtype):
+    weight = nn.Parameter(gaussian(5, 7, dtype=dtype))
+    optimizer = OPTIMIZERS[name]([("w", weight)], lr=0.1)
+
+    def go(parameter, by, seeds):
+        for seed in seeds:
+            parameter.grad = gaussian(5, 7, seed=seed, dtype=dtype)
+            by.step()
+
+    go(weight, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save({"w": weight.detach(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = nn.Parameter(saved["w"].clone())
+    resumed = OPTIMIZERS[name]([("w", other)], lr=0.1)
+    resumed.load_state_dict(saved["optimizer"])
+    go(weight, optimizer, range(3, 6))
+    go(other, resumed, range(3, 6))
+    assert torch.equal(weight, other)
+
+
+@every
+def test_two_runs_are_bit_identical_and_gradients_stay_as_they_were(name):
+    ends = []
+    for _ in range(2):
+        weight = nn.Parameter(gaussian(11, 7))
+        optimizer = OPTIMIZERS[name]([weight], lr=0.1)
+        for seed in range(3):
+            weight.grad = gaussian(11, 7, seed=seed)
+            optimizer.step()
+            assert torch.equal(weight.grad, gaussian(11, 7, seed=seed))
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
+@every
+def test_maximising_is_minimising_the_negative(name):
+    up, down = nn.Parameter(gaussian(5, 7)), nn.Parameter(gaussian(5, 7))
+    climb, descend = OPTIMIZERS[name]([up], lr=0.1, maximize=True), OPTIMIZERS[name]([down], lr=0.1)
+    for seed in range(2):
+        up.grad, down.grad = gaussian(5, 7, seed=seed), -gaussian(5, 7, seed=seed)
+        climb.step()
+        descend.step()
+    assert torch.equal(up, down)
+
+
+@every
+def test_a_rate_that_is_a_tensor_gives_the_same_step(name):
+    a, b = nn.Parameter(gaussian(5, 7)), nn.Parameter(gaussian(5, 7))
+    for weight, lr in ((a, 0.125), (b, torch.tensor(0.125))):
+        optimizer = OPTIMIZERS[name]([weight], lr=lr)
+        weight.grad = gaussian(5, 7, seed=1)
+        optimizer.step()
+    torch.testing.assert_close(a, b)
+
+
+@every
+def test_a_zero_gradient_from_rest_moves_nothing_but_by_decay(name):
+    weight = nn.Parameter(gaussian(5, 7))
+    optimizer = OPTIMIZERS[name]([weight], lr=0.1, weight_decay=0.0)
+    weight.grad = torch.zeros(5, 7)
+    optimizer.step()
+    assert torch.equal(weight, gaussian(5, 7))
+
+
+@every
+def test_parameters_without_gradient_frozen_late_and_in_empty_groups(name):
+    still, frozen, moving, late = (nn.Parameter(gaussian(5, 7)) for _ in range(4))
+    frozen.requires_grad_(False)
+    optimizer = OPTIMIZERS[name]([{"params": [still, frozen, moving]}, {"params": []}], lr=0.1)
+    moving.grad = gaussian(5, 7, seed=1)
+    optimizer.step()
+    optimizer.add_param_group({"params": [late]})
+    late.grad = gaussian(5, 7, seed=1)
+    optimizer.step()
+    assert torch.equal(still, gaussian(5, 7))
+    assert torch.equal(frozen, gaussian(5, 7))
+    assert not torch.equal(moving, gaussian(5, 7))
+    assert not torch.equal(late, gaussian(5, 7))
+
+
+@every
+def test_a_copy_goes_on_like_the_original(name):
+    weight = nn.Parameter(gaussian(5, 7))
+    optimizer = OPTIMIZERS[name]([weight], lr=0.1)
+    weight.grad = gaussian(5, 7, seed=1)
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    (other,) = twin.param_groups[0]["params"]
+    other.grad = weight.grad.clone()
+    optimizer.step()
+    twin.step()
+    assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("name", ["muon", "lion", "tiger"])
+def test_step_compiles_once(name):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    weight, plain = nn.Parameter(gaussian(5, 7)), nn.Parameter(gaussian(5, 7))
+    optimizer = OPTIMIZERS[name]([weight], lr=torch.tensor(0.1))
+    eager = OPTIMIZERS[name]([plain], lr=torch.tensor(0.1))
+    counter = CompileCounter()
+    compiled = torch.compile(optimizer.step, backend=counter)
+    for seed in range(3):
+        weight.grad, plain.grad = gaussian(5, 7, seed=seed), gaussian(5, 7, seed=seed)
+        for made in (optimizer, eager):
+            made.param_groups[0]["lr"].fill_(0.1 / (seed + 1))
+        compiled()
+        eager.step()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(weight, plain)
+
+
+class TestBadInput:
+    """The same refusals from every optimizer, naming the group and the parameter."""
+
+    @every
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"lr": -1.0}, "lr must be in"),
+            ({"lr": math.nan}, "lr must be in"),
+            ({"lr": torch.ones(2)}, "lr as a tensor must have one element"),
+            ({"weight_decay": math.inf}, "weight_decay must be in"),
+        ],
+    )
+    def test_options(self, name, options, says):
+        with pytest.raises(ValueError, match=says):
+            OPTIMIZERS[name]([nn.Parameter(torch.zeros(2, 2))], **options)
+
+    @every
+    def test_a_duplicate(self, name):
+        weight = nn.Parameter(torch.zeros(3, 2))
+        twice = "parameter w of group 0 is in its group twice"
+        with pytest.raises(ValueError, match=twice), pytest.warns(match="duplicate"):
+            OPTIMIZERS[name]([{"params": [("w", weight), ("w", weight)]}])
+
+    @every
+    def test_a_complex_parameter(self, name):
+        with pytest.raises(TypeError, match=r"parameter 0 of group 0 .*complex64"):
+            OPTIMIZERS[name]([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))])
+
+    @every
+    def test_a_sparse_gradient(self, name):
+        weight = nn.Parameter(torch.zeros(3, 2))
+        weight.grad = torch.zeros(3, 2).to_sparse()
+        with pytest.raises(TypeError, match="parameter 0 of group 0 has a sparse gradient"):
+            OPTIMIZERS[name]([weight]).step()
+
+    @every
+    def test_a_group_that_is_refused_is_not_kept(self, name):
+        optimizer = OPTIMIZERS[name]([nn.Parameter(torch.zeros(2, 2))])
+        with pytest.raises(ValueError, match="group 1: lr"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))], "lr": -1.0})
+        assert len(optimizer.param_groups) == 1
+
+    @every
+    def test_the_state_of_another_optimizer(self, name):
+        weight = nn.Parameter(torch.zeros(2, 2))
+        weight.grad = torch.ones(2, 2)
+        other = torch.optim.AdamW([weight])
+        other.step()
+        with pytest.raises(ValueError, match="for parameter w of group 0 it holds step, exp_avg, exp_avg_sq"):
+            OPTIMIZERS[name]([("w", weight)]).load_state_dict(other.state_dict())
+
+    @every
+    def test_the_state_of_another_shape(self, name):
+        weight = nn.Parameter(torch.zeros(2, 3))
+        optimizer = OPTIMIZERS[name]([weight])
+        weight.grad = torch.ones(2, 3)
+        optimizer.step()
+        with pytest.raises(ValueError, match=r"of parameter 0 of group 0 in state_dict has shape \(2, 3\)"):
+            OPTIMIZERS[name]([nn.Parameter(torch.zeros(3, 2))]).load_state_dict(optimizer.state_dict())
