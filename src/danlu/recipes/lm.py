@@ -51,7 +51,7 @@ def lm_baseline() -> RunConfig:
         data=TextConfig(vocab_size=4096, length=256, batch=8),
         model=GPTConfig(dim=256, layers=4, heads=4),
         objective=CausalLMConfig(),
-        optim=AdamWConfig(lr=2e-3),
+        optim=AdamWConfig(lr=1e-3),
         schedule=WarmupStableDecay(warmup=20, decay=0.4),
         train=TrainConfig(steps=800, eval_every=200),
     )
