@@ -48,7 +48,7 @@ def _after_nan(make: _Make) -> float:
     weight = nn.Parameter(torch.full((1, 2), 2.0, dtype=torch.float64))
     weight.grad = torch.full((1, 2), torch.nan, dtype=torch.float64)
     make([weight]).step()
-    return float(weight[0, 0])
+    return weight[0, 0].item()
 
 
 CLAIMS = (

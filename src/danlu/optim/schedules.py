@@ -43,7 +43,7 @@ class Constant:
     [0.25, 0.5, 1.0, 1.0]
     """
 
-    warmup: float = 0
+    warmup: int | float = 0
 
     def __post_init__(self) -> None:
         _check_span("warmup", self.warmup)
@@ -72,8 +72,8 @@ class WarmupStableDecay:
     [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
 
-    warmup: float = 0.02
-    decay: float = 0.3
+    warmup: int | float = 0.02
+    decay: int | float = 0.3
     floor: float = 0.0
     shape: Literal["linear", "sqrt"] = "linear"
 
@@ -103,7 +103,7 @@ class Cosine:
     [1.0, 0.8682, 0.55, 0.2318, 0.1]
     """
 
-    warmup: float = 0.02
+    warmup: int | float = 0.02
     floor: float = 0.1
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class InverseTime:
     """
 
     half_life: float = 1000.0
-    warmup: float = 0
+    warmup: int | float = 0
     squared: bool = False
 
     def __post_init__(self) -> None:

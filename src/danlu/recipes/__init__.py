@@ -27,6 +27,7 @@ class Recipe:
 REGISTRY: dict[str, Recipe] = {
     "lm": Recipe("language model: latent attention, shared and fine-grained experts, Muon", "danlu.recipes.lm:lm"),
     "lm-dense": Recipe("the same without experts, grouped-query attention (Llama), Muon", "danlu.recipes.lm:lm_dense"),
+    "lm-dense-adamw": Recipe("lm-dense trained by AdamW instead", "danlu.recipes.lm:lm_dense_adamw"),
     "lm-baseline": Recipe(
         "dense GPT of the same active size with AdamW, to compare with", "danlu.recipes.lm:lm_baseline"
     ),
@@ -42,7 +43,7 @@ def load(name: str) -> "RunConfig":
     >>> load("lm-basline")
     Traceback (most recent call last):
     ...
-    ValueError: no recipe is called 'lm-basline'; did you mean 'lm-baseline'? All: lm, lm-dense, lm-baseline
+    ValueError: no recipe is called 'lm-basline'; did you mean 'lm-baseline'? All: lm, lm-dense, lm-dense-adamw, lm-baseline
     """
     if name not in REGISTRY:
         close = nearest(name, REGISTRY)

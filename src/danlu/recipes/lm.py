@@ -4,6 +4,8 @@ Each is sized for about eight minutes of training on two cores of a processor wi
 a faster machine is better served by more ``--train.steps``.
 """
 
+from dataclasses import replace
+
 from danlu.data import TextConfig
 from danlu.models import GPTConfig, TransformerConfig
 from danlu.nn import GQAConfig, MLAConfig, MoEConfig
@@ -41,6 +43,18 @@ def lm_dense() -> RunConfig:
         optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
         schedule=WarmupStableDecay(warmup=10, decay=0.4),
         train=TrainConfig(steps=380, eval_every=95),
+    )
+
+
+def lm_dense_adamw() -> RunConfig:
+    """The dense model with danlu's initialisation, trained by AdamW: what the architecture alone is worth."""
+    return replace(
+        lm_dense(),
+        recipe="lm-dense-adamw",
+        data=TextConfig(vocab_size=4096, length=256, batch=8),
+        optim=AdamWConfig(lr=3e-3),
+        schedule=WarmupStableDecay(warmup=20, decay=0.4),
+        train=TrainConfig(steps=800, eval_every=200),
     )
 
 
