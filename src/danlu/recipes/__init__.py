@@ -43,7 +43,7 @@ def load(name: str) -> "RunConfig":
     >>> load("lm-basline")
     Traceback (most recent call last):
     ...
-    ValueError: no recipe is called 'lm-basline'; did you mean 'lm-baseline'? All: lm, lm-dense, lm-dense-adamw, lm-baseline
+    ValueError: no recipe is called 'lm-basline'; did you mean 'lm-baseline'? All: lm, ...
     """
     if name not in REGISTRY:
         close = nearest(name, REGISTRY)
