@@ -56,6 +56,7 @@ REGISTRY: dict[str, str] = {
     "clip": "optim",
     "composition": "approx",
     "lion": "optim",
+    "loraplus": "optim",
     "lowrank": "linalg",
     "mclip": "linalg",
     "minimax": "approx",

@@ -4,6 +4,7 @@ from danlu.nn.attention import GQA, MLA, GQAConfig, LayerCache, MLAConfig, causa
 from danlu.nn.balance import LossFreeConfig
 from danlu.nn.feed_forward import FeedForward, swiglu
 from danlu.nn.linear import Linear, declare
+from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
 from danlu.nn.moe import MoE, MoEConfig, scaling_factor
 from danlu.nn.norm import RMSNorm
 from danlu.nn.rotary import rotary_angles, rotate
@@ -15,14 +16,20 @@ __all__ = [
     "GQAConfig",
     "LayerCache",
     "Linear",
+    "LoRAConfig",
+    "LoRAEmbedding",
+    "LoRALinear",
     "LossFreeConfig",
     "MLAConfig",
     "MoE",
     "MoEConfig",
     "RMSNorm",
+    "apply_lora",
     "causal_mask",
     "declare",
     "document_mask",
+    "lora_state_dict",
+    "merge_lora",
     "rotary_angles",
     "rotate",
     "scaling_factor",

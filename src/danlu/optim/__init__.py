@@ -11,6 +11,7 @@ from danlu.optim.clip import (
 )
 from danlu.optim.groups import MATRIX_ROLES, ROLES, check_partition, describe, param_groups
 from danlu.optim.lion import Lion
+from danlu.optim.loraplus import balanced_ratio, loraplus_groups, watch_ratio
 from danlu.optim.muon import Muon, muon_, shape_scale
 from danlu.optim.schedules import Constant, Cosine, InverseTime, ScheduleConfig, WarmupStableDecay, schedule
 from danlu.optim.tiger import Tiger
@@ -30,6 +31,7 @@ __all__ = [
     "ScheduleConfig",
     "Tiger",
     "WarmupStableDecay",
+    "balanced_ratio",
     "build_optimizers",
     "check_partition",
     "clip_grad_norm_",
@@ -37,9 +39,11 @@ __all__ = [
     "descent_factor",
     "describe",
     "grad_norm",
+    "loraplus_groups",
     "muon_",
     "nonfinite_gradients",
     "param_groups",
     "schedule",
     "shape_scale",
+    "watch_ratio",
 ]

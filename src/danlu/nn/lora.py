@@ -1,0 +1,237 @@
+r"""Low-rank adapters: a frozen map plus a trained product of two thin matrices (Hu et al., LoRA, arXiv 2106.09685).
+
+.. math:: y = W x + s\, B A x, \qquad A \in R^{r \times in},\ B \in R^{out \times r},\ s = \alpha / r
+
+The factors bear PEFT's names, ``lora_A`` and ``lora_B`` (``lora_embedding_A``, ``lora_embedding_B`` on an embedding),
+by which `danlu.optim.loraplus_groups` finds them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danlu._validate import integer, number, positive
+from danlu.nn.linear import Linear, declare
+
+__all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear", "apply_lora", "lora_state_dict", "merge_lora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Which layers get an adapter, and of what size."""
+
+    rank: int = 8
+    """columns of B and rows of A"""
+    alpha: float = 16.0
+    """the product is multiplied by alpha / rank"""
+    rank_stabilized: bool = False
+    """divide alpha by sqrt(rank) instead, so that the size of the update does not fall with the rank (2312.03732)"""
+    dropout: float = 0.0
+    """share of the inputs of A that is dropped in training; an embedding has none"""
+    targets: tuple[str, ...] = ("*",)
+    """patterns (of fnmatch) of the paths of the linear layers and embeddings to adapt"""
+    exclude: tuple[str, ...] = ("*head", "*embed*")
+    """patterns of paths that are left alone all the same"""
+
+    def __post_init__(self) -> None:
+        integer("rank", self.rank)
+        positive("alpha", self.alpha)
+        number("dropout", self.dropout, low=0, high=1, high_open=True)
+        if not self.targets:
+            raise ValueError("targets must hold at least one pattern, got none")
+
+    @property
+    def scale(self) -> float:
+        """The factor on the product of the two matrices."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def matches(self, path: str) -> bool:
+        """Whether the layer at ``path`` is to be adapted."""
+        return any(fnmatchcase(path, p) for p in self.targets) and not any(fnmatchcase(path, p) for p in self.exclude)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with an adapter; the layer itself is frozen.
+
+    A is drawn from N(0, 1 / in), so that ``A x`` is of the size of ``x``; B is zero, so that nothing has changed yet.
+
+    Args:
+        base: ``torch.nn.Linear`` or `danlu.nn.Linear`.
+        config: rank, scale and dropout.
+
+    >>> layer = LoRALinear(nn.Linear(5, 3), LoRAConfig(rank=2))
+    >>> x = torch.randn(7, 5)
+    >>> torch.equal(layer(x), layer.base(x)), layer.lora_A.shape, layer.lora_B.shape
+    (True, torch.Size([2, 5]), torch.Size([3, 2]))
+    """
+
+    def __init__(self, base: nn.Linear | Linear, config: LoRAConfig) -> None:
+        super().__init__()
+        if not isinstance(base, (nn.Linear, Linear)):
+            raise TypeError(f"base must be a linear layer, got {type(base).__name__}")
+        rows, columns = base.weight.shape
+        new = base.weight.new_empty
+        self.base = base.requires_grad_(False)
+        self.scale, self.dropout = config.scale, config.dropout
+        self.lora_A = declare(nn.Parameter(new(config.rank, columns)), "matrix")
+        self.lora_B = declare(nn.Parameter(new(rows, config.rank)), "matrix")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the adapter anew; the frozen layer stays."""
+        nn.init.normal_(self.lora_A, std=self.lora_A.shape[1] ** -0.5)
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def weight(self) -> Tensor:
+        """``W + s B A``, ``(out, in)``: what the layer multiplies by when nothing is dropped."""
+        return self.base.weight + self.scale * (self.lora_B @ self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        thin = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        y: Tensor = self.base(x) + self.scale * F.linear(thin, self.lora_B.to(x.dtype))
+        return y
+
+    def merged(self) -> nn.Module:
+        """Return the layer with the adapter added to its weight, in place; `forward` must not be used afterwards."""
+        with torch.no_grad():
+            self.base.weight.copy_(self.weight)
+        return self.base
+
+
+class LoRAEmbedding(nn.Module):
+    """An embedding with an adapter; the table itself is frozen.
+
+    Here A, which is looked up, is zero and B is drawn from N(0, 1 / rank).
+
+    Args:
+        base: ``torch.nn.Embedding`` without ``max_norm``.
+        config: rank and scale.
+
+    >>> layer = LoRAEmbedding(nn.Embedding(11, 3), LoRAConfig(rank=2))
+    >>> layer(torch.tensor([4, 0])).shape, layer.lora_embedding_A.shape, layer.lora_embedding_B.shape
+    (torch.Size([2, 3]), torch.Size([2, 11]), torch.Size([3, 2]))
+    """
+
+    def __init__(self, base: nn.Embedding, config: LoRAConfig) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Embedding):
+            raise TypeError(f"base must be a torch.nn.Embedding, got {type(base).__name__}")
+        if base.max_norm is not None:
+            raise ValueError("an embedding with max_norm rewrites its own table and cannot be adapted")
+        new = base.weight.new_empty
+        self.base = base.requires_grad_(False)
+        self.scale = config.scale
+        self.lora_embedding_A = declare(nn.Parameter(new(config.rank, base.num_embeddings)), "embedding")
+        self.lora_embedding_B = declare(nn.Parameter(new(base.embedding_dim, config.rank)), "matrix")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the adapter anew; the frozen table stays."""
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B, std=self.lora_embedding_B.shape[1] ** -0.5)
+
+    @property
+    def weight(self) -> Tensor:
+        """``W + s (B A)^T``, ``(num_embeddings, dim)``."""
+        return self.base.weight + self.scale * (self.lora_embedding_B @ self.lora_embedding_A).mT
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up ``(...)`` int64 and return ``(..., dim)``."""
+        thin = F.embedding(tokens, self.lora_embedding_A.mT)
+        y: Tensor = self.base(tokens) + self.scale * F.linear(thin, self.lora_embedding_B)
+        return y
+
+    def merged(self) -> nn.Module:
+        """Return the embedding with the adapter added to its table, in place."""
+        with torch.no_grad():
+            self.base.weight.copy_(self.weight)
+        return self.base
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
+    """Freeze ``model`` and put an adapter on each of its linear layers and embeddings that ``config`` names.
+
+    Only the adapters are trainable afterwards. A layer that sits in several places gets one adapter. Parameters that
+    are used without a layer of their own (stacks of experts, `danlu.models.Transformer`'s embedding) stay frozen.
+
+    Returns:
+        ``model``, changed in place.
+
+    Raises:
+        ValueError: no layer matches, a layer is smaller than the rank, or the model has adapters already.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    >>> model = apply_lora(model, LoRAConfig(rank=2, targets=("0",)))
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['0.lora_A', '0.lora_B']
+    """
+    config = LoRAConfig() if config is None else config
+    if isinstance(model, (nn.Linear, Linear, nn.Embedding)):
+        raise ValueError(f"model is itself a {type(model).__name__}; wrap it in LoRALinear or LoRAEmbedding")
+    layers = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (LoRALinear, LoRAEmbedding)):
+            raise ValueError(f"model has an adapter at {path or 'its root'} already; merge it first")
+        if isinstance(module, (nn.Linear, Linear, nn.Embedding)) and config.matches(path):
+            if min(module.weight.shape) < config.rank:
+                shape = tuple(module.weight.shape)
+                raise ValueError(f"rank must be at most the smaller size of {path}, {shape}, got {config.rank}")
+            layers[module] = path
+    if not layers:
+        kinds = f"{', '.join(config.targets)} without {', '.join(config.exclude) or 'exceptions'}"
+        raise ValueError(f"targets must match a linear layer or an embedding of the model, got {kinds}")
+    model.requires_grad_(False)
+    adapted: dict[nn.Module, nn.Module] = {
+        layer: LoRAEmbedding(layer, config) if isinstance(layer, nn.Embedding) else LoRALinear(layer, config)
+        for layer in layers
+    }
+    _replace(model, adapted.get)
+    return model.train(model.training)
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Add every adapter to its layer's weight and put the layers back in their places.
+
+    Returns:
+        ``model``, changed in place: of the modules it had before `apply_lora`. They stay frozen.
+
+    Raises:
+        ValueError: the model has no adapter.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> merge_lora(apply_lora(model, LoRAConfig(rank=2)))
+    Sequential(
+      (0): Linear(in_features=8, out_features=8, bias=True)
+    )
+    """
+    adapters = [module for module in model.modules() if isinstance(module, (LoRALinear, LoRAEmbedding))]
+    if not adapters:
+        raise ValueError("model has no adapter to merge")
+    merged: dict[nn.Module, nn.Module] = {adapter: adapter.merged() for adapter in adapters}
+    _replace(model, merged.get)
+    return model
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters' tensors alone, to be loaded with ``model.load_state_dict(..., strict=False)``.
+
+    >>> list(lora_state_dict(apply_lora(nn.Sequential(nn.Linear(8, 8)))))
+    ['0.lora_A', '0.lora_B']
+    """
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2].startswith("lora_")}
+
+
+def _replace(model: nn.Module, substitute: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put ``substitute(child)``, where it is not None, in the place of every child of every module."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            found = None if child is None else substitute(child)
+            if found is not None and found is not parent:
+                parent._modules[name] = found
