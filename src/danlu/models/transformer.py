@@ -42,7 +42,7 @@ from danlu.nn import (
     RMSNorm,
     declare,
     document_mask,
-    rotary_angles,
+    rotary_span,
 )
 
 
@@ -160,14 +160,11 @@ class Transformer(nn.Module):
         if documents is not None and (cache is not None or documents.shape != tokens_bt.shape):
             raise ValueError("documents must have the shape of tokens, and cannot be combined with a cache")
         start = cache[0].length if cache is not None else 0
-        positions = torch.arange(start, start + tokens_bt.shape[1], device=tokens_bt.device)
         x_btd = nn.functional.embedding(tokens_bt, self.embedding)
         x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
-        if x_btd.dtype == torch.float64:
-            positions = positions.double()
         first: Block = self.blocks[0]  # type: ignore[assignment]
-        cos, sin = rotary_angles(positions, first.attention.rope_dim, base=self.config.rope_base)
-        rope = (cos.to(x_btd.dtype), sin.to(x_btd.dtype))
+        span = (start, start + tokens_bt.shape[1])
+        rope = rotary_span(*span, first.attention.rope_dim, base=self.config.rope_base, like=x_btd)
         mask = None if documents is None else document_mask(documents)
         for index, block in enumerate(self.blocks):
             x_btd = block(x_btd, rope, mask, None if cache is None else cache[index])

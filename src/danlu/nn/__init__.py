@@ -7,7 +7,7 @@ from danlu.nn.linear import Linear, declare
 from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
 from danlu.nn.moe import MoE, MoEConfig, scaling_factor
 from danlu.nn.norm import RMSNorm
-from danlu.nn.rotary import rotary_angles, rotate
+from danlu.nn.rotary import rotary_angles, rotary_span, rotate
 
 __all__ = [
     "GQA",
@@ -31,6 +31,7 @@ __all__ = [
     "lora_state_dict",
     "merge_lora",
     "rotary_angles",
+    "rotary_span",
     "rotate",
     "scaling_factor",
     "swiglu",

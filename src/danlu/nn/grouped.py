@@ -85,10 +85,10 @@ class _Experts(torch.autograd.Function):
 def _few_choices(x_nd: Tensor, gate_nk: Tensor, chosen_nk: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """Decode a few tokens on a CPU: expert after expert straight from its weights, without sorting or gathering."""
     y_nd = torch.zeros_like(x_nd)
-    for x_1d, y_1d, gate_k, chosen_k in zip(x_nd.split(1), y_nd.split(1), gate_nk.tolist(), chosen_nk.tolist()):
+    for x_d, y_d, gate_k, chosen_k in zip(x_nd.unbind(), y_nd.unbind(), gate_nk.tolist(), chosen_nk.tolist()):
         for gate, expert in zip(gate_k, chosen_k):
-            first, second = torch.mm(x_1d, w_up[expert].T.to(x_1d.dtype)).chunk(2, dim=1)
-            y_1d.addmm_(F.silu(first).mul_(second), w_down[expert].T.to(x_1d.dtype), alpha=gate)
+            first, second = torch.mv(w_up[expert].to(x_d.dtype), x_d).chunk(2)
+            y_d.addmv_(w_down[expert].to(x_d.dtype), F.silu(first).mul_(second), alpha=gate)
     return y_nd
 
 

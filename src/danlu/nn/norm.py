@@ -1,5 +1,7 @@
 """Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467)."""
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +17,23 @@ def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return wide * scale, scale
+
+
+@lru_cache(maxsize=64)
+def _constants(dim: int, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Zero and ``sqrt(dim eps)`` as tensors: a Python number would be made into one at every call."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype), torch.tensor(math.sqrt(dim * eps), dtype=dtype)
+
+
+def _normalised_few(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """The whole norm in four operations, for a CPU and a few tokens: there the calls count, not the arithmetic."""
+    dim = x.shape[-1]
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    zero, floor = _constants(dim, eps, wide.dtype)
+    size = torch.hypot(torch.linalg.vector_norm(wide, dim=-1, keepdim=True), floor)
+    y = torch.addcdiv(zero, wide, size, value=math.sqrt(dim)).mul_(gain)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -67,10 +86,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(..., dim)``."""
-        if not torch.is_grad_enabled() and x.device.type == "cpu":
-            # A decoded token is so small that the calls count, not the arithmetic: in-place ones are the fewest.
-            return _normalised(x, self.eps)[0].mul_(self.weight).to(x.dtype)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if not compiling and not grad and x.device.type == "cpu":
+            return _normalised_few(x, self.weight, self.eps)
+        if compiling or not grad:
             # Inductor fuses the plain formula itself, and inference needs no saved tensors.
             return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)

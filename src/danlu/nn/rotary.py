@@ -5,12 +5,16 @@ Coordinate pairs ``(j, j + d/2)`` of a query or key at position ``t`` are rotate
 only. The pairing is the half-split one of GPT-NeoX, Llama and of DeepSeek-V3 with ``rope_interleave=False``.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from danlu._validate import integer, positive
+
+_FEW = 16384
+"""Coordinates up to which the number of calls counts, not the memory they pass over: a decoded token."""
 
 
 def rotary_angles(positions: Tensor, dim: int, *, base: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -38,6 +42,30 @@ def rotary_angles(positions: Tensor, dim: int, *, base: float = 10000.0) -> tupl
     angles = torch.cat((angles, angles), dim=-1)
     dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        positions = torch.arange(rows, device=device)
+        cos, sin = rotary_angles(positions.double() if dtype == torch.float64 else positions, dim, base=base)
+        return cos.to(dtype), sin.to(dtype)
+
+
+def rotary_span(start: int, end: int, dim: int, *, base: float = 10000.0, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables of `rotary_angles` for the positions ``start`` to ``end - 1``, in dtype and on the device of ``like``.
+
+    They are views of one table that is kept, so that a decoded token does not pay for its angles.
+
+    >>> cos, sin = rotary_span(3, 5, 6, like=torch.empty(0))
+    >>> torch.equal(cos, rotary_angles(torch.arange(3, 5), 6)[0])
+    True
+    """
+    rows = 1 << max(end - 1, 255).bit_length()
+    # A compiler makes its own constants, and must not write into ours.
+    table = _table.__wrapped__ if torch.compiler.is_compiling() else _table
+    cos, sin = table(rows, dim, base, like.dtype, like.device)
+    return cos[start:end], sin[start:end]
 
 
 def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -83,12 +111,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return x
     if size > x.shape[-1]:
         raise ValueError(f"the tables rotate {size} coordinates, x has only {x.shape[-1]}")
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if cos.dtype != x.dtype:
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    few = not torch.is_grad_enabled() and x.numel() <= _FEW
+    if few or torch.compiler.is_compiling():
+        kept = x.shape[-1] - size
+        turned = x[..., kept:] if kept else x
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.addcmul(turned * cos, torch.cat((-second, first), dim=-1), sin)
+        return torch.cat((x[..., :kept], turned), dim=-1) if kept else turned
     if not torch.is_grad_enabled():
         return _rotate_into(x, cos, sin)
-    if torch.compiler.is_compiling():
-        turned, half = x[..., x.shape[-1] - size :], size // 2
-        swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
-        return torch.cat((x[..., : x.shape[-1] - size], turned * cos + swapped * sin), dim=-1)
     y: Tensor = _Rotate.apply(x, cos, sin)
     return y

@@ -102,7 +102,7 @@ class GQA(nn.Module):
         B, T, _ = x_btd.shape
         H, G = self.heads, self.groups
         qkv = self.qkv(x_btd).view(B, T, H + 2 * G, self.head_dim)
-        cos, sin = (table[..., :, None, :] for table in rope)
+        cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
         qk = rotate(qkv[:, :, : H + G], cos, sin)
         q_bhtk = qk[:, :, :H].transpose(1, 2)
         k_bglk, v_bglk = qk[:, :, H:].transpose(1, 2), qkv[:, :, H + G :].transpose(1, 2)

@@ -116,7 +116,7 @@ class MLA(nn.Module):
         if self.q_up is not None and self.q_norm is not None:
             q = self.q_up(self.q_norm(q))
         cos, sin = rope
-        q_bthk = rotate(q.view(B, T, self.heads, -1), cos[..., :, None, :], sin[..., :, None, :])
+        q_bthk = rotate(q.view(B, T, self.heads, -1), cos.unsqueeze(-2), sin.unsqueeze(-2))
         c_btc, k_btr = self.kv_norm(c_btc), rotate(k_btr, cos, sin)
         if cache is None:
             o_bthv = self._expanded(q_bthk, c_btc, k_btr, mask)
@@ -149,17 +149,23 @@ class MLA(nn.Module):
     def _absorbed(self, q_bthk: Tensor, seen_blm: Tensor, mask: Tensor | None) -> Tensor:
         """Multi-query form: heads look at the latent itself, as so many queries of one key."""
         B, T, H, _ = q_bthk.shape
-        w_hmc = self.kv_up.weight.to(q_bthk.dtype).view(H, self.nope_dim + self.value_dim, self.kv_rank)
-        w_k, w_v = w_hmc[:, : self.nope_dim], w_hmc[:, self.nope_dim :]
+        weight: Tensor = self.kv_up.weight
+        weight = weight if weight.dtype == q_bthk.dtype else weight.to(q_bthk.dtype)
+        w_k, w_v = weight.view(H, -1, self.kv_rank).split((self.nope_dim, self.value_dim), dim=1)
+        q_nope, q_rope = q_bthk.reshape(B * T, H, -1).split((self.nope_dim, self.rope_dim), dim=2)
         # Serial products, heads as the batch: a merged W_q W_k would be larger than both factors together.
-        q_hnc = torch.bmm(q_bthk[..., : self.nope_dim].permute(2, 0, 1, 3).reshape(H, B * T, -1), w_k)
-        q_latent = q_hnc.view(H, B, T, self.kv_rank).permute(1, 2, 0, 3)
-        q = torch.cat((q_latent, q_bthk[..., self.nope_dim :]), dim=-1).reshape(B, 1, T * H, -1)
-        if mask is not None:
-            mask = mask.expand(B, 1, T, mask.shape[-1]).repeat_interleave(H, dim=2)
-        o = F.scaled_dot_product_attention(
-            q, seen_blm[:, None], seen_blm[:, None, :, : self.kv_rank], attn_mask=mask, scale=self.scale
-        )
-        o_hnc = o.view(B, T, H, self.kv_rank).permute(2, 0, 1, 3).reshape(H, B * T, -1)
-        o_hnv = torch.bmm(o_hnc, w_v.transpose(1, 2))
-        return o_hnv.view(H, B, T, self.value_dim).permute(1, 2, 0, 3)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)
+        q_bhm = torch.cat((q_latent, q_rope), dim=2).view(B, T * H, -1)
+        if T == 1 and mask is None:
+            # Keys wider than values have no fused kernel; these three products are what is left of one query.
+            scores = torch.baddbmm(seen_blm.new_empty(1), q_bhm, seen_blm.transpose(1, 2), beta=0, alpha=self.scale)
+            o = torch.bmm(scores.softmax(-1), seen_blm[..., : self.kv_rank])
+        else:
+            if mask is not None:
+                mask = mask.expand(B, 1, T, mask.shape[-1]).repeat_interleave(H, dim=2)
+            seen = seen_blm.unsqueeze(1)
+            o = F.scaled_dot_product_attention(
+                q_bhm.unsqueeze(1), seen, seen[..., : self.kv_rank], attn_mask=mask, scale=self.scale
+            )
+        o_hnv = torch.bmm(o.reshape(B * T, H, -1).transpose(0, 1), w_v.transpose(1, 2))
+        return o_hnv.transpose(0, 1).reshape(B, T, H, self.value_dim)
