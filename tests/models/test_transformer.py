@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from danlu.models import Transformer, TransformerConfig
-from danlu.nn import GQAConfig, MLAConfig, MoE, MoEConfig
+from danlu.nn import GQAConfig, MLAConfig, MoE, MoEConfig, grid_coordinates, text_image_coordinates, text_image_grid
 
 CONFIGS = {
     "latent attention and experts": TransformerConfig(
@@ -68,6 +68,37 @@ def test_packed_documents_do_not_see_each_other(name: str) -> None:
     documents = torch.tensor([[0] * 6 + [1] * 11])
     alone = torch.cat((model(t[:, :6]), model(t[:, 6:])), 1)
     torch.testing.assert_close(model(t, documents=documents), alone, rtol=1e-11, atol=1e-11)
+
+
+@every_config
+def test_given_embeddings_at_given_positions_equal_tokens_that_are_counted(name: str) -> None:
+    model, t = build(name), tokens(2, 11)
+    embedded = model.embedding[t]
+    n = torch.arange(11, dtype=torch.float64)
+    assert torch.equal(model(embedded, positions=n[:, None]), model(t))
+    # Text on the diagonal of the plane is text in one dimension, bit for bit.
+    assert torch.equal(model(embedded, positions=torch.stack((n, n), dim=-1)), model(t))
+
+
+@every_config
+def test_positions_may_differ_between_the_sequences_of_a_batch(name: str) -> None:
+    model, t = build(name), tokens(2, 7)
+    grids = torch.stack([text_image_grid([1, (2, 3)]), text_image_grid([1, (3, 2)])])
+    positions = grid_coordinates(grids)
+    both = model(t, positions=positions)
+    alone = torch.cat([model(t[row : row + 1], positions=positions[row]) for row in range(2)])
+    torch.testing.assert_close(both, alone, rtol=1e-12, atol=1e-12)
+    assert (both - model(t)).abs().max() > 1e-3
+
+
+@every_config
+def test_cached_decoding_at_image_positions_equals_the_full_forward(name: str) -> None:
+    model, t = build(name), tokens(2, 13)
+    positions = text_image_coordinates([3, (2, 4), 2])
+    cache = model.new_cache(2, 13)
+    spans = [(0, 5), (5, 6), (6, 12), (12, 13)]
+    parts = [model(t[:, a:b], positions=positions[a:b], cache=cache) for a, b in spans]
+    torch.testing.assert_close(torch.cat(parts, 1), model(t, positions=positions), rtol=1e-12, atol=1e-12)
 
 
 @every_config
@@ -268,3 +299,12 @@ def test_documents_with_a_cache_or_of_another_shape_are_refused() -> None:
         model(tokens(1, 5), documents=torch.zeros(1, 5, dtype=torch.int64), cache=model.new_cache(1, 5))
     with pytest.raises(ValueError, match="tokens must be"):
         model(tokens(1, 5)[0])
+
+
+def test_embeddings_and_positions_of_another_size_are_refused() -> None:
+    model = build("grouped queries")
+    with pytest.raises(ValueError, match=r"\(batch, time, 24\)"):
+        model(torch.randn(1, 5, 23))
+    for shape in [(5,), (4, 2), (1, 4, 2)]:
+        with pytest.raises(ValueError, match="positions"):
+            model(tokens(1, 5), positions=torch.zeros(shape))

@@ -42,6 +42,7 @@ from danlu.nn import (
     RMSNorm,
     declare,
     document_mask,
+    rotary_angles_nd,
     rotary_span,
 )
 
@@ -142,29 +143,46 @@ class Transformer(nn.Module):
         return self.embedding if self.head is None else self.head.weight
 
     def hidden(
-        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: list[LayerCache] | None = None
+        self,
+        tokens_bt: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``, before the head.
 
         Args:
-            tokens_bt: token numbers, int64.
+            tokens_bt: token numbers, int64 ``(batch, time)``, or what is to stand in place of their embeddings,
+                ``(batch, time, dim)``.
             documents: document number of each token, ``(batch, time)``; tokens see their own document only.
                 None: each row is one document.
             cache: from `new_cache`; the tokens continue those stored in it.
+            positions: rotary coordinates of these tokens, ``(time, axes)`` or ``(batch, time, axes)``, several axes in
+                the interleaved layout of `danlu.nn.rotary_angles_nd`. None: the tokens are counted from zero.
 
         Raises:
             ValueError: documents together with a cache, or a shape that does not match.
         """
-        if tokens_bt.dim() != 2:
-            raise ValueError(f"tokens must be (batch, time), got shape {tuple(tokens_bt.shape)}")
-        if documents is not None and (cache is not None or documents.shape != tokens_bt.shape):
+        given = tokens_bt.is_floating_point()
+        if tokens_bt.dim() != 2 + given or (given and tokens_bt.shape[-1] != self.config.dim):
+            shape = tuple(tokens_bt.shape)
+            raise ValueError(f"tokens must be (batch, time), or (batch, time, {self.config.dim}) floats, got {shape}")
+        time = tokens_bt.shape[1]
+        if documents is not None and (cache is not None or documents.shape != tokens_bt.shape[:2]):
             raise ValueError("documents must have the shape of tokens, and cannot be combined with a cache")
-        start = cache[0].length if cache is not None else 0
-        x_btd = nn.functional.embedding(tokens_bt, self.embedding)
+        if positions is not None and (positions.dim() not in (2, 3) or positions.shape[-2] != time):
+            raise ValueError(f"positions must be (time, axes) with time = {time}, got {tuple(positions.shape)}")
+        x_btd = tokens_bt if given else nn.functional.embedding(tokens_bt, self.embedding)
         x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
         first: Block = self.blocks[0]  # type: ignore[assignment]
-        span = (start, start + tokens_bt.shape[1])
-        rope = rotary_span(*span, first.attention.rope_dim, base=self.config.rope_base, like=x_btd)
+        rope_dim, base = first.attention.rope_dim, self.config.rope_base
+        if positions is None:
+            start = cache[0].length if cache is not None else 0
+            rope = rotary_span(start, start + time, rope_dim, base=base, like=x_btd)
+        else:
+            cos, sin = rotary_angles_nd(positions.double(), rope_dim, base=base)
+            rope = (cos.to(x_btd.dtype), sin.to(x_btd.dtype))
         mask = None if documents is None else document_mask(documents)
         for index, block in enumerate(self.blocks):
             x_btd = block(x_btd, rope, mask, None if cache is None else cache[index])
@@ -172,10 +190,15 @@ class Transformer(nn.Module):
         return y
 
     def forward(
-        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: list[LayerCache] | None = None
+        self,
+        tokens_bt: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(batch, time, vocab)``; arguments as in `hidden`."""
-        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache)
+        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache, positions=positions)
         return nn.functional.linear(x_btd, self.head_weight.to(x_btd.dtype))
 
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:

@@ -7,7 +7,15 @@ from danlu.nn.linear import Linear, declare
 from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
 from danlu.nn.moe import MoE, MoEConfig, scaling_factor
 from danlu.nn.norm import RMSNorm
-from danlu.nn.rotary import rotary_angles, rotary_span, rotate
+from danlu.nn.rotary import (
+    grid_coordinates,
+    rotary_angles,
+    rotary_angles_nd,
+    rotary_span,
+    rotate,
+    text_image_coordinates,
+    text_image_grid,
+)
 
 __all__ = [
     "GQA",
@@ -28,11 +36,15 @@ __all__ = [
     "causal_mask",
     "declare",
     "document_mask",
+    "grid_coordinates",
     "lora_state_dict",
     "merge_lora",
     "rotary_angles",
+    "rotary_angles_nd",
     "rotary_span",
     "rotate",
     "scaling_factor",
     "swiglu",
+    "text_image_coordinates",
+    "text_image_grid",
 ]

@@ -1,17 +1,27 @@
-r"""Rotary position embedding (Su et al., arXiv 2104.09864), in one dimension.
+r"""Rotary position embedding (Su et al., arXiv 2104.09864): in one dimension, in several, and for text with images.
 
 Coordinate pairs ``(j, j + d/2)`` of a query or key at position ``t`` are rotated by the angle
 ``t * base^(-2j/d)``, so that the inner product of a query and a key depends on the difference of their positions
 only. The pairing is the half-split one of GPT-NeoX, Llama and of DeepSeek-V3 with ``rope_interleave=False``.
+
+In two dimensions (kexue.fm 8397) a position is a pair (row, column) and each coordinate pair of the vector is turned by
+one of the two. Where text is to keep its one dimension, the token ``n`` stands at ``(n, n)``; what is left to choose is
+where the patches of an image stand (kexue.fm 10040, 10352): `grid_coordinates`.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from danlu._validate import integer, positive
+from danlu._validate import choice, integer, number, positive
+
+Layout = Literal["interleaved", "halves"]
+Scheme = Literal["tie", "tie-wh", "tv", "unscaled", "flat"]
+LAYOUTS: tuple[Layout, ...] = ("interleaved", "halves")
+SCHEMES: tuple[Scheme, ...] = ("tie", "tie-wh", "tv", "unscaled", "flat")
 
 _FEW = 16384
 """Coordinates up to which the number of calls counts, not the memory they pass over: a decoded token."""
@@ -38,9 +48,58 @@ def rotary_angles(positions: Tensor, dim: int, *, base: float = 10000.0) -> tupl
         raise ValueError(f"dim must be even (coordinates are rotated in pairs), got {dim}")
     # Angles are formed in float64: at position 1e6 a float32 product would already be wrong in the third digit.
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / max(dim, 1)
-    angles = positions.to(torch.float64)[..., None] * base**-exponents
+    return _tables(positions.to(torch.float64)[..., None] * base**-exponents, positions.dtype)
+
+
+def rotary_angles_nd(
+    coordinates: Tensor, dim: int, *, base: float = 10000.0, layout: Layout = "interleaved"
+) -> tuple[Tensor, Tensor]:
+    r"""Cosines and sines for positions of several coordinates, each ``coordinates.shape[:-1] + (dim,)``.
+
+    With ``a`` coordinates, "interleaved" turns the pair ``i`` by ``x_(i mod a) * base^(-2i/dim)``: the frequencies are
+    those of one dimension, dealt out in turn, so that a position ``(n, n, ...)`` gives the tables of `rotary_angles` at
+    ``n`` bit for bit. "halves" gives each coordinate a run of pairs with all frequencies ``base^(-2aj/dim)``, as vision
+    transformers do: exactly symmetric in the coordinates, but no rotation in one dimension.
+
+    Args:
+        coordinates: real or integer, ``(..., a)``; in two dimensions row and column.
+        dim: rotated size: even for "interleaved", a multiple of ``2a`` for "halves".
+        base: period scale theta.
+        layout: which coordinate turns which pair.
+
+    Returns:
+        Tables for `rotate`, float32 (float64 for float64 coordinates).
+
+    Raises:
+        ValueError: a size that cannot be dealt out, an unknown layout, or coordinates without an axis.
+
+    >>> n = torch.arange(7)
+    >>> cos, _ = rotary_angles_nd(torch.stack((n, n), dim=-1), 12)
+    >>> torch.equal(cos, rotary_angles(n, 12)[0])
+    True
+    """
+    integer("dim", dim, low=0)
+    positive("base", base)
+    choice("layout", layout, LAYOUTS)
+    if coordinates.dim() == 0 or coordinates.shape[-1] == 0:
+        raise ValueError(f"coordinates must be (..., axes), got shape {tuple(coordinates.shape)}")
+    axes = coordinates.shape[-1]
+    unit = 2 if layout == "interleaved" else 2 * axes
+    if dim % unit:
+        raise ValueError(f"dim must be a multiple of {unit} (layout {layout!r}, {axes} coordinates), got {dim}")
+    pairs = torch.arange(dim // 2, device=coordinates.device)
+    if layout == "interleaved":
+        axis, exponents = pairs % axes, 2 * pairs.double() / max(dim, 1)
+    else:
+        run = max(dim // unit, 1)
+        axis, exponents = pairs // run, 2 * axes * (pairs % run).double() / max(dim, 1)
+    return _tables(coordinates.to(torch.float64)[..., axis] * base**-exponents, coordinates.dtype)
+
+
+def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of all pairs, for both members of each."""
     angles = torch.cat((angles, angles), dim=-1)
-    dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -124,3 +183,115 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return _rotate_into(x, cos, sin)
     y: Tensor = _Rotate.apply(x, cos, sin)
     return y
+
+
+def text_image_grid(segments: Sequence[int | Sequence[int]]) -> Tensor:
+    """Say of each position of a sequence of text and images where in its image it is.
+
+    Args:
+        segments: in order, the number of tokens of a text span or the size of an image in patches, (rows, columns),
+            whose patches follow one another row by row. Where there are videos, (frames, rows, columns) throughout.
+
+    Returns:
+        int64 ``(n, 2 * axes)``: index along each axis, counted from one, and the image's size along each axis; zeros
+        for text. It is what `grid_coordinates` takes.
+
+    Raises:
+        ValueError: an empty image, a negative span, or images of different numbers of axes.
+
+    >>> text_image_grid([1, (1, 2)]).tolist()
+    [[0, 0, 0, 0], [1, 1, 1, 2], [1, 2, 1, 2]]
+    """
+    axes = {len(segment) for segment in segments if not isinstance(segment, int)} or {2}
+    if len(axes) > 1 or min(axes) == 0:
+        raise ValueError(f"segments must be images of one number of axes, got {sorted(axes)}")
+    count = axes.pop()
+    rows = []
+    for index, segment in enumerate(segments):
+        if isinstance(segment, int):
+            integer(f"segments[{index}]", segment, low=0)
+            rows.append(torch.zeros(segment, 2 * count, dtype=torch.int64))
+            continue
+        for size in segment:
+            integer(f"segments[{index}]", size)
+        sizes = torch.tensor(tuple(segment))
+        where = torch.cartesian_prod(*(torch.arange(1, size + 1) for size in segment)).reshape(-1, count)
+        rows.append(torch.cat((where, sizes.expand_as(where)), dim=-1))
+    return torch.cat(rows) if rows else torch.zeros(0, 2 * count, dtype=torch.int64)
+
+
+def grid_coordinates(grid: Tensor, scheme: Scheme = "tie", *, start: float = 0.0) -> Tensor:
+    r"""Rotary coordinates of a sequence of text and images.
+
+    Text token ``n`` is at ``(n, n)``. An image of ``h`` rows and ``w`` columns behind the text position ``L`` has its
+    patch in row ``i`` and column ``j`` (from one) at ``(b1 + i s, b2 + j t)``, and the next text token is at ``K``:
+
+    ============  =====================  ==================  ==================
+    scheme        ``s``, ``t``           ``b1 - L, b2 - L``  ``K - L``
+    ============  =====================  ==================  ==================
+    "tie"         w+1, h+1               0                   (w+1)(h+1)
+    "tie-wh"      (wh+1)/(h+1), .../w+1  0                   wh+1
+    "tv"          1                      (wh-h)/2, (wh-w)/2  wh+1
+    "unscaled"    1                      0                   max(h, w) + 1
+    "flat"        patches in row-major order, as text        wh+1
+    ============  =====================  ==================  ==================
+
+    RoPE-Tie steps from the text to the first patch as it steps from the last patch to the text; "tie-wh" and RoPE-TV
+    let an image be as long as that many tokens. "unscaled" (the M-RoPE of Qwen2-VL) and "flat" are what they are
+    compared with. With three axes the same formulas hold, the product over all axes in the place of ``wh``.
+
+    Args:
+        grid: ``(..., n, 2 * axes)`` of `text_image_grid`.
+        scheme: where patches stand.
+        start: position of the first token, were it text.
+
+    Returns:
+        float64 ``(..., n, axes)``.
+
+    Raises:
+        ValueError: an unknown scheme, or a shape that is no grid.
+
+    Source: kexue.fm 10040 (Tie, and its variant), 10352 (TV).
+
+    >>> grid = text_image_grid([3, (2, 3), 1])
+    >>> grid_coordinates(grid, start=1)[3:].int().tolist()
+    [[7, 6], [7, 9], [7, 12], [11, 6], [11, 9], [11, 12], [15, 15]]
+    """
+    choice("scheme", scheme, SCHEMES)
+    number("start", start)
+    if grid.dim() < 2 or grid.shape[-1] < 2 or grid.shape[-1] % 2:
+        raise ValueError(f"grid must be (..., n, 2 * axes), got shape {tuple(grid.shape)}")
+    index, size = grid.double().chunk(2, dim=-1)
+    if scheme == "flat":
+        ones = torch.ones_like(index)
+        return ones.cumsum(-2) + (start - 1)
+    patches = size.prod(-1, keepdim=True)
+    text = patches == 0
+    if scheme == "tie":
+        length = (size + 1).prod(-1, keepdim=True) - 1
+        place = index * (length + 1) / (size + 1)
+    elif scheme == "tie-wh":
+        length = patches
+        place = index * (patches + 1) / (size + 1)
+    elif scheme == "tv":
+        length = patches
+        place = index + (patches - size) / 2
+    else:
+        length = size.amax(-1, keepdim=True)
+        place = index
+    # What an image takes is counted at its last patch, so that all of its patches have the same text behind them.
+    last = (index == size).all(-1, keepdim=True)
+    taken = torch.where(text, 1.0, torch.where(last, length, 0.0))
+    before = taken.cumsum(-2) - taken
+    return before + torch.where(text, 1.0, place) + (start - 1)
+
+
+def text_image_coordinates(
+    segments: Sequence[int | Sequence[int]], scheme: Scheme = "tie", *, start: float = 0.0
+) -> Tensor:
+    """Rotary coordinates ``(n, axes)`` of a list of text spans and images; see `text_image_grid`, `grid_coordinates`.
+
+    >>> text_image_coordinates([2, (2, 1), 1]).tolist()
+    [[0.0, 0.0], [1.0, 1.0], [3.0, 4.0], [5.0, 4.0], [7.0, 7.0]]
+    """
+    return grid_coordinates(text_image_grid(segments), scheme, start=start)
