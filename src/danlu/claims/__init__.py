@@ -64,6 +64,7 @@ REGISTRY: dict[str, str] = {
     "moe": "nn",
     "msign": "linalg",
     "muon": "optim",
+    "recurrent": "nn",
     "rotary": "nn",
     "schedules": "optim",
     "spectral": "linalg",

@@ -1,6 +1,15 @@
 """Layers: attention, positions, experts, norms; each usable alone in any PyTorch model."""
 
-from danlu.nn.attention import GQA, MLA, GQAConfig, LayerCache, MLAConfig, causal_mask, document_mask
+from danlu.nn.attention import (
+    GQA,
+    MLA,
+    GQAConfig,
+    LayerCache,
+    MLAConfig,
+    causal_mask,
+    document_mask,
+    recurrent_attention,
+)
 from danlu.nn.balance import LossFreeConfig
 from danlu.nn.feed_forward import FeedForward, swiglu
 from danlu.nn.linear import Linear, declare
@@ -39,6 +48,7 @@ __all__ = [
     "grid_coordinates",
     "lora_state_dict",
     "merge_lora",
+    "recurrent_attention",
     "rotary_angles",
     "rotary_angles_nd",
     "rotary_span",
