@@ -2,5 +2,16 @@
 
 from danlu.objectives.causal_lm import CausalLM, CausalLMConfig
 from danlu.objectives.cross_entropy import linear_cross_entropy
+from danlu.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from danlu.objectives.meanflow import MeanFlow, MeanFlowConfig, total_derivative
 
-__all__ = ["CausalLM", "CausalLMConfig", "linear_cross_entropy"]
+__all__ = [
+    "CausalLM",
+    "CausalLMConfig",
+    "FlowMatching",
+    "FlowMatchingConfig",
+    "MeanFlow",
+    "MeanFlowConfig",
+    "linear_cross_entropy",
+    "total_derivative",
+]

@@ -1,0 +1,97 @@
+"""What the objectives on images share: the classes a network is told, and a validation that repeats."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from danlu._validate import integer
+from danlu.diffusion import classifier_free
+
+Batch = Mapping[str, Tensor]
+Sums = dict[str, Tensor]
+
+
+def told_classes(
+    model: nn.Module, labels: Tensor | None, count: int, *, dropout: float = 0.0, generator: torch.Generator | None
+) -> Tensor | None:
+    """Return the classes to tell ``model`` about ``count`` images, int64, or None if it has none.
+
+    ``model.num_classes`` stands for "no class": without labels for all, with labels for a random share ``dropout``.
+    """
+    none = int(getattr(model, "num_classes", 0))
+    if not none:
+        return None
+    device = next(model.parameters()).device
+    if labels is None:
+        return torch.full((count,), none, device=device)
+    labels = labels.to(device)
+    if not dropout:
+        return labels
+    return torch.where(torch.rand(count, device=device, generator=generator) < dropout, none, labels)
+
+
+def check_sampling(
+    model: nn.Module, shape: tuple[int, ...], labels: Tensor | None, guidance: float | None
+) -> tuple[torch.device, Tensor | None]:
+    """Check what a ``sample`` method was asked for; return the device to draw on and the classes."""
+    if len(shape) != 4:
+        raise ValueError(f"shape must be (images, channels, height, width), got {tuple(shape)}")
+    for name, size in zip(("images", "channels", "height", "width"), shape, strict=True):
+        integer(f"shape: {name}", size)
+    classes = int(getattr(model, "num_classes", 0))
+    if labels is not None:
+        if not classes:
+            raise ValueError("labels were given, and the model was trained without classes")
+        if labels.shape != (shape[0],) or int(labels.min()) < 0 or int(labels.max()) > classes:
+            raise ValueError(f"labels must be {shape[0]} integers from 0 to {classes} ({classes}: no class)")
+    if guidance not in (None, 1) and labels is None:
+        raise ValueError(f"guidance {guidance} needs labels to guide towards")
+    return next(model.parameters()).device, told_classes(model, labels, shape[0], generator=None)
+
+
+def guided_call(
+    predict: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    model: nn.Module,
+    classes: Tensor | None,
+    guidance: float | None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``predict`` with its classes filled in, guided if that is asked for."""
+    if classes is None or guidance in (None, 1):
+        return lambda x, t: predict(x, t, classes)
+    return classifier_free(predict, classes, none=int(model.num_classes), scale=guidance)  # type: ignore
+
+
+def mean_over_images(
+    objective: nn.Module, batches: Iterable[Batch], sums: Callable[[Batch, torch.Generator], Sums]
+) -> dict[str, float]:
+    """Evaluate ``objective``: the mean over images of what ``sums`` adds up, in evaluation mode.
+
+    The noise is drawn from a fixed seed, so that two evaluations differ by the weights alone.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    was_training = objective.training
+    objective.eval()
+    total: dict[str, Tensor] = {}
+    count = 0
+    generator = None
+    try:
+        for batch in batches:
+            if generator is None:
+                generator = torch.Generator(batch["images"].device).manual_seed(0)
+            with torch.no_grad():
+                for name, value in sums(batch, generator).items():
+                    total[name] = total.get(name, 0) + value.detach().double()
+            count += len(batch["images"])
+    finally:
+        objective.train(was_training)
+    if not count:
+        raise ValueError("batches must hold at least one image, got none")
+    return {name: value.item() / count for name, value in total.items()}
+
+
+def mean_square(error: Tensor) -> Tensor:
+    """Mean over everything but the first dimension of the squares, ``(b,)``, float32 or wider."""
+    return error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1).mean(1)

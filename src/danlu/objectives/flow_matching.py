@@ -1,0 +1,115 @@
+"""Flow matching: learn the velocity of the straight path from data to noise."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from danlu._validate import choice, number
+from danlu.diffusion import Flow, Progress, TimesConfig, UniformTimes, euler, heun, prior, time_grid
+from danlu.objectives._images import check_sampling, guided_call, mean_over_images, mean_square, told_classes
+
+__all__ = ["FlowMatching", "FlowMatchingConfig"]
+
+FLOW = Flow()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """How the velocity is learned.
+
+    Attributes:
+        times: law of the training times.
+        label_dropout: share of images whose class the network is not told, so that it can be guided.
+        sampler: ``euler`` or ``heun`` (two evaluations a step).
+    """
+
+    times: TimesConfig = field(default_factory=UniformTimes)
+    label_dropout: float = 0.1
+    sampler: Literal["euler", "heun"] = "euler"
+
+    def __post_init__(self) -> None:
+        number("label_dropout", self.label_dropout, low=0, high=1)
+        choice("sampler", self.sampler, ("euler", "heun"))
+
+
+class FlowMatching(nn.Module):
+    """Mean square of ``v(x_t, t) - (eps - x_0)`` with ``x_t = (1 - t) x_0 + t eps``, summed over images.
+
+    Its minimiser is the velocity ``E[eps - x_0 | x_t]`` that carries noise to data. Source: Lipman et al.,
+    arXiv:2210.02747; Liu et al., arXiv:2209.03003.
+
+    Args:
+        model: a network ``net(x, t, classes)``; held as ``self.model``. Its ``num_classes`` (0 or absent for none)
+            stands for "no class".
+        config: see :class:`FlowMatchingConfig`.
+
+    A batch is a mapping with ``images`` ``(b, c, h, w)`` in [-1, 1] and, for a model with classes, ``labels`` ``(b,)``.
+    """
+
+    def __init__(self, model: nn.Module, config: FlowMatchingConfig | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, FlowMatchingConfig() if config is None else config
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss summed over images, float32."""
+        return self._loss(batch, None)
+
+    def _loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
+        x0, config = batch["images"], self.config
+        t = config.times.draw(len(x0), FLOW, device=x0.device, generator=generator).to(x0.dtype)
+        eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
+        classes = told_classes(
+            self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
+        )
+        return mean_square(self.model(FLOW.noised(x0, eps, t), t, classes) - (eps - x0)).sum()
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of images, int64."""
+        return torch.tensor(len(batch["images"]), device=batch["images"].device)
+
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return ``val_loss``, the mean square error of a velocity's component, with the same noise every time."""
+        return mean_over_images(self, batches, lambda batch, generator: {"val_loss": self._loss(batch, generator)})
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing beyond the loss."""
+        return {}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        steps: int,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+        guidance: float | None = None,
+        trajectory: bool = False,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw images by following the velocity from noise.
+
+        Args:
+            shape: ``(n, c, h, w)``.
+            steps: of the sampler.
+            generator: on the model's device; the same seed draws the same images.
+            labels: int64 ``(n,)``; None draws without classes.
+            guidance: scale of classifier-free guidance; None and 1 are the conditional model itself.
+            trajectory: return all states, ``(steps + 1, n, c, h, w)``, the images last.
+            progress: called with the steps done and their number.
+
+        Raises:
+            ValueError: an argument is out of range, or the labels do not fit the model.
+        """
+        device, classes = check_sampling(self.model, tuple(shape), labels, guidance)
+        velocity = guided_call(self.model, self.model, classes, guidance)
+        x = prior(shape, FLOW, generator=generator, device=device)
+        method = euler if self.config.sampler == "euler" else heun
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return x - t.view(-1, 1, 1, 1) * velocity(x, t)
+
+        return method(denoise, x, FLOW, time_grid(FLOW, steps), trajectory=trajectory, progress=progress)

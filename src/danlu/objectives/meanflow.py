@@ -1,0 +1,238 @@
+r"""MeanFlow: learn the average velocity, so that one step leads from noise to data.
+
+With the velocity v of flow matching, ``u(x_t, t, r) = 1/(t - r) \int_r^t v dtau`` along the flow takes x_t to x_r in
+one step: ``x_r = x_t - (t - r) u``. Differentiating ``(t - r) u`` along the flow gives the identity that is trained,
+
+    u = v - (t - r) du/dt,      du/dt = the derivative of u(x, t, r) along (v, 1, 0),
+
+which forward-mode differentiation evaluates beside u itself. Where r = t it says ``u = v``: plain flow matching.
+Source: Geng et al., arXiv:2505.13447; the three objectives: kexue.fm 10958.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from danlu._validate import choice, integer, number, positive
+from danlu.diffusion import LogitNormalTimes, Progress, TimesConfig, average_velocity, prior
+from danlu.objectives._images import check_sampling, mean_over_images, mean_square, told_classes
+from danlu.objectives.flow_matching import FLOW
+
+__all__ = ["MeanFlow", "MeanFlowConfig", "total_derivative"]
+
+AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanFlowConfig:
+    """How the average velocity is learned.
+
+    Attributes:
+        form: ``meanflow``, the paper's: the derivative is taken along ``eps - x_0`` and held constant. ``marginal``
+            takes it along the model's own velocity ``u(x, t, t)`` and holds it constant (one more evaluation).
+            ``full`` does so too and differentiates through it: second derivatives, about twice the time.
+        share: part of each batch with r != t; the rest is flow matching. Only this part pays for the derivative.
+        times: law from which t and r are drawn; the larger is t, also where r is then set to t. The default rarely
+            visits t near 1 with r near 0, where one step starts: in low dimensions take UniformTimes.
+        power: p of the adaptive weight ``1 / (loss + offset)^p`` of each image; 0 for none.
+        offset: see power.
+        omega: weight of the conditional velocity in the guided velocity that is learned.
+        kappa: weight of the model's own conditional velocity in it. The two act as a guidance scale of
+            ``omega / (1 - kappa)``, and sampling needs no further guidance. 1 and 0: none.
+        guidance_from, guidance_to: times between which guidance is learned.
+        label_dropout: share of images whose class the network is not told; they learn the plain velocity.
+    """
+
+    form: Literal["meanflow", "marginal", "full"] = "meanflow"
+    share: float = 0.25
+    times: TimesConfig = field(default_factory=LogitNormalTimes)
+    power: float = 1.0
+    offset: float = 1e-2
+    omega: float = 1.0
+    kappa: float = 0.0
+    guidance_from: float = 0.0
+    guidance_to: float = 1.0
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        choice("form", self.form, ("meanflow", "marginal", "full"))
+        number("share", self.share, low=0, high=1)
+        number("power", self.power, low=0)
+        positive("offset", self.offset)
+        positive("omega", self.omega)
+        number("kappa", self.kappa, low=0, high=1, high_open=True)
+        number("guidance_from", self.guidance_from, low=0, high=1)
+        number("guidance_to", self.guidance_to, low=self.guidance_from, high=1)
+        number("label_dropout", self.label_dropout, low=0, high=1)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a guided velocity is learned."""
+        return (self.omega, self.kappa) != (1, 0)
+
+
+class _Draw(NamedTuple):
+    """Noisy images and what is known of them; the first ``apart`` rows have r != t."""
+
+    x: Tensor
+    t: Tensor
+    r: Tensor
+    classes: Tensor | None
+    velocity: Tensor
+    apart: int
+
+
+class MeanFlow(nn.Module):
+    """The MeanFlow objective, summed over images.
+
+    ``sum of squares of (u - target)`` over an image's components, times the adaptive weight. With ``power = 1`` every
+    image's loss is near 1 whatever the error, by design: watch ``velocity_mse`` (flow matching's error, where r = t)
+    and ``average_mse`` (where r != t), both unweighted and a component's.
+
+    The forward-mode derivative is evaluated for the rows with r != t alone, where it has an effect; the result is that
+    of the whole batch for a network that treats images independently.
+
+    Args:
+        model: a network ``net(x, t, classes, r)``, held as ``self.model``; for derivatives of forward mode its
+            attention has to be written out. ``num_classes`` as in :class:`danlu.objectives.FlowMatching`.
+        config: see :class:`MeanFlowConfig`.
+    """
+
+    def __init__(self, model: nn.Module, config: MeanFlowConfig | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, MeanFlowConfig() if config is None else config
+        if self.config.guided and not int(getattr(model, "num_classes", 0)):
+            raise ValueError("omega and kappa ask for guidance, and the model has no classes to be guided to")
+        self._last: dict[str, Tensor] = {}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted loss summed over images, float32."""
+        draw = self._draw(batch, None)
+        error = self._error(draw)
+        self._last = {name: value.detach() for name, value in _errors(error, draw.apart).items()}
+        square = mean_square(error) * error[0].numel()
+        if self.config.power:
+            square = square / (square.detach() + self.config.offset) ** self.config.power
+        return square.sum()
+
+    def _draw(self, batch: Mapping[str, Tensor], generator: torch.Generator | None) -> _Draw:
+        x0, config, labels = batch["images"], self.config, batch.get("labels")
+        size, apart = len(x0), round(config.share * len(x0))
+        noise = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
+        one, other = (config.times.draw(size, FLOW, device=x0.device, generator=generator) for _ in range(2))
+        t = torch.maximum(one, other).to(x0.dtype)
+        r = torch.cat([torch.minimum(one, other)[:apart].to(x0.dtype), t[apart:]])
+        x, velocity = FLOW.noised(x0, noise, t), noise - x0
+        classes = told_classes(self.model, labels, size, dropout=config.label_dropout, generator=generator)
+        if config.guided and classes is not None:
+            velocity = self._guided(x, t, classes, velocity)
+        return _Draw(x, t, r, classes, velocity, apart)
+
+    @torch.no_grad()
+    def _guided(self, x: Tensor, t: Tensor, classes: Tensor, velocity: Tensor) -> Tensor:
+        """``omega v + kappa u(x, t, t | c) + (1 - omega - kappa) u(x, t, t)`` for rows with a class in time."""
+        config, none = self.config, int(self.model.num_classes)  # type: ignore[arg-type]
+        mixed = config.omega * velocity
+        if config.kappa:
+            mixed = mixed + config.kappa * self.model(x, t, classes, t)
+        without = 1 - config.omega - config.kappa
+        if without:
+            mixed = mixed + without * self.model(x, t, torch.full_like(classes, none), t)
+        applies = (classes != none) & (t >= config.guidance_from) & (t <= config.guidance_to)
+        return torch.where(applies.view(-1, 1, 1, 1), mixed, velocity)
+
+    def _error(self, draw: _Draw) -> Tensor:
+        """u less its target, ``(b, c, h, w)``: the derivative where r != t, flow matching where r = t."""
+        x, t, r, classes, velocity, apart = draw
+        if not apart:
+            return self.model(x, t, classes, r) - velocity  # type: ignore[no-any-return]
+        rows = slice(apart)
+        some = None if classes is None else classes[rows]
+        x_r, t_r, r_r, tangent = x[rows], t[rows], r[rows], velocity[rows]
+        form = self.config.form
+        if form != "meanflow":
+            tangent = self.model(x_r, t_r, some, t_r)
+
+        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return self.model(x, t, some, r)  # type: ignore[no-any-return]
+
+        if form == "full":
+            near, slope = total_derivative(u, x_r, t_r, r_r, tangent)
+            far = self.model(x[apart:], t[apart:], None if classes is None else classes[apart:], r[apart:])
+            value = torch.cat([near, far])
+        else:
+            with torch.no_grad():
+                _, slope = total_derivative(u, x_r, t_r, r_r, tangent.detach())
+            value = self.model(x, t, classes, r)
+        correction = (t_r - r_r).view(-1, 1, 1, 1).to(slope.dtype) * slope
+        return torch.cat([(value - velocity)[:apart] + correction, (value - velocity)[apart:]])
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of images, int64."""
+        return torch.tensor(len(batch["images"]), device=batch["images"].device)
+
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return ``val_loss``, the unweighted mean square error of a component, with the same noise every time."""
+
+        def sums(batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+            return {"val_loss": mean_square(self._error(self._draw(batch, generator))).sum()}
+
+        return mean_over_images(self, batches, sums)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the unweighted errors of the last batch: ``velocity_mse`` (r = t) and ``average_mse`` (r != t)."""
+        return {name: value.item() for name, value in self._last.items()}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        steps: int,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+        guidance: float | None = None,
+        trajectory: bool = False,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw images in ``steps`` equal steps from t = 1 to 0; arguments as :meth:`FlowMatching.sample`.
+
+        Raises:
+            ValueError: as there, or ``guidance`` is given: it is learned in training, by ``omega`` and ``kappa``.
+        """
+        if guidance not in (None, 1):
+            raise ValueError("guidance is learned in training by MeanFlow (omega and kappa); sampling takes none")
+        device, classes = check_sampling(self.model, tuple(shape), labels, None)
+        integer("steps", steps)
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        x = prior(shape, FLOW, generator=generator, device=device)
+        return average_velocity(
+            lambda x, t, r: self.model(x, t, classes, r), x, times, trajectory=trajectory, progress=progress
+        )
+
+
+def total_derivative(u: AverageVelocity, x: Tensor, t: Tensor, r: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``u(x, t, r)`` and its derivative along the flow: x moves with ``velocity``, t with 1, r stays.
+
+    Args:
+        u: a function that forward-mode differentiation can follow.
+        x: ``(b, ...)``.
+        t, r: ``(b,)``.
+        velocity: like x.
+
+    >>> u = lambda x, t, r: x * t - r
+    >>> one = torch.ones(1)
+    >>> total_derivative(u, 3 * one, 2 * one, one, 5 * one)
+    (tensor([5.]), tensor([13.]))
+    """
+    both = torch.func.jvp(u, (x, t, r), (velocity, torch.ones_like(t), torch.zeros_like(r)))
+    return both[0], both[1]
+
+
+def _errors(error: Tensor, apart: int) -> dict[str, Tensor]:
+    square = mean_square(error)
+    parts = {"average_mse": square[:apart], "velocity_mse": square[apart:]}
+    return {name: part.mean() for name, part in parts.items() if len(part)}
