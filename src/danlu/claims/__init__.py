@@ -65,6 +65,7 @@ REGISTRY: dict[str, str] = {
     "msign": "linalg",
     "muon": "optim",
     "recurrent": "nn",
+    "mup": "optim",
     "rotary": "nn",
     "schedules": "optim",
     "spectral": "linalg",

@@ -13,6 +13,7 @@ from danlu.optim.groups import MATRIX_ROLES, ROLES, check_partition, describe, p
 from danlu.optim.lion import Lion
 from danlu.optim.loraplus import balanced_ratio, loraplus_groups, watch_ratio
 from danlu.optim.muon import Muon, muon_, shape_scale
+from danlu.optim.mup import muon_from_adamw, mup_factor, mup_groups, spectral_init_, spectral_std
 from danlu.optim.schedules import Constant, Cosine, InverseTime, ScheduleConfig, WarmupStableDecay, schedule
 from danlu.optim.tiger import Tiger
 
@@ -41,9 +42,14 @@ __all__ = [
     "grad_norm",
     "loraplus_groups",
     "muon_",
+    "muon_from_adamw",
+    "mup_factor",
+    "mup_groups",
     "nonfinite_gradients",
     "param_groups",
     "schedule",
     "shape_scale",
+    "spectral_init_",
+    "spectral_std",
     "watch_ratio",
 ]
