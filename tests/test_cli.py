@@ -13,6 +13,7 @@ import pytest
 from danlu.cli import main, verbs
 from danlu.cli.overrides import apply, leaves
 from danlu.cli.parser import VERBS, parse
+from danlu.recipes import load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,15 @@ RECIPE = Run(recipe="tiny", model=Model(dim=99, attention=Latent(heads=2, kv_ran
 def test_a_leaf_set_by_its_path_leaves_the_recipes_other_values_alone() -> None:
     changed = apply(RECIPE, ["--model.attention.kv_rank", "3", "--lr", "1e-3"])
     assert changed == Run(recipe="tiny", model=Model(dim=99, attention=Latent(heads=2, kv_rank=3)), lr=1e-3)
+
+
+def test_one_of_several_sections_is_reached_by_its_number() -> None:
+    config = load("lm-hybrid")
+    first, *others = apply(config, ["--model.mixers.0.kernel.state", "16"]).model.mixers
+    assert first.kernel.state == 16
+    assert others == list(config.model.mixers[1:])
+    with pytest.raises(ValueError, match=r"is a section; set one of its leaves: --model\.mixers\.0\.kernel\.state"):
+        apply(config, ["--model.mixers", "none"])
 
 
 def test_no_overrides_change_nothing() -> None:

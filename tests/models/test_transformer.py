@@ -7,8 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from danlu import config as configs
 from danlu.models import Transformer, TransformerConfig
-from danlu.nn import GQAConfig, MLAConfig, MoE, MoEConfig, grid_coordinates, text_image_coordinates, text_image_grid
+from danlu.nn import (
+    GQA,
+    MLA,
+    SSM,
+    GQAConfig,
+    MLAConfig,
+    MoE,
+    MoEConfig,
+    SSMConfig,
+    grid_coordinates,
+    text_image_coordinates,
+    text_image_grid,
+)
+from danlu.nn.ssm import S4DConfig
 
 CONFIGS = {
     "latent attention and experts": TransformerConfig(
@@ -29,11 +43,23 @@ CONFIGS = {
     "grouped queries": TransformerConfig(
         vocab_size=53, dim=24, layers=2, hidden=29, attention=GQAConfig(heads=4, groups=2)
     ),
+    "state spaces": TransformerConfig(
+        vocab_size=53, dim=24, layers=2, hidden=29, attention=SSMConfig(kernel=S4DConfig(state=6), channels=23)
+    ),
+    "hybrid of three kinds": TransformerConfig(
+        vocab_size=53,
+        dim=24,
+        layers=4,
+        hidden=29,
+        attention=GQAConfig(heads=4, groups=2),
+        mixers=(SSMConfig(kernel=S4DConfig(state=6)), None, MLAConfig(heads=3, kv_rank=13, nope_dim=7, value_dim=13)),
+    ),
     "tied multi-head": TransformerConfig(
         vocab_size=53, dim=24, layers=2, hidden=29, attention=GQAConfig(heads=3), tied=True
     ),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
+every_config_with_positions = pytest.mark.parametrize("name", [name for name in CONFIGS if name != "state spaces"])
 
 
 def build(name: str) -> Transformer:
@@ -70,7 +96,7 @@ def test_packed_documents_do_not_see_each_other(name: str) -> None:
     torch.testing.assert_close(model(t, documents=documents), alone, rtol=1e-11, atol=1e-11)
 
 
-@every_config
+@every_config_with_positions
 def test_given_embeddings_at_given_positions_equal_tokens_that_are_counted(name: str) -> None:
     model, t = build(name), tokens(2, 11)
     embedded = model.embedding[t]
@@ -80,7 +106,7 @@ def test_given_embeddings_at_given_positions_equal_tokens_that_are_counted(name:
     assert torch.equal(model(embedded, positions=torch.stack((n, n), dim=-1)), model(t))
 
 
-@every_config
+@every_config_with_positions
 def test_positions_may_differ_between_the_sequences_of_a_batch(name: str) -> None:
     model, t = build(name), tokens(2, 7)
     grids = torch.stack([text_image_grid([1, (2, 3)]), text_image_grid([1, (3, 2)])])
@@ -91,7 +117,7 @@ def test_positions_may_differ_between_the_sequences_of_a_batch(name: str) -> Non
     assert (both - model(t)).abs().max() > 1e-3
 
 
-@every_config
+@every_config_with_positions
 def test_cached_decoding_at_image_positions_equals_the_full_forward(name: str) -> None:
     model, t = build(name), tokens(2, 13)
     positions = text_image_coordinates([3, (2, 4), 2])
@@ -284,6 +310,8 @@ def test_deepseek_v3_computes_the_same_from_the_same_weights(name: str) -> None:
         ({"layers": 0}, "layers"),
         ({"dense_layers": -1}, "dense_layers"),
         ({"rope_base": 0.0}, "rope_base"),
+        ({"mixers": ()}, "mixers must leave a block"),
+        ({"mixers": (GQAConfig(heads=3),)}, "mixers must leave a block"),
     ],
 )
 def test_impossible_fields_are_refused_by_name(changes: dict[str, float], message: str) -> None:
@@ -308,3 +336,24 @@ def test_embeddings_and_positions_of_another_size_are_refused() -> None:
     for shape in [(5,), (4, 2), (1, 4, 2)]:
         with pytest.raises(ValueError, match="positions"):
             model(tokens(1, 5), positions=torch.zeros(shape))
+
+
+def test_positions_are_refused_where_nothing_takes_them() -> None:
+    with pytest.raises(ValueError, match="no layer of this model takes any"):
+        build("state spaces")(tokens(1, 5), positions=torch.arange(5)[:, None])
+
+
+def test_a_hybrid_repeats_its_pattern_over_the_blocks() -> None:
+    kinds = [type(block.attention) for block in build("hybrid of three kinds").blocks]
+    assert kinds == [SSM, GQA, MLA, SSM]
+
+
+def test_a_hybrid_survives_its_own_file() -> None:
+    config = CONFIGS["hybrid of three kinds"]
+    assert configs.loads(TransformerConfig, configs.dumps(config)) == config
+
+
+def test_a_state_space_caches_as_much_for_one_token_as_for_a_thousand() -> None:
+    model = build("state spaces")
+    sizes = [[cache.elements() for cache in model.new_cache(1, capacity)] for capacity in (1, 1000)]  # type: ignore[union-attr]
+    assert sizes[0] == sizes[1] == [23 * 6] * 2

@@ -33,7 +33,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for path, value, hint in _nodes(config, prefix):
         if is_dataclass(value):
             yield from leaves(value, f"{path}.")
-        elif value is not None or not _may_hold_a_section(hint):
+        elif not (_is_empty(value) and _may_hold_a_section(hint)):
             yield path, value
 
 
@@ -80,11 +80,20 @@ def apply(config: T, words: Sequence[str], *, fixed: Sequence[str] = ()) -> T:
 def _nodes(config: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
     hints = get_type_hints(type(config))
     for field in fields(config):
-        yield f"{prefix}{field.name}", getattr(config, field.name), hints[field.name]
+        path, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if isinstance(value, tuple) and any(is_dataclass(item) for item in value):
+            # A section that there are several of: each is reached by its number, and an empty place is no section.
+            yield from ((f"{path}.{i}", item, Any) for i, item in enumerate(value) if is_dataclass(item))
+        else:
+            yield path, value, hints[field.name]
 
 
 def _may_hold_a_section(hint: Any) -> bool:
-    return hint is Any or any(is_dataclass(member) for member in get_args(hint))
+    return hint is Any or is_dataclass(hint) or any(_may_hold_a_section(member) for member in get_args(hint))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, tuple) and all(item is None for item in value))
 
 
 def _absent(config: Any, prefix: str = "") -> Iterator[str]:
@@ -92,7 +101,7 @@ def _absent(config: Any, prefix: str = "") -> Iterator[str]:
     for path, value, hint in _nodes(config, prefix):
         if is_dataclass(value):
             yield from _absent(value, f"{path}.")
-        elif value is None and _may_hold_a_section(hint):
+        elif _is_empty(value) and _may_hold_a_section(hint):
             yield path
 
 

@@ -1,6 +1,7 @@
 """Sampling from a language model, one token at a time over its cache."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def generate(
         number("top_p", top_p, low=0, high=1, low_open=True)
     model.eval()
     device = model.embedding.device
-    cache = model.new_cache(1, len(prompt) + max_new_tokens)
+    cache: list[Any] = model.new_cache(1, len(prompt) + max_new_tokens)
     tokens = torch.tensor([list(prompt)], device=device)
     for _ in range(max_new_tokens):
         hidden = model.hidden(tokens, cache=cache)[0, -1]

@@ -1,8 +1,9 @@
-r"""Decoder-only Transformer assembled from ``danlu.nn``: latent attention and experts, or their dense counterparts.
+r"""Decoder-only Transformer assembled from ``danlu.nn``: attention or state spaces, experts or dense layers.
 
 Pre-norm blocks ``x += attention(norm(x)); x += feed_forward(norm(x))``, a final norm and a linear head. With
 `MLAConfig` and `MoEConfig` it is the architecture of DeepSeek-V3 (Hugging Face ``DeepseekV3ForCausalLM``), with
-`GQAConfig` and no experts that of Llama.
+`GQAConfig` and no experts that of Llama. What mixes the tokens may differ from block to block: `SSMConfig` puts a state
+space in attention's place, everywhere or in the blocks that ``mixers`` names.
 
 Initialisation: every weight is normal with mean 0.
 
@@ -32,6 +33,7 @@ from danlu._validate import integer, positive
 from danlu.nn import (
     GQA,
     MLA,
+    SSM,
     FeedForward,
     GQAConfig,
     LayerCache,
@@ -40,11 +42,17 @@ from danlu.nn import (
     MoE,
     MoEConfig,
     RMSNorm,
+    SSMConfig,
+    StateCache,
     declare,
     document_mask,
     rotary_angles_nd,
     rotary_span,
 )
+
+Mixer = MLA | GQA | SSM
+MixerConfig = MLAConfig | GQAConfig | SSMConfig
+Cache = LayerCache | StateCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +65,10 @@ class TransformerConfig:
     """model size"""
     layers: int = 6
     """blocks"""
-    attention: MLAConfig | GQAConfig = MLAConfig()
-    """kind and sizes of the attention"""
+    attention: MixerConfig = MLAConfig()
+    """what mixes the tokens: a kind of attention or a state space, and its sizes"""
+    mixers: tuple[MixerConfig | None, ...] = (None,)
+    """a hybrid's pattern, repeated over the blocks: what mixes the tokens of each, None for ``attention``"""
     hidden: int = 704
     """width of the dense feed-forward layers"""
     experts: MoEConfig | None = None
@@ -73,8 +83,20 @@ class TransformerConfig:
     """added to the mean square in every norm"""
 
 
+def mixer(dim: int, config: MixerConfig, *, gain: float) -> Mixer:
+    """The layer of a config; ``gain`` multiplies the usual standard deviation of its output projection."""
+    match config:
+        case MLAConfig():
+            return MLA(dim, config, out_std=gain / math.sqrt(config.heads * config.value_dim))
+        case GQAConfig():
+            inner = config.heads * config.head_dim if config.head_dim else dim
+            return GQA(dim, config, out_std=gain / math.sqrt(inner))
+        case SSMConfig():
+            return SSM(dim, config, out_std=gain / math.sqrt(config.channels or dim))
+
+
 class Block(nn.Module):
-    """One attention and one feed-forward layer, each on a normalised copy of the residual stream."""
+    """One attention (or what stands in its place) and one feed-forward layer, each on a normalised residual stream."""
 
     def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
@@ -82,22 +104,14 @@ class Block(nn.Module):
         depth = (2 * c.layers) ** -0.5
         self.attention_norm = RMSNorm(c.dim, eps=c.norm_eps)
         self.feed_forward_norm = RMSNorm(c.dim, eps=c.norm_eps)
-        self.attention: MLA | GQA
-        if isinstance(c.attention, MLAConfig):
-            fan_in = c.attention.heads * c.attention.value_dim
-            self.attention = MLA(c.dim, c.attention, out_std=depth / math.sqrt(fan_in))
-        else:
-            fan_in = c.attention.heads * c.attention.head_dim if c.attention.head_dim else c.dim
-            self.attention = GQA(c.dim, c.attention, out_std=depth / math.sqrt(fan_in))
+        self.attention: Mixer = mixer(c.dim, c.mixers[index % len(c.mixers)] or c.attention, gain=depth)
         self.feed_forward: MoE | FeedForward
         if c.experts is not None and index >= c.dense_layers:
             self.feed_forward = MoE(c.dim, c.experts, out_std=depth / math.sqrt(c.experts.hidden))
         else:
             self.feed_forward = FeedForward(c.dim, c.hidden, out_std=depth / math.sqrt(c.hidden))
 
-    def forward(
-        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
         """``(batch, time, dim)`` to the same."""
         x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask=mask, cache=cache)
         y: Tensor = x_btd + self.feed_forward(self.feed_forward_norm(x_btd))
@@ -125,6 +139,10 @@ class Transformer(nn.Module):
             integer(name, getattr(c, name))
         integer("dense_layers", c.dense_layers, low=0)
         positive("rope_base", c.rope_base)
+        if None not in c.mixers[: c.layers]:
+            raise ValueError(
+                "mixers must leave a block to attention (None); for one kind everywhere set attention itself"
+            )
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.embedding = declare(nn.Parameter(torch.empty(c.vocab_size, c.dim)), "embedding")
@@ -147,7 +165,7 @@ class Transformer(nn.Module):
         tokens_bt: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: list[LayerCache] | None = None,
+        cache: list[Cache] | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``, before the head.
@@ -162,7 +180,8 @@ class Transformer(nn.Module):
                 the interleaved layout of `danlu.nn.rotary_angles_nd`. None: the tokens are counted from zero.
 
         Raises:
-            ValueError: documents together with a cache, or a shape that does not match.
+            ValueError: documents together with a cache, a shape that does not match, or positions where no layer
+                takes any.
         """
         given = tokens_bt.is_floating_point()
         if tokens_bt.dim() != 2 + given or (given and tokens_bt.shape[-1] != self.config.dim):
@@ -175,17 +194,22 @@ class Transformer(nn.Module):
             raise ValueError(f"positions must be (time, axes) with time = {time}, got {tuple(positions.shape)}")
         x_btd = tokens_bt if given else nn.functional.embedding(tokens_bt, self.embedding)
         x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
-        first: Block = self.blocks[0]  # type: ignore[assignment]
-        rope_dim, base = first.attention.rope_dim, self.config.rope_base
-        if positions is None:
-            start = cache[0].length if cache is not None else 0
-            rope = rotary_span(start, start + time, rope_dim, base=base, like=x_btd)
-        else:
-            cos, sin = rotary_angles_nd(positions.double(), rope_dim, base=base)
-            rope = (cos.to(x_btd.dtype), sin.to(x_btd.dtype))
+        base = self.config.rope_base
+        start = cache[0].length if cache is not None else 0
+        # Tables of every size that is asked for: kinds of attention rotate differently, a state space not at all.
+        sizes: list[int] = [block.attention.rope_dim for block in self.blocks]  # type: ignore[union-attr, misc]
+        if positions is not None and not any(sizes):
+            raise ValueError("positions were given, and no layer of this model takes any")
+        ropes = {}
+        for size in set(sizes):
+            if positions is None or size == 0:
+                ropes[size] = rotary_span(start, start + time, size, base=base, like=x_btd)
+            else:
+                cos, sin = rotary_angles_nd(positions.double(), size, base=base)
+                ropes[size] = (cos.to(x_btd.dtype), sin.to(x_btd.dtype))
         mask = None if documents is None else document_mask(documents)
         for index, block in enumerate(self.blocks):
-            x_btd = block(x_btd, rope, mask, None if cache is None else cache[index])
+            x_btd = block(x_btd, ropes[sizes[index]], mask, None if cache is None else cache[index])
         y: Tensor = self.norm(x_btd)
         return y
 
@@ -194,14 +218,14 @@ class Transformer(nn.Module):
         tokens_bt: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: list[LayerCache] | None = None,
+        cache: list[Cache] | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(batch, time, vocab)``; arguments as in `hidden`."""
         x_btd = self.hidden(tokens_bt, documents=documents, cache=cache, positions=positions)
         return nn.functional.linear(x_btd, self.head_weight.to(x_btd.dtype))
 
-    def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
+    def new_cache(self, batch: int, capacity: int) -> list[Cache]:
         """Empty caches, one a block, for ``batch`` sequences of up to ``capacity`` tokens."""
         dtype, device = self.compute_dtype or self.embedding.dtype, self.embedding.device
         attentions = [block.attention for block in self.blocks]
@@ -220,11 +244,11 @@ class Transformer(nn.Module):
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of a forward and a backward pass a token at ``length`` tokens.
 
-        Six a parameter in use (the embedding look-up is none) plus three times the attention products, the causal
-        half only.
+        Six a parameter in use (the embedding look-up is none, gains are not counted) plus three times the attention
+        products, the causal half only, or the convolution.
         """
         _, active = self.parameter_counts()
-        gains = sum(m.weight.numel() for m in self.modules() if isinstance(m, RMSNorm))
+        gains = sum(p.numel() for p in self.parameters() if getattr(p, "danlu_role", None) == "gain")
         looked_up = 0 if self.head is None else self.embedding.numel()
         attention = sum(block.attention.flops_per_token(length) for block in self.blocks)  # type: ignore[union-attr, operator]
         return 6 * (active - gains - looked_up) + 3 * float(attention)

@@ -1,4 +1,4 @@
-"""Layers: attention, positions, experts, norms; each usable alone in any PyTorch model."""
+"""Layers: attention, state spaces, positions, experts, norms; each usable alone in any PyTorch model."""
 
 from danlu.nn.attention import (
     GQA,
@@ -25,10 +25,12 @@ from danlu.nn.rotary import (
     text_image_coordinates,
     text_image_grid,
 )
+from danlu.nn.ssm import SSM, SSMConfig, StateCache
 
 __all__ = [
     "GQA",
     "MLA",
+    "SSM",
     "FeedForward",
     "GQAConfig",
     "LayerCache",
@@ -41,6 +43,8 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "RMSNorm",
+    "SSMConfig",
+    "StateCache",
     "apply_lora",
     "causal_mask",
     "declare",

@@ -28,6 +28,8 @@ REGISTRY: dict[str, Recipe] = {
     "lm": Recipe("language model: latent attention, shared and fine-grained experts, Muon", "danlu.recipes.lm:lm"),
     "lm-dense": Recipe("the same without experts, grouped-query attention (Llama), Muon", "danlu.recipes.lm:lm_dense"),
     "lm-dense-adamw": Recipe("lm-dense trained by AdamW instead", "danlu.recipes.lm:lm_dense_adamw"),
+    "lm-ssm": Recipe("lm-dense with state spaces in attention's place", "danlu.recipes.ssm:lm_ssm"),
+    "lm-hybrid": Recipe("lm-dense with state spaces in three of four blocks", "danlu.recipes.ssm:lm_hybrid"),
     "lm-baseline": Recipe(
         "dense GPT of the same active size with AdamW, to compare with", "danlu.recipes.lm:lm_baseline"
     ),

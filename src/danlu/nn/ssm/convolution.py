@@ -1,0 +1,91 @@
+"""Causal convolution by the fast Fourier transform: linear-logarithmic in the length.
+
+Shape suffixes: b batch, h channels, t time, f frequencies.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def fast_length(least: int) -> int:
+    """Smallest number ``2^a 3^b 5^c`` that is at least ``least``: transforms of such lengths are the fast ones.
+
+    >>> [fast_length(n) for n in (1, 7, 11, 2047)]
+    [1, 8, 12, 2048]
+    """
+    best = 1 << max(least - 1, 0).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            candidate = three << max(-(-least // three) - 1, 0).bit_length()
+            best = min(best, candidate)
+            three *= 3
+        five *= 5
+    return best
+
+
+def _plain(u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
+    product = torch.fft.rfft(u_bht, n=size) * torch.fft.rfft(k_ht, n=size)
+    y: Tensor = torch.fft.irfft(product, n=size)[..., : u_bht.shape[-1]]
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    """Keeps the spectra of both inputs, so that the backward pass costs three transforms instead of seven."""
+
+    @staticmethod
+    def forward(ctx: Any, u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
+        u_bhf, k_hf = torch.fft.rfft(u_bht, n=size), torch.fft.rfft(k_ht, n=size)
+        ctx.save_for_backward(u_bht, k_ht, u_bhf, k_hf)
+        ctx.size = size
+        y: Tensor = torch.fft.irfft(u_bhf * k_hf, n=size)[..., : u_bht.shape[-1]]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_bht: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        u_bht, k_ht, u_bhf, k_hf = ctx.saved_tensors
+        size, time = ctx.size, u_bht.shape[-1]
+        if torch.is_grad_enabled():  # a graph of the gradient is wanted: only operations on the inputs can give it
+            u_bhf, k_hf = torch.fft.rfft(u_bht, n=size), torch.fft.rfft(k_ht, n=size)
+        grad_bhf = torch.fft.rfft(grad_bht, n=size)
+        grad_u = grad_k = None
+        if ctx.needs_input_grad[0]:
+            grad_u = torch.fft.irfft(grad_bhf * k_hf.conj(), n=size)[..., :time]
+        if ctx.needs_input_grad[1]:
+            both = (grad_bhf * u_bhf.conj()).sum_to_size(k_hf.shape)
+            grad_k = torch.fft.irfft(both, n=size)[..., :time]
+        return grad_u, grad_k, None
+
+
+def causal_convolution(u_bht: Tensor, k_ht: Tensor) -> Tensor:
+    r"""``y_t = sum_{s <= t} k_{t-s} u_s`` for every channel, in ``O(T log T)``.
+
+    Computed in float32 for the half formats (no transform exists in them), in the input's dtype otherwise; the result
+    has the dtype of ``u``. Twice differentiable. A value that is not finite spoils its own row and channel only, but
+    there also what comes before it.
+
+    Args:
+        u_bht: ``(..., channels, time)``.
+        k_ht: ``(channels, time)``, the kernel.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    >>> u, k = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 10.0, 100.0]])
+    >>> causal_convolution(u, k).round()
+    tensor([[  1.,  12., 123.]])
+    """
+    if k_ht.dim() != 2 or u_bht.shape[-2:] != k_ht.shape:
+        raise ValueError(
+            f"u must be (..., channels, time) and k (channels, time), got {tuple(u_bht.shape)}, {tuple(k_ht.shape)}"
+        )
+    wide = torch.promote_types(u_bht.dtype, torch.float32)
+    u, k = u_bht.to(wide), k_ht.to(wide)
+    size = fast_length(max(2 * u.shape[-1] - 1, 2))
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _plain(u, k, size).to(u_bht.dtype)
+    y: Tensor = _Convolution.apply(u, k, size)
+    return y.to(u_bht.dtype)

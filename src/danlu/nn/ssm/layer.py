@@ -1,0 +1,175 @@
+"""A gated state-space layer with the call and the cache of an attention layer.
+
+``y = W_out (silu(g) * (K * u + skip u))`` with ``[u, g] = W_in x``: the convolution along time stands where attention
+has its sum over positions. Training convolves with the kernel, decoding carries a state whose size does not depend on
+how many tokens there were.
+
+Shape suffixes: B batch, T time, H channels, D model size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danlu._validate import integer
+from danlu.nn.attention.masks import document_mask
+from danlu.nn.linear import Linear, declare
+from danlu.nn.ssm.convolution import causal_convolution, fast_length
+from danlu.nn.ssm.s4d import S4D, S4DConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSMConfig:
+    """Sizes of an `SSM` layer."""
+
+    kernel: S4DConfig = S4DConfig()
+    """kind of the state space, and its sizes"""
+    channels: int | None = None
+    """independent state spaces, one a coordinate; None: as many as the model has dimensions"""
+
+
+class StateCache:
+    """What a state-space layer remembers: a state of constant size, and how many tokens went into it.
+
+    Args:
+        state: ``(batch, channels, ...)``.
+        system: the step's constants, formed from the weights once.
+    """
+
+    def __init__(self, state: Tensor, system: tuple[Tensor, ...]) -> None:
+        self.state, self.system, self.length = state, system, 0
+
+    def elements(self) -> int:
+        """Real numbers stored a sequence, whatever its length."""
+        return self.state[0].numel() * (2 if self.state.is_complex() else 1)
+
+
+def rows_of_documents(mask: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
+    """Where each token of packed rows goes when every document is given a row of its own.
+
+    Args:
+        mask: `danlu.nn.document_mask` of the rows, ``(batch or 1, 1, time, time)``.
+        batch: number of rows.
+        time: tokens in a row.
+
+    Returns:
+        Row and column of each token, both ``(batch, time)``.
+
+    Raises:
+        ValueError: another mask: a state carries all of the past or none of it.
+
+    >>> mask = document_mask(torch.tensor([[4, 4, 9], [4, 4, 4]]))
+    >>> [t.tolist() for t in rows_of_documents(mask, 2, 3)]
+    [[[0, 0, 1], [2, 2, 2]], [[0, 1, 0], [0, 1, 2]]]
+    """
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-2:] != (time, time) or mask.shape[0] not in (1, batch):
+        raise ValueError(f"mask must be (batch, 1, time, time) as document_mask makes it, got {tuple(mask.shape)}")
+    mask = mask[:, 0].expand(batch, time, time)
+    starts = torch.ones(batch, time, dtype=torch.bool, device=mask.device)
+    starts[:, 1:] = ~mask.diagonal(-1, 1, 2)
+    documents = starts.flatten().cumsum(0).view(batch, time) - 1
+    if not torch.equal(mask, document_mask(documents)[:, 0]):
+        raise ValueError("mask must be causal within each document and part documents, as document_mask makes it")
+    here = torch.arange(time, device=mask.device).expand(batch, time)
+    return documents, here - torch.where(starts, here, 0).cummax(1).values
+
+
+class SSM(nn.Module):
+    """Gated state-space layer; takes an attention layer's place in a `danlu.models.Transformer`.
+
+    The convolution runs in float32 (float64 for float64 input), whatever the activations' dtype.
+
+    Args:
+        dim: model size D.
+        config: sizes.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(channels)``.
+
+    Raises:
+        ValueError: a size that the kernel refuses.
+
+    >>> layer = SSM(12, SSMConfig(kernel=S4DConfig(state=4)))
+    >>> layer(torch.randn(2, 5, 12)).shape
+    torch.Size([2, 5, 12])
+    """
+
+    rope_dim = 0
+    """coordinates rotated by position: none, the state knows the order by itself"""
+
+    def __init__(self, dim: int, config: SSMConfig | None = None, *, out_std: float | None = None) -> None:
+        super().__init__()
+        config = SSMConfig() if config is None else config
+        self.channels = dim if config.channels is None else config.channels
+        integer("channels", self.channels)
+        self.project = Linear(dim, 2 * self.channels, split=(self.channels, self.channels))
+        self.space = S4D(self.channels, config.kernel)
+        self.skip = declare(nn.Parameter(torch.ones(self.channels)), "gain")
+        self.out = Linear(self.channels, dim, std=out_std)
+
+    def reset_parameters(self) -> None:
+        """Set the skip connection to one (every other part has its own method)."""
+        nn.init.ones_(self.skip)
+
+    def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> StateCache:
+        """Zero state for ``batch`` sequences, in float32 at least; ``capacity`` tokens take no more room than one.
+
+        The step's constants are formed from the weights here: a cache made before the weights change is out of date.
+        """
+        integer("capacity", capacity, low=0)
+        state = self.space.new_state(batch, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        return StateCache(state, self.space.system())
+
+    def flops_per_token(self, length: int) -> float:
+        """Operations of the convolution a token: two transforms of twice the length and the product of spectra."""
+        size = fast_length(max(2 * length - 1, 2))
+        return self.channels * (2 * 2.5 * size * math.log2(size) + 3 * size) / length
+
+    def forward(
+        self,
+        x_btd: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        *,
+        mask: Tensor | None = None,
+        cache: StateCache | None = None,
+    ) -> Tensor:
+        """Mix along time.
+
+        Args:
+            x_btd: ``(batch, time, dim)``.
+            rope: taken for the attention layers' sake; a state space needs no positions.
+            mask: None, or what `danlu.nn.document_mask` gives: each document then starts from an empty state.
+            cache: state after earlier calls; it is advanced by these tokens, one after the other.
+
+        Returns:
+            ``(batch, time, dim)``.
+
+        Raises:
+            ValueError: a mask that is not one of documents, or a mask together with a cache.
+        """
+        u_bth, gate_bth = self.project(x_btd).chunk(2, dim=-1)
+        y_bth = self._mix(u_bth, mask) if cache is None else self._advance(u_bth, mask, cache)
+        y_bth = torch.addcmul(y_bth, u_bth, self.skip.to(u_bth.dtype)) * F.silu(gate_bth)
+        y: Tensor = self.out(y_bth)
+        return y
+
+    def _mix(self, u_bth: Tensor, mask: Tensor | None) -> Tensor:
+        B, T, H = u_bth.shape
+        if mask is None:
+            return causal_convolution(u_bth.transpose(1, 2), self.space.kernel(T)).transpose(1, 2)
+        row, column = rows_of_documents(mask, B, T)
+        shape = (int(row[-1, -1]) + 1, int(column.max()) + 1, H)
+        alone = u_bth.new_zeros(shape).index_put((row, column), u_bth)
+        y = causal_convolution(alone.transpose(1, 2), self.space.kernel(shape[1]))
+        return y.transpose(1, 2)[row, column]
+
+    def _advance(self, u_bth: Tensor, mask: Tensor | None, cache: StateCache) -> Tensor:
+        if mask is not None:
+            raise ValueError("mask cannot be combined with a cache: a state holds one sequence")
+        outputs = []
+        for u_bh in u_bth.to(cache.state.real.dtype).unbind(1):
+            cache.state, y_bh = self.space.step(cache.system, cache.state, u_bh)
+            outputs.append(y_bh)
+        cache.length += u_bth.shape[1]
+        return torch.stack(outputs, 1).to(u_bth.dtype)
