@@ -6,7 +6,8 @@
 """
 
 from danlu.data.corpus import Corpus, Document, open_corpus
-from danlu.data.images import ExampleLoader, ImagesConfig, ImagesData, open_images
+from danlu.data.examples import ExampleLoader
+from danlu.data.images import ImagesConfig, ImagesData, open_images, to_bytes, to_float
 from danlu.data.loader import IGNORE, Loader, validation_batches
 from danlu.data.text import TextConfig, TextData, open_text
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -26,6 +27,8 @@ __all__ = [
     "open_corpus",
     "open_images",
     "open_text",
+    "to_bytes",
+    "to_float",
     "train_tokenizer",
     "validation_batches",
 ]

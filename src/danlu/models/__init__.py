@@ -1,7 +1,20 @@
 """Whole networks assembled from ``danlu.nn``."""
 
+from danlu.models.dit import DiT, DiTConfig
 from danlu.models.generate import generate, sample_token
 from danlu.models.gpt import GPT, GPTConfig
 from danlu.models.transformer import Transformer, TransformerConfig
+from danlu.models.unet import UNet, UNetConfig
 
-__all__ = ["GPT", "GPTConfig", "Transformer", "TransformerConfig", "generate", "sample_token"]
+__all__ = [
+    "GPT",
+    "DiT",
+    "DiTConfig",
+    "GPTConfig",
+    "Transformer",
+    "TransformerConfig",
+    "UNet",
+    "UNetConfig",
+    "generate",
+    "sample_token",
+]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from danlu._validate import choice, integer, number, positive
 
@@ -173,7 +174,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.dtype != x.dtype:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     few = not torch.is_grad_enabled() and x.numel() <= _FEW
-    if few or torch.compiler.is_compiling():
+    # The fused forms have a reverse-mode rule only; the compiler fuses the plain formula itself.
+    if few or torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is not None:
         kept = x.shape[-1] - size
         turned = x[..., kept:] if kept else x
         first, second = turned.chunk(2, dim=-1)

@@ -1,9 +1,21 @@
 """Attention: multi-head, grouped-query, multi-query and latent, with one call and one cache interface."""
 
 from danlu.nn.attention.cache import LayerCache
+from danlu.nn.attention.full import FullAttention, attend
 from danlu.nn.attention.gqa import GQA, GQAConfig
 from danlu.nn.attention.masks import causal_mask, document_mask
 from danlu.nn.attention.mla import MLA, MLAConfig
 from danlu.nn.attention.recurrent import recurrent_attention
 
-__all__ = ["GQA", "MLA", "GQAConfig", "LayerCache", "MLAConfig", "causal_mask", "document_mask", "recurrent_attention"]
+__all__ = [
+    "GQA",
+    "MLA",
+    "FullAttention",
+    "GQAConfig",
+    "LayerCache",
+    "MLAConfig",
+    "attend",
+    "causal_mask",
+    "document_mask",
+    "recurrent_attention",
+]

@@ -1,0 +1,75 @@
+r"""Attention in which every token sees every token, and which has a derivative in forward mode too.
+
+Shape suffixes: B batch, T tokens, H heads, K head size, D model size.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from danlu._validate import integer
+from danlu.nn.linear import Linear
+from danlu.nn.rotary import rotate
+
+
+def attend(q_bhtk: Tensor, k_bhtk: Tensor, v_bhtk: Tensor) -> Tensor:
+    """Scaled dot-product attention over all tokens: torch's fused kernel, or its plain formula in forward mode.
+
+    The fused kernels have no forward-mode rule (``torch.func.jvp`` raises); the plain formula has one, and is taken
+    when an input carries a tangent and only then.
+
+    >>> import torch
+    >>> x = torch.randn(2, 3, 5, 8)
+    >>> out, derivative = torch.func.jvp(lambda x: attend(x, x, x), (x,), (torch.ones_like(x),))
+    >>> out.shape == derivative.shape
+    True
+    """
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q_bhtk, k_bhtk, v_bhtk)):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q_bhtk, k_bhtk, v_bhtk)
+    return F.scaled_dot_product_attention(q_bhtk, k_bhtk, v_bhtk)
+
+
+class FullAttention(nn.Module):
+    """Multi-head attention without a mask (Vaswani et al., arXiv 1706.03762, section 3.2.2).
+
+    Args:
+        dim: model size D.
+        heads: a divisor of ``dim``.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(dim)``.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``dim``.
+
+    >>> import torch
+    >>> FullAttention(12, 3)(torch.randn(2, 5, 12)).shape
+    torch.Size([2, 5, 12])
+    """
+
+    def __init__(self, dim: int, heads: int, *, out_std: float | None = None) -> None:
+        super().__init__()
+        integer("dim", dim)
+        integer("heads", heads)
+        if dim % heads:
+            raise ValueError(f"heads must divide the width {dim}, got {heads}")
+        self.heads, self.head_dim = heads, dim // heads
+        self.qkv = Linear(dim, 3 * dim, split=(dim, dim, dim))
+        self.out = Linear(dim, dim, std=out_std)
+
+    def flops(self, tokens: int) -> float:
+        """Floating-point operations of a forward pass over one sequence of ``tokens``."""
+        dim = self.heads * self.head_dim
+        return 2.0 * tokens * dim * (4 * dim + 2 * tokens)
+
+    def forward(self, x_btd: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attend over ``(batch, tokens, dim)``; ``rope`` holds cosines and sines ``(tokens, rotated size)``."""
+        B, T, D = x_btd.shape
+        qkv = self.qkv(x_btd).view(B, T, 3 * self.heads, self.head_dim)
+        qk, v = qkv[:, :, : 2 * self.heads], qkv[:, :, 2 * self.heads :]
+        if rope is not None:
+            cos, sin = (table[:, None, :] for table in rope)
+            qk = rotate(qk, cos, sin)
+        q_bhtk, k_bhtk = qk.transpose(1, 2).chunk(2, dim=1)
+        y: Tensor = self.out(attend(q_bhtk, k_bhtk, v.transpose(1, 2)).transpose(1, 2).reshape(B, T, D))
+        return y
