@@ -1,0 +1,188 @@
+r"""SquarePlus, the algebraic cousin of softplus (Barron, arXiv 2112.11687; kexue.fm 8833).
+
+.. math:: \mathrm{sq}(x) = \frac{x + \sqrt{x^2 + b}}{2}
+    = \max(x, 0) + \frac{b/2}{\sqrt{x^2 + b} + |x|}, \qquad
+    \mathrm{sq}'(x) = \frac{\mathrm{sq}(x)}{\sqrt{x^2 + b}}
+
+The first form loses every digit to cancellation where ``x`` is far below zero (in float32 it is 0 at -10000, where the
+value is 1e-4). The second is a sum and quotient of positive numbers: it is accurate to the last digits for every ``x``,
+and is what is computed here, the derivative as well. Where ``x^2`` overflows it still gives ``max(x, 0)``.
+
+The choice of ``b`` (0 is ReLU) decides how near to softplus it lies; the named values are exact to float64.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danlu._validate import number
+from danlu.nn.linear import declare
+
+EQUAL_AT_ZERO = 4 * math.log(2) ** 2
+"""``b`` at which squareplus(0) is softplus(0) = log 2."""
+
+DOMINANT = EQUAL_AT_ZERO
+"""Smallest ``b`` at which squareplus is nowhere below softplus: the same value, since the log of softplus is concave."""
+
+MINIMAX = 1.52382103251875066
+"""``b`` whose largest distance from softplus, 0.0759314499, is smallest; reached at 0 and at +-3.5646 in turn."""
+
+EQUAL_CURVATURE = 4.0
+"""``b`` at which the second derivatives at 0 agree, both 1/4."""
+
+_BLOCK = 1 << 16
+"""Elements worked on at a time on a CPU: the intermediate results then stay in its second-level cache."""
+
+
+def _with_derivative(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    root = torch.addcmul(b, x, x).sqrt_()
+    y = F.relu(x).add_((root + x.abs()).reciprocal_().mul_(b / 2))
+    return y, y / root
+
+
+def _blockwise(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`_with_derivative` for one number ``b`` and a contiguous ``x``, block by block into two buffers."""
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    size = min(_BLOCK, x.numel())
+    root, sum_ = x.new_empty(size), x.new_empty(size)
+    half = b / 2
+    for x_s, y_s, slope_s in zip(*(t.view(-1).split(_BLOCK) for t in (x, y, slope))):
+        root, sum_ = root[: len(x_s)], sum_[: len(x_s)]
+        torch.addcmul(b, x_s, x_s, out=root).sqrt_()
+        torch.abs(x_s, out=sum_).add_(root)
+        torch.clamp_min(x_s, 0, out=y_s).addcdiv_(half, sum_)
+        torch.div(y_s, root, out=slope_s)
+    return y, slope
+
+
+class _SquarePlus(torch.autograd.Function):
+    """Keeps the derivative, so that the backward pass is a single product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor) -> Tensor:
+        blocks = x.device.type == "cpu" and x.is_contiguous() and b.dim() == 0 and x.numel() > 0
+        y, slope = _blockwise(x, b) if blocks else _with_derivative(x, b)
+        ctx.save_for_backward(x, b, slope)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, b, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this derivative is asked for
+            slope = squareplus_derivative(x, b)
+        grad_b = None
+        if ctx.needs_input_grad[1]:
+            grad_b = (grad / (4 * torch.addcmul(b, x, x).sqrt())).sum_to_size(b.shape)
+        return grad * slope, grad_b
+
+
+def _number_or_tensor(b: float | Tensor, x: Tensor) -> Tensor:
+    """``b`` in the dtype of the computation, kept above zero: at b = 0 the root has no derivative at 0."""
+    if not isinstance(b, Tensor):
+        number("b", b, low=0)
+        b = torch.tensor(b, dtype=x.dtype, device=x.device)
+    return b.to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32 or float64: in half precision the square of 256 already overflows."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def squareplus(x: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:
+    """``(x + sqrt(x^2 + b)) / 2``, elementwise, in the dtype of ``x`` (half precision is computed in float32).
+
+    Args:
+        x: any shape, floating point.
+        b: a number, or a tensor that broadcasts to ``x`` and may want a gradient; not negative. 0 is ReLU, with
+            derivative 0 at 0 as in torch for the number 0, 1/2 for a tensor.
+
+    Raises:
+        ValueError: the number ``b`` is negative or not finite.
+
+    >>> squareplus(torch.tensor([-1.0, 0.0, 1.0, -1e4])).tolist()
+    [0.6180340051651001, 1.0, 1.6180340051651001, 9.999999747378752e-05]
+    """
+    if not isinstance(b, Tensor) and b == 0:
+        return F.relu(x)
+    wide = _wide(x)
+    b = _number_or_tensor(b, wide)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and (wide.requires_grad or b.requires_grad)):
+        root = torch.sqrt(wide * wide + b)
+        y = F.relu(wide) + b / 2 / (root + wide.abs())
+    else:
+        y = _SquarePlus.apply(wide, b)
+    return y.to(x.dtype)
+
+
+def squareplus_derivative(x: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:
+    """``squareplus(x) / sqrt(x^2 + b)``, between 0 and 1, accurate in both tails; arguments as in `squareplus`.
+
+    >>> squareplus_derivative(torch.tensor([-1e4, 0.0, 1e4])).tolist()
+    [9.999999939225290e-09, 0.5, 1.0]
+    """
+    wide = _wide(x)
+    b = _number_or_tensor(b, wide)
+    root = torch.sqrt(wide * wide + b)
+    y = (F.relu(wide) + b / 2 / (root + wide.abs())) / root
+    return y.to(x.dtype)
+
+
+def squareplus_inverse(y: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:
+    """``x = y - b / (4 y)``, the number whose `squareplus` is ``y > 0``; NaN for a ``y`` that none has.
+
+    >>> squareplus_inverse(torch.tensor([0.5, 1.0])).tolist()
+    [-1.5, 0.0]
+    """
+    wide = _wide(y)
+    b = _number_or_tensor(b, wide)
+    x = torch.where(wide > 0, wide - b / (4 * wide), torch.nan)
+    return x.to(y.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquarePlusConfig:
+    """Shape of a `SquarePlus`."""
+
+    b: float = EQUAL_CURVATURE
+    """how round the corner of ReLU is; 0 is ReLU"""
+    learnable: bool = False
+    """train b from there, one number a layer"""
+
+    def __post_init__(self) -> None:
+        number("b", self.b, low=0, low_open=self.learnable)
+
+
+class SquarePlus(nn.Module):
+    """`squareplus` as a layer. A learnable ``b`` is the square of the parameter ``root``, so it stays positive.
+
+    >>> SquarePlus(SquarePlusConfig(b=MINIMAX))(torch.zeros(1)).item()
+    0.6172157526016235
+    """
+
+    def __init__(self, config: SquarePlusConfig | None = None) -> None:
+        super().__init__()
+        self.config = SquarePlusConfig() if config is None else config
+        self.root: nn.Parameter | None = None
+        if self.config.learnable:
+            self.root = declare(nn.Parameter(torch.empty(())), "gain")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Go back to the configured ``b``."""
+        if self.root is not None:
+            nn.init.constant_(self.root, math.sqrt(self.config.b))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply elementwise."""
+        return squareplus(x, self.config.b if self.root is None else self.root.square())
+
+    def extra_repr(self) -> str:
+        """The constant, for ``print(model)``."""
+        return f"b={self.config.b:g}" + (", learnable" if self.root is not None else "")
