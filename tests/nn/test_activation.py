@@ -29,9 +29,9 @@ def distance(b: float) -> np.ndarray:
 
 
 def test_constants_to_eight_places() -> None:
-    assert EQUAL_AT_ZERO == pytest.approx(1.921812055672805698668, abs=1e-14)
+    assert pytest.approx(1.921812055672805698668, abs=1e-14) == EQUAL_AT_ZERO
     best = minimize_scalar(lambda b: np.abs(distance(b)).max(), bounds=(1.4, 1.7), method="bounded")
-    assert MINIMAX == pytest.approx(best.x, abs=1e-3)  # the search itself is that coarse; the next test is exact
+    assert pytest.approx(best.x, abs=1e-3) == MINIMAX  # the search itself is that coarse; the next test is exact
     assert EQUAL_CURVATURE == 4.0
 
 
@@ -152,7 +152,9 @@ def test_vmap_and_compiled_forms_agree() -> None:
     torch.testing.assert_close(torch.vmap(squareplus)(x), squareplus(x))
 
 
-@pytest.mark.parametrize(("options", "message"), [({"b": -1.0}, "b must be"), ({"b": 0.0, "learnable": True}, "b must")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"b": -1.0}, "b must be"), ({"b": 0.0, "learnable": True}, "b must")]
+)
 def test_impossible_b_is_refused_by_name(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SquarePlusConfig(**options)  # type: ignore[arg-type]

@@ -51,10 +51,12 @@ __all__ = [
 
 # method -> room
 REGISTRY: dict[str, str] = {
+    "activation": "nn",
     "balance": "nn",
     "bounds": "approx",
     "clip": "optim",
     "composition": "approx",
+    "kv_shared": "nn",
     "lion": "optim",
     "loraplus": "optim",
     "lowrank": "linalg",

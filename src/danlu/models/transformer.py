@@ -36,12 +36,15 @@ from danlu.nn import (
     SSM,
     FeedForward,
     GQAConfig,
+    KVShared,
+    KVSharedConfig,
     LayerCache,
     Linear,
     MLAConfig,
     MoE,
     MoEConfig,
     RMSNorm,
+    SquarePlusConfig,
     SSMConfig,
     StateCache,
     declare,
@@ -50,8 +53,8 @@ from danlu.nn import (
     rotary_span,
 )
 
-Mixer = MLA | GQA | SSM
-MixerConfig = MLAConfig | GQAConfig | SSMConfig
+Mixer = MLA | GQA | KVShared | SSM
+MixerConfig = MLAConfig | GQAConfig | KVSharedConfig | SSMConfig
 Cache = LayerCache | StateCache
 
 
@@ -71,6 +74,8 @@ class TransformerConfig:
     """a hybrid's pattern, repeated over the blocks: what mixes the tokens of each, None for ``attention``"""
     hidden: int = 704
     """width of the dense feed-forward layers"""
+    activation: SquarePlusConfig | None = None
+    """in the gate of the dense feed-forward layers; None: SiLU, the only one that experts have"""
     experts: MoEConfig | None = None
     """experts in place of the dense layers; None: dense everywhere"""
     dense_layers: int = 1
@@ -91,6 +96,8 @@ def mixer(dim: int, config: MixerConfig, *, gain: float) -> Mixer:
         case GQAConfig():
             inner = config.heads * config.head_dim if config.head_dim else dim
             return GQA(dim, config, out_std=gain / math.sqrt(inner))
+        case KVSharedConfig():
+            return KVShared(dim, config, out_std=gain / math.sqrt(config.heads * config.head_dim))
         case SSMConfig():
             return SSM(dim, config, out_std=gain / math.sqrt(config.channels or dim))
 
@@ -109,7 +116,9 @@ class Block(nn.Module):
         if c.experts is not None and index >= c.dense_layers:
             self.feed_forward = MoE(c.dim, c.experts, out_std=depth / math.sqrt(c.experts.hidden))
         else:
-            self.feed_forward = FeedForward(c.dim, c.hidden, out_std=depth / math.sqrt(c.hidden))
+            self.feed_forward = FeedForward(
+                c.dim, c.hidden, out_std=depth / math.sqrt(c.hidden), activation=c.activation
+            )
 
     def forward(self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
         """``(batch, time, dim)`` to the same."""
@@ -143,6 +152,8 @@ class Transformer(nn.Module):
             raise ValueError(
                 "mixers must leave a block to attention (None); for one kind everywhere set attention itself"
             )
+        if c.experts is not None and c.activation is not None:
+            raise ValueError("activation must be None with experts, whose gate is SiLU")
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.embedding = declare(nn.Parameter(torch.empty(c.vocab_size, c.dim)), "embedding")

@@ -1,10 +1,13 @@
 """Layers: attention, state spaces, positions, experts, norms; each usable alone in any PyTorch model."""
 
+from danlu.nn.activation import SquarePlus, SquarePlusConfig, squareplus
 from danlu.nn.attention import (
     GQA,
     MLA,
     FullAttention,
     GQAConfig,
+    KVShared,
+    KVSharedConfig,
     LayerCache,
     MLAConfig,
     attend,
@@ -36,6 +39,8 @@ __all__ = [
     "FeedForward",
     "FullAttention",
     "GQAConfig",
+    "KVShared",
+    "KVSharedConfig",
     "LayerCache",
     "Linear",
     "LoRAConfig",
@@ -47,6 +52,8 @@ __all__ = [
     "MoEConfig",
     "RMSNorm",
     "SSMConfig",
+    "SquarePlus",
+    "SquarePlusConfig",
     "StateCache",
     "apply_lora",
     "attend",
@@ -62,6 +69,7 @@ __all__ = [
     "rotary_span",
     "rotate",
     "scaling_factor",
+    "squareplus",
     "swiglu",
     "text_image_coordinates",
     "text_image_grid",

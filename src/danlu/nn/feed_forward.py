@@ -1,4 +1,4 @@
-"""Gated feed-forward layer, SwiGLU (Shazeer, arXiv 2002.05202)."""
+"""Gated feed-forward layer (Shazeer, arXiv 2002.05202), with SiLU or SquarePlus in its gate."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu.nn.activation import SquarePlus, SquarePlusConfig
 from danlu.nn.linear import Linear
 
 
@@ -49,12 +50,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """``W_down (silu(W_gate x) * (W_up x))``; gate and up share one fused weight.
+    """``W_down (silu(W_gate x) * (W_up x))``, or another activation than SiLU; gate and up share one fused weight.
 
     Args:
         dim: size of input and output.
         hidden: width of the gated layer.
         out_std: standard deviation of ``W_down``; None means ``1 / sqrt(hidden)``.
+        activation: of the gate; None is SiLU.
 
     Shapes: ``(..., dim)`` to ``(..., dim)``.
 
@@ -62,12 +64,21 @@ class FeedForward(nn.Module):
     torch.Size([2, 4])
     """
 
-    def __init__(self, dim: int, hidden: int, *, out_std: float | None = None) -> None:
+    def __init__(
+        self, dim: int, hidden: int, *, out_std: float | None = None, activation: SquarePlusConfig | None = None
+    ) -> None:
         super().__init__()
         self.gate_up = Linear(dim, 2 * hidden, split=(hidden, hidden))
+        self.activation = None if activation is None else SquarePlus(activation)
         self.down = Linear(hidden, dim, std=out_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(..., dim)``."""
-        y: Tensor = self.down(swiglu(self.gate_up(x)))
+        gate_up = self.gate_up(x)
+        if self.activation is None:
+            hidden = swiglu(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            hidden = self.activation(gate) * up
+        y: Tensor = self.down(hidden)
         return y

@@ -33,6 +33,13 @@ REGISTRY: dict[str, Recipe] = {
     "lm-baseline": Recipe(
         "dense GPT of the same active size with AdamW, to compare with", "danlu.recipes.lm:lm_baseline"
     ),
+    "lm-mha": Recipe("lm-dense with multi-head attention of eight heads", "danlu.recipes.attention:lm_mha"),
+    "lm-gqa": Recipe("lm-dense with two key/value groups, a quarter of the cache", "danlu.recipes.attention:lm_gqa"),
+    "lm-mla": Recipe("lm-dense with latent attention and the cache of lm-gqa", "danlu.recipes.attention:lm_mla"),
+    "lm-kv-shared": Recipe(
+        "lm-dense with keys that are values and the cache of lm-gqa", "danlu.recipes.attention:lm_kv_shared"
+    ),
+    "lm-squareplus": Recipe("lm-dense with SquarePlus gates, b trained", "danlu.recipes.attention:lm_squareplus"),
 }
 
 

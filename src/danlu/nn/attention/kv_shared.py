@@ -1,0 +1,104 @@
+r"""Attention whose values are its keys (kexue.fm 11111 and 10907, there: KV-shared with partial RoPE and VO-RoPE).
+
+One vector ``c_i`` of ``head_dim`` coordinates a group is key and value alike; its last ``rope_dim`` coordinates are
+rotated by the position ``i``. A value rotated by ``i`` and summed at ``t`` would carry absolute positions, so the
+output is rotated back by ``t``:
+
+.. math:: o_t = R_t^T \sum_{i \le t} a_{ti} R_i c_i, \qquad a_{ti} \propto \exp(\tau\, (R_t q_t)^T R_i c_i),
+
+which depends on ``t - i`` alone. A token costs ``groups * head_dim`` cached elements, half of a grouped-query layer of
+the same heads: at an equal cache the heads can be twice as large.
+
+Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K head size, D model size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danlu._validate import integer
+from danlu.nn.attention.cache import LayerCache
+from danlu.nn.attention.masks import causal_mask
+from danlu.nn.linear import Linear
+from danlu.nn.rotary import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVSharedConfig:
+    """Sizes of a `KVShared` layer."""
+
+    heads: int = 8
+    """query heads"""
+    groups: int = 1
+    """key-values, a divisor of heads"""
+    head_dim: int = 64
+    """size of a head; cached once a group"""
+    rope_dim: int = 16
+    """rotated coordinates of each head (the last ones); 0: no positions"""
+
+
+class KVShared(nn.Module):
+    """Causal attention of ``heads`` queries over ``groups`` vectors that are key and value at once.
+
+    Args:
+        dim: model size D.
+        config: sizes.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(heads * head_dim)``.
+
+    Raises:
+        ValueError: sizes that do not divide, or an odd number of rotated coordinates.
+
+    >>> from danlu.nn.rotary import rotary_angles
+    >>> layer = KVShared(12, KVSharedConfig(heads=4, groups=2, head_dim=6, rope_dim=2))
+    >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
+    torch.Size([2, 5, 12])
+    """
+
+    def __init__(self, dim: int, config: KVSharedConfig, *, out_std: float | None = None) -> None:
+        super().__init__()
+        for name in ("heads", "groups", "head_dim"):
+            integer(name, getattr(config, name))
+        if config.heads % config.groups:
+            raise ValueError(f"groups must divide heads = {config.heads}, got {config.groups}")
+        integer("rope_dim", config.rope_dim, low=0, high=config.head_dim)
+        if config.rope_dim % 2:
+            raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
+        self.heads, self.groups, self.head_dim = config.heads, config.groups, config.head_dim
+        self.rope_dim = config.rope_dim
+        rows = (config.heads * config.head_dim, config.groups * config.head_dim)
+        self.q_kv = Linear(dim, sum(rows), split=rows)
+        self.out = Linear(rows[0], dim, std=out_std)
+
+    def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """Room for ``capacity`` tokens: ``groups * head_dim`` elements each."""
+        shape = (batch, self.groups, capacity, self.head_dim)
+        return LayerCache(torch.empty(shape, dtype=dtype, device=device))
+
+    def flops_per_token(self, length: int) -> float:
+        """Multiply-adds times two of the score and value products a token, causal, at ``length`` tokens."""
+        return 2 * self.heads * 2 * self.head_dim * (length + 1) / 2
+
+    def forward(
+        self,
+        x_btd: Tensor,
+        rope: tuple[Tensor, Tensor],
+        *,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend; arguments and result as in `danlu.nn.GQA`."""
+        B, T, _ = x_btd.shape
+        H, G = self.heads, self.groups
+        cos, sin = (table[..., :, None, :] for table in rope)
+        rotated = rotate(self.q_kv(x_btd).view(B, T, H + G, self.head_dim), cos, sin).transpose(1, 2)
+        q_bhtk, c_bglk = rotated[:, :H], rotated[:, H:]
+        if cache is not None:
+            (c_bglk,) = cache.append(c_bglk)
+            if mask is None and 1 < T < c_bglk.shape[-2]:
+                mask = causal_mask(T, c_bglk.shape[-2], device=x_btd.device)
+        causal = mask is None and T > 1
+        o = F.scaled_dot_product_attention(q_bhtk, c_bglk, c_bglk, attn_mask=mask, is_causal=causal, enable_gqa=G != H)
+        y: Tensor = self.out(rotate(o.transpose(1, 2), cos, -sin).reshape(B, T, H * self.head_dim))
+        return y

@@ -1,0 +1,58 @@
+"""The attention variants of the study "why is MLA good" (kexue.fm 10907, 11111) on the dense language model.
+
+All but the multi-head one, which sets the mark, keep 128 numbers a token and layer in the cache. They differ in the
+attention alone: parameters are not matched, as in the source.
+"""
+
+from dataclasses import replace
+
+from danlu.nn import GQAConfig, KVSharedConfig, MLAConfig, SquarePlusConfig
+from danlu.recipes.lm import lm_dense
+from danlu.train import RunConfig
+
+VARIANTS: dict[str, GQAConfig | MLAConfig | KVSharedConfig] = {
+    "mha-32": GQAConfig(heads=8),
+    "gqa2-32": GQAConfig(heads=8, groups=2),
+    "gqa1-64": GQAConfig(heads=8, groups=1, head_dim=64),
+    "gqa1-64-partial-rope": GQAConfig(heads=8, groups=1, head_dim=64, rope_dim=16),
+    "kv-shared2-64": KVSharedConfig(heads=8, groups=2, head_dim=64, rope_dim=16),
+    "kv-shared1-128": KVSharedConfig(heads=8, groups=1, head_dim=128, rope_dim=16),
+    "mla-48": MLAConfig(heads=8, kv_rank=112, nope_dim=32, rope_dim=16, value_dim=48),
+    "mla-64": MLAConfig(heads=8, kv_rank=112, nope_dim=48, rope_dim=16, value_dim=64),
+    "mla-64-query-96": MLAConfig(heads=8, kv_rank=112, q_rank=96, nope_dim=48, rope_dim=16, value_dim=64),
+}
+"""Attention of a model of size 256, by name: kind and groups, then the size of a head."""
+
+
+def variant(name: str, recipe: str) -> RunConfig:
+    """``lm-dense`` with the attention of one variant."""
+    config = lm_dense()
+    return replace(config, recipe=recipe, model=replace(config.model, attention=VARIANTS[name]))
+
+
+def lm_mha() -> RunConfig:
+    """Multi-head attention: 512 numbers a token and layer."""
+    return variant("mha-32", "lm-mha")
+
+
+def lm_gqa() -> RunConfig:
+    """Grouped queries over two keys and values: 128 numbers."""
+    return variant("gqa2-32", "lm-gqa")
+
+
+def lm_mla() -> RunConfig:
+    """Latent attention, 112 + 16 numbers."""
+    return variant("mla-64", "lm-mla")
+
+
+def lm_kv_shared() -> RunConfig:
+    """Keys that are values, two groups of 64 coordinates, 16 of them rotated: 128 numbers."""
+    return variant("kv-shared2-64", "lm-kv-shared")
+
+
+def lm_squareplus() -> RunConfig:
+    """``lm-dense`` with SquarePlus in the gates in place of SiLU, its corner trained in every layer."""
+    config = lm_dense()
+    return replace(
+        config, recipe="lm-squareplus", model=replace(config.model, activation=SquarePlusConfig(b=4.0, learnable=True))
+    )
