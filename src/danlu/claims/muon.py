@@ -169,6 +169,16 @@ def _momentum_error(make: Callable[[list[nn.Parameter]], Optimizer]) -> float:
     return abs(float(held.float().norm()) / expected - 1)
 
 
+def _value_after_decay(decay: str) -> float:
+    """Smallest singular value of a weight with 3, 1 and 0.1 after 20 steps along no gradient."""
+    weight = nn.Parameter(torch.diag(torch.tensor([3.0, 1.0, 0.1], dtype=torch.float64)))
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.5, decay=decay)
+    for _ in range(20):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    return float(torch.linalg.svdvals(weight.detach())[-1])
+
+
 CLAIMS = (
     Claim(
         name="rms-of-adamw",
@@ -259,6 +269,16 @@ CLAIMS = (
         measure=lambda: _spectral_norm_after(0.1),
         control=lambda: _spectral_norm_after(0.0),
         seconds=0.5,
+    ),
+    Claim(
+        name="spectral-decay-lowers-the-top-only",
+        statement="smallest singular value, 0.1 at first, after 20 steps of decay 0.05; control: decoupled decay",
+        source="kexue.fm 10648: the gradient of half the squared spectral norm touches the largest value only",
+        expected=0.1,
+        tolerance=relative(1e-3),
+        measure=lambda: _value_after_decay("spectral"),
+        control=lambda: _value_after_decay("decoupled"),
+        seconds=0.1,
     ),
     Claim(
         name="error-below-five-jordan-steps",

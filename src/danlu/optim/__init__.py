@@ -9,12 +9,14 @@ from danlu.optim.clip import (
     grad_norm,
     nonfinite_gradients,
 )
+from danlu.optim.decay import decay_
 from danlu.optim.groups import MATRIX_ROLES, ROLES, check_partition, describe, param_groups
 from danlu.optim.lion import Lion
 from danlu.optim.loraplus import balanced_ratio, loraplus_groups, watch_ratio
 from danlu.optim.muon import Muon, muon_, shape_scale
 from danlu.optim.mup import muon_from_adamw, mup_factor, mup_groups, spectral_init_, spectral_std
 from danlu.optim.schedules import Constant, Cosine, InverseTime, ScheduleConfig, WarmupStableDecay, schedule
+from danlu.optim.telemetry import Update, measured_step, singular_entropy
 from danlu.optim.tiger import Tiger
 
 __all__ = [
@@ -31,16 +33,19 @@ __all__ = [
     "OptimizerConfig",
     "ScheduleConfig",
     "Tiger",
+    "Update",
     "WarmupStableDecay",
     "balanced_ratio",
     "build_optimizers",
     "check_partition",
     "clip_grad_norm_",
     "clip_groups_",
+    "decay_",
     "descent_factor",
     "describe",
     "grad_norm",
     "loraplus_groups",
+    "measured_step",
     "muon_",
     "muon_from_adamw",
     "mup_factor",
@@ -49,6 +54,7 @@ __all__ = [
     "param_groups",
     "schedule",
     "shape_scale",
+    "singular_entropy",
     "spectral_init_",
     "spectral_std",
     "watch_ratio",

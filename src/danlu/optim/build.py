@@ -61,7 +61,9 @@ class MuonConfig:
         lr: Muon's learning rate.
         momentum: decay of Muon's momentum.
         nesterov: look one step ahead.
-        weight_decay: decoupled decay of both.
+        weight_decay: decay of both, decoupled in AdamW.
+        decay: what Muon's decay shrinks, ``decoupled``, ``spectral`` or ``clipped``, see :class:`danlu.optim.Muon`.
+        decay_bound: of ``clipped``, where decay begins.
         scale: factor by shape, see :func:`danlu.optim.shape_scale`.
         method: iteration, ``auto`` or a name of :func:`danlu.approx.published`.
         steps: number of polynomials; None for what ``method`` is made for.
@@ -79,6 +81,8 @@ class MuonConfig:
     momentum: float = 0.95
     nesterov: bool = True
     weight_decay: float = 0.1
+    decay: Literal["decoupled", "spectral", "clipped"] = "decoupled"
+    decay_bound: float | None = None
     scale: Literal["moonlight", "rms", "plain", "jordan", "mup"] = "moonlight"
     method: str = "auto"
     steps: int | None = None
@@ -104,7 +108,7 @@ class MuonConfig:
         accepted = ("auto", "float32", "bfloat16")
         for name in ("dtype", "momentum_dtype"):
             choice(name, getattr(self, name), accepted)
-        names = ("lr", "momentum", "nesterov", "weight_decay", "scale", "method", "steps")
+        names = ("lr", "momentum", "nesterov", "weight_decay", "decay", "decay_bound", "scale", "method", "steps")
         return {
             **{name: getattr(self, name) for name in names},
             "dtype": None if self.dtype == "auto" else getattr(torch, self.dtype),

@@ -21,6 +21,7 @@ from danlu.approx import Composition, optimal_composition, published
 from danlu.linalg._kernels import fast_matmul_dtype
 from danlu.linalg._newton_schulz import CHUNK_BYTES, orthogonalize
 from danlu.optim._common import MomentumOptimizer, check_rate
+from danlu.optim.decay import check_decay, decay_
 from danlu.optim.groups import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
 
 SCALES = ("moonlight", "rms", "plain", "jordan", "mup")
@@ -87,6 +88,11 @@ class Muon(MomentumOptimizer):
         nesterov: look one step ahead.
         weight_decay: decoupled decay; the weights shrink by ``lr * weight_decay`` each step. It bounds the spectral
             norm of the weights by about ``s(shape) / weight_decay``.
+        decay: what ``weight_decay`` shrinks: ``decoupled`` all singular values, ``spectral`` the largest one,
+            ``clipped`` what they have above ``decay_bound`` (see :func:`danlu.optim.decay_`). The latter two act on
+            each matrix by itself, need whole parameters and wait for the device; ``clipped`` costs an
+            eigendecomposition a matrix.
+        decay_bound: of ``clipped``: singular values up to it are left alone.
         scale: factor by shape, see :func:`shape_scale`. ``rms`` makes the root mean square of every update 0.2
             exactly, whatever the iteration leaves of the smallest singular values; ``moonlight`` gives
             0.2 for an exact polar factor and a few per cent less for a real one.
@@ -123,6 +129,8 @@ class Muon(MomentumOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.1,
+        decay: str = "decoupled",
+        decay_bound: float | None = None,
         scale: str = "moonlight",
         ema: bool = True,
         maximize: bool = False,
@@ -145,6 +153,8 @@ class Muon(MomentumOptimizer):
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
+            "decay": decay,
+            "decay_bound": decay_bound,
             "scale": scale,
             "ema": ema,
             "maximize": maximize,
@@ -159,6 +169,7 @@ class Muon(MomentumOptimizer):
         check_rate(where, options["lr"])
         number(f"{where}momentum", options["momentum"], low=0, high=1, high_open=True)
         number(f"{where}weight_decay", options["weight_decay"], low=0)
+        check_decay(where, options["decay"], options["decay_bound"])
         choice(f"{where}scale", options["scale"], SCALES)
         if options["role"] is not None:
             choice(f"{where}role", options["role"], MATRIX_ROLES)
@@ -173,6 +184,10 @@ class Muon(MomentumOptimizer):
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
         """Update parameters and momenta of a group in place."""
+        options = {key: value for key, value in group.items() if key in _OPTIONS}
+        if group.get("decay", "decoupled") != "decoupled":  # a state saved before there was a choice has no key
+            self._decay(group, params)
+            options["weight_decay"] = 0.0
         muon_(
             params,
             grads,
@@ -181,8 +196,17 @@ class Muon(MomentumOptimizer):
             dtype=self.dtype,
             chunk_bytes=self.chunk_bytes,
             foreach=self.foreach,
-            **{key: value for key, value in group.items() if key in _OPTIONS},
+            **options,
         )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _decay(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Apply the decays that need the singular values of each matrix."""
+        amount = float(group["lr"] * group["weight_decay"])
+        for index, parameter in enumerate(params):
+            kind, rows = _layout(f"parameter {index}", parameter, group)
+            for block in _blocks(parameter, kind, rows, channels_last=kind == "conv" and not parameter.is_contiguous()):
+                decay_(block, amount, group["decay"], group["decay_bound"])
 
 
 _OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "scale", "ema", "maximize", "role", "split")

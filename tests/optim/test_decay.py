@@ -1,0 +1,154 @@
+"""The decays of Muon: which singular values each of them lowers, and by how much."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from danlu.optim import Muon, MuonConfig, build_optimizers, decay_
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_values(values, m, n):
+    U, V = torch.linalg.qr(gaussian(m, len(values))).Q, torch.linalg.qr(gaussian(n, len(values), seed=1)).Q
+    return (U * torch.tensor(values, dtype=torch.float64)) @ V.T
+
+
+def after_one_step(weight, lr=0.1, **options):
+    """The weight after a step along a zero gradient: what the decay alone does."""
+    weight = nn.Parameter(weight.clone())
+    weight.grad = torch.zeros_like(weight)
+    Muon([weight], lr=lr, **options).step()
+    return weight.detach()
+
+
+def test_decoupled_decay_lowers_every_value():
+    W = with_values([4.0, 2.0, 0.5], 7, 5)
+    assert torch.equal(after_one_step(W, weight_decay=0.3), W * (1 - 0.1 * 0.3))
+
+
+def test_spectral_decay_lowers_the_largest_value_only():
+    W = with_values([4.0, 1.0, 0.5], 7, 5)
+    values = torch.linalg.svdvals(after_one_step(W, weight_decay=0.3, decay="spectral"))
+    # Ten iterations leave (1/4)^20 of the second direction.
+    torch.testing.assert_close(
+        values[:3], torch.tensor([4 * 0.97, 1.0, 0.5], dtype=torch.float64), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_clipped_decay_lowers_what_is_above_the_bound():
+    W = with_values([4.0, 3.0, 0.5], 7, 5)
+    values = torch.linalg.svdvals(after_one_step(W, weight_decay=2.0, decay="clipped", decay_bound=1.0))
+    expected = torch.tensor([4 - 0.2 * 3, 3 - 0.2 * 2, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(values[:3], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"decay": "spectral"}, {"decay": "clipped", "decay_bound": 0.5}])
+def test_the_decay_comes_before_the_update_and_leaves_the_update_as_it_is(options):
+    W, G = gaussian(7, 5), gaussian(7, 5, seed=3)
+    ends = {}
+    for decay in (0.0, 0.3):
+        weight = nn.Parameter(W.clone())
+        weight.grad = G.clone()
+        Muon([weight], lr=0.1, weight_decay=decay, **options).step()
+        ends[decay] = weight.detach()
+    decayed = W.clone()
+    decay_(decayed, 0.1 * 0.3, **{"kind": options["decay"], "bound": options.get("decay_bound")})
+    torch.testing.assert_close(ends[0.3] - ends[0.0], decayed - W, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"decay": "spectral"}, {"decay": "clipped", "decay_bound": 0.5}])
+def test_experts_kernels_and_declared_parts_decay_each_apart(options):
+    stack = gaussian(3, 7, 5)
+    whole = after_one_step(stack, weight_decay=0.3, **options)
+    for expert, end in zip(stack, whole):
+        torch.testing.assert_close(end, after_one_step(expert, weight_decay=0.3, **options), rtol=1e-12, atol=1e-12)
+    for weight, group in ((gaussian(6, 5), {"split": (4, 2)}), (gaussian(6, 3, 2, 2), {"role": "conv"})):
+        parameter = nn.Parameter(weight.clone())
+        parameter.grad = torch.zeros_like(parameter)
+        Muon([{"params": [parameter], **group}], lr=0.1, weight_decay=0.3, **options).step()
+        parts = weight.split((4, 2)) if "split" in group else [weight.flatten(1)]
+        expected = torch.cat([after_one_step(part, weight_decay=0.3, **options) for part in parts])
+        torch.testing.assert_close(parameter.detach().flatten(1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_clipped_decay_holds_the_norm_at_the_bound_plus_the_step_over_the_decay():
+    weight = nn.Parameter(torch.zeros(7, 5, dtype=torch.float64))
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.5, scale="plain", decay="clipped", decay_bound=2.0, momentum=0.0)
+    gradient = -gaussian(7, 5)
+    for _ in range(400):
+        weight.grad = gradient
+        optimizer.step()
+    # A step adds lr and takes lr * decay of the excess: at rest 2 + 1 / 0.5, to the 1 % of the iteration.
+    norm = torch.linalg.matrix_norm(weight.detach(), 2).item()
+    assert norm == pytest.approx(4.0, rel=0.015)
+
+
+def test_spectral_decay_leaves_small_values_that_decoupled_decay_wipes_out():
+    W = with_values([3.0, 1.0, 0.1], 11, 7)
+    ends = {}
+    for kind in ("decoupled", "spectral"):
+        weight = nn.Parameter(W.clone())
+        optimizer = Muon([weight], lr=0.1, weight_decay=0.5, decay=kind)
+        for _ in range(20):
+            weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+        ends[kind] = torch.linalg.svdvals(weight.detach())
+    assert ends["decoupled"][2].item() == pytest.approx(0.1 * 0.95**20)
+    assert ends["spectral"][2].item() == pytest.approx(0.1, rel=1e-9)
+    assert ends["spectral"][0].item() == pytest.approx(3 * 0.95**20, rel=1e-3)
+
+
+def test_a_learning_rate_in_a_tensor_and_the_choice_in_a_group_are_honoured():
+    W = with_values([4.0, 1.0], 7, 5)
+    by_group = [nn.Parameter(W.clone()), nn.Parameter(W.clone())]
+    for parameter in by_group:
+        parameter.grad = torch.zeros_like(parameter)
+    groups = [{"params": [by_group[0]], "decay": "spectral"}, {"params": [by_group[1]]}]
+    Muon(groups, lr=torch.tensor(0.1, dtype=torch.float64), weight_decay=0.3).step()
+    torch.testing.assert_close(by_group[0].detach(), after_one_step(W, weight_decay=0.3, decay="spectral"))
+    torch.testing.assert_close(by_group[1].detach(), after_one_step(W, weight_decay=0.3))
+
+
+def test_a_state_saved_before_there_was_a_choice_still_steps():
+    W = gaussian(7, 5)
+    weight = nn.Parameter(W.clone())
+    optimizer = Muon([weight], lr=0.1)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["decay"], saved["param_groups"][0]["decay_bound"]
+    optimizer.load_state_dict(saved)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), W * 0.99)
+
+
+def test_the_configuration_hands_the_choice_to_muon():
+    config = MuonConfig(decay="clipped", decay_bound=3.0)
+    group = build_optimizers(nn.Linear(3, 5, bias=False), config)[0].param_groups[0]
+    assert (group["decay"], group["decay_bound"]) == ("clipped", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": "spectrall"}, "did you mean 'spectral'"),
+        ({"decay": "clipped", "decay_bound": 0.0}, "decay_bound"),
+        ({"decay": "clipped", "decay_bound": math.nan}, "decay_bound"),
+        ({"decay": "spectral", "decay_bound": 1.0}, "belongs to decay='clipped'"),
+        ({"decay_bound": 1.0}, "belongs to decay='clipped'"),
+    ],
+)
+def test_bad_input_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Muon([nn.Parameter(torch.zeros(3, 3))], **options)
+    with pytest.raises(ValueError, match=message):
+        MuonConfig(**options)
+
+
+def test_a_clipped_decay_without_its_bound_is_refused():
+    with pytest.raises(TypeError, match="decay_bound must be a number, got None"):
+        Muon([nn.Parameter(torch.zeros(3, 3))], decay="clipped")
