@@ -101,14 +101,17 @@ def test_the_sketch_does_depend_on_its_generator_and_on_nothing_else(generator):
 
 @pytest.mark.parametrize("ratio", [0.5, 0.9])
 def test_the_sketch_is_as_good_as_scipy(make, ratio):
-    ratios = []
+    logs: dict[str, list[float]] = {"sketch": [], "uniform": []}
     for seed in range(9):
         M = make(211, 157, ratio ** torch.arange(157.0))
-        f = interpolative(M, 11, generator=torch.Generator().manual_seed(seed))
         index, projection = scipy.linalg.interpolative.interp_decomp(M.numpy(), 11)
         peer = scipy.linalg.interpolative.reconstruct_matrix_from_id(M.numpy()[:, index[:11]], index, projection)
-        ratios.append(float(norm(M - f.reconstruct()) / norm(M - torch.from_numpy(peer))))
-    assert np.median(ratios) < 1.08
+        for method, found in logs.items():
+            f = interpolative(M, 11, method=method, generator=torch.Generator().manual_seed(seed))
+            found.append(math.log(float(norm(M - f.reconstruct()) / norm(M - torch.from_numpy(peer)))))
+    # Within 3 % on average, up to twice the standard error of nine draws; columns at random are not.
+    excess = {method: np.mean(found) - 2 * np.std(found, ddof=1) / 3 for method, found in logs.items()}
+    assert excess["sketch"] < math.log(1.03) < excess["uniform"]
 
 
 def test_a_power_step_brings_the_sketch_nearer_to_the_optimum(make):
