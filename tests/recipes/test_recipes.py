@@ -31,3 +31,11 @@ def test_the_default_and_its_baseline_read_the_same_text_in_the_same_tokens() ->
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'lm-dense'"):
         load("lm-dens")
+
+
+def test_the_caption_recipes_differ_in_where_their_patches_stand_and_in_nothing_else() -> None:
+    names = ("digits-caption", "digits-caption-flat", "digits-caption-unscaled")
+    first, *others = (configs.to_tree(load(name)) for name in names)
+    for other, scheme in zip(others, ("flat", "unscaled")):
+        lines = [line for line in configs.differences(first, other) if not line.startswith("recipe")]
+        assert lines == [f'model.scheme: "tie" and "{scheme}"']

@@ -5,6 +5,7 @@
 4096
 """
 
+from danlu.data.captions import CaptionsConfig, CaptionsData, open_captions
 from danlu.data.corpus import Corpus, Document, open_corpus
 from danlu.data.examples import ExampleLoader
 from danlu.data.images import ImagesConfig, ImagesData, open_images, to_bytes, to_float
@@ -14,6 +15,8 @@ from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "IGNORE",
+    "CaptionsConfig",
+    "CaptionsData",
     "Corpus",
     "Document",
     "ExampleLoader",
@@ -24,6 +27,7 @@ __all__ = [
     "TextData",
     "Tokenizer",
     "load_tokenizer",
+    "open_captions",
     "open_corpus",
     "open_images",
     "open_text",

@@ -3,6 +3,7 @@
 from danlu.models.dit import DiT, DiTConfig
 from danlu.models.generate import generate, sample_token
 from danlu.models.gpt import GPT, GPTConfig
+from danlu.models.text_image import TextImage, TextImageConfig
 from danlu.models.transformer import Transformer, TransformerConfig
 from danlu.models.unet import UNet, UNetConfig
 
@@ -11,6 +12,8 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "GPTConfig",
+    "TextImage",
+    "TextImageConfig",
     "Transformer",
     "TransformerConfig",
     "UNet",

@@ -40,6 +40,15 @@ REGISTRY: dict[str, Recipe] = {
         "lm-dense with keys that are values and the cache of lm-gqa", "danlu.recipes.attention:lm_kv_shared"
     ),
     "lm-squareplus": Recipe("lm-dense with SquarePlus gates, b trained", "danlu.recipes.attention:lm_squareplus"),
+    "digits-caption": Recipe(
+        "sentences with images of digits, read and drawn; RoPE-Tie", "danlu.recipes.captions:digits_caption"
+    ),
+    "digits-caption-flat": Recipe(
+        "the same with patches in one dimension", "danlu.recipes.captions:digits_caption_flat"
+    ),
+    "digits-caption-unscaled": Recipe(
+        "the same with patches a step of one apart", "danlu.recipes.captions:digits_caption_unscaled"
+    ),
 }
 
 
