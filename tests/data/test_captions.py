@@ -12,7 +12,9 @@ from danlu.data.images import ImagesConfig, open_images
 
 def images(count: int = 11, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (count, 1, size, size), generator=generator, dtype=torch.uint8), torch.arange(count) % 10
+    return torch.randint(0, 256, (count, 1, size, size), generator=generator, dtype=torch.uint8), torch.arange(
+        count
+    ) % 10
 
 
 def sentences(**changes: object) -> Sentences:
