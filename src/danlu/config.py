@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -23,11 +24,30 @@ from typing import Any, TypeVar, cast
 
 from danlu._validate import nearest
 
-__all__ = ["differences", "dumps", "fingerprint", "from_tree", "leaves", "loads", "to_tree"]
+__all__ = ["Pretrained", "differences", "dumps", "fingerprint", "from_tree", "leaves", "loads", "to_tree"]
 
 T = TypeVar("T")
 
 _PLAIN = (bool, int, float, str)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """The trained objective of another run, as a field of an objective's configuration.
+
+    The objective's constructor takes an argument of the field's name and is given that objective, in evaluation mode
+    and with averaged weights if the run keeps them.
+
+    Attributes:
+        run: the other run's folder; made absolute, so that a run can be resumed from any folder.
+    """
+
+    run: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.run, str) or not self.run:
+            raise ValueError(f"run must be the folder of a finished run, got {self.run!r}")
+        object.__setattr__(self, "run", os.path.abspath(self.run))
 
 
 def to_tree(config: Any) -> dict[str, Any]:

@@ -69,7 +69,11 @@ REGISTRY: dict[str, str] = {
     "mup": "optim",
     "recurrent": "nn",
     "rotary": "nn",
+    "sampler": "diffusion",
+    "schedule": "diffusion",
     "schedules": "optim",
+    "score_matching": "objectives",
+    "sid": "objectives",
     "spectral": "linalg",
     "tiger": "optim",
 }

@@ -3,18 +3,42 @@
 from danlu.objectives.captioning import Captioning, CaptioningConfig
 from danlu.objectives.causal_lm import CausalLM, CausalLMConfig
 from danlu.objectives.cross_entropy import linear_cross_entropy
+from danlu.objectives.denoising import Denoising, DenoisingConfig, multiscale_loss
 from danlu.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from danlu.objectives.meanflow import MeanFlow, MeanFlowConfig, total_derivative
+from danlu.objectives.score_matching import (
+    ScoreMatching,
+    ScoreMatchingConfig,
+    conditional_loss,
+    explicit_loss,
+    implicit_loss,
+    ratio_score,
+    sliced_loss,
+)
+from danlu.objectives.sid import SiD, SiDConfig, generator_loss
 
 __all__ = [
     "Captioning",
     "CaptioningConfig",
     "CausalLM",
     "CausalLMConfig",
+    "Denoising",
+    "DenoisingConfig",
     "FlowMatching",
     "FlowMatchingConfig",
     "MeanFlow",
     "MeanFlowConfig",
+    "ScoreMatching",
+    "ScoreMatchingConfig",
+    "SiD",
+    "SiDConfig",
+    "conditional_loss",
+    "explicit_loss",
+    "generator_loss",
+    "implicit_loss",
     "linear_cross_entropy",
+    "multiscale_loss",
+    "ratio_score",
+    "sliced_loss",
     "total_derivative",
 ]

@@ -1,4 +1,4 @@
-"""What the objectives on images share: the classes a network is told, and a validation that repeats."""
+"""What the objectives on images share: a validation that repeats, and the classes a network is told."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -9,7 +9,56 @@ from danlu._validate import integer
 from danlu.diffusion import classifier_free
 
 Batch = Mapping[str, Tensor]
-Sums = dict[str, Tensor]
+
+
+class ImageObjective(nn.Module):
+    """An objective on images whose one number is the mean over images of ``_loss``.
+
+    Args:
+        model: the network, held as ``self.model``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss summed over images, float32."""
+        return self._loss(batch, None)
+
+    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """The sum over images, with everything random drawn from ``generator``."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return the number of images, int64."""
+        return torch.tensor(len(batch["images"]), device=batch["images"].device)
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return ``val_loss``, the mean over images of the loss, with the same noise every time.
+
+        Raises:
+            ValueError: there is no image.
+        """
+        was_training = self.training
+        self.eval()
+        total, count, generator = 0.0, 0, None
+        try:
+            for batch in batches:
+                if generator is None:
+                    generator = torch.Generator(batch["images"].device).manual_seed(0)
+                with torch.no_grad():
+                    total += self._loss(batch, generator).item()
+                count += len(batch["images"])
+        finally:
+            self.train(was_training)
+        if not count:
+            raise ValueError("batches must hold at least one image, got none")
+        return {"val_loss": total / count}
+
+    def metrics(self) -> dict[str, float]:
+        """Return what else there is to report of the last batch: nothing."""
+        return {}
 
 
 def told_classes(
@@ -60,36 +109,6 @@ def guided_call(
     if classes is None or guidance in (None, 1):
         return lambda x, t: predict(x, t, classes)
     return classifier_free(predict, classes, none=int(model.num_classes), scale=guidance)  # type: ignore
-
-
-def mean_over_images(
-    objective: nn.Module, batches: Iterable[Batch], sums: Callable[[Batch, torch.Generator], Sums]
-) -> dict[str, float]:
-    """Evaluate ``objective``: the mean over images of what ``sums`` adds up, in evaluation mode.
-
-    The noise is drawn from a fixed seed, so that two evaluations differ by the weights alone.
-
-    Raises:
-        ValueError: there is no image.
-    """
-    was_training = objective.training
-    objective.eval()
-    total: dict[str, Tensor] = {}
-    count = 0
-    generator = None
-    try:
-        for batch in batches:
-            if generator is None:
-                generator = torch.Generator(batch["images"].device).manual_seed(0)
-            with torch.no_grad():
-                for name, value in sums(batch, generator).items():
-                    total[name] = total.get(name, 0) + value.detach().double()
-            count += len(batch["images"])
-    finally:
-        objective.train(was_training)
-    if not count:
-        raise ValueError("batches must hold at least one image, got none")
-    return {name: value.item() / count for name, value in total.items()}
 
 
 def mean_square(error: Tensor) -> Tensor:

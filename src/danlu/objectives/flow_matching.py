@@ -1,6 +1,6 @@
 """Flow matching: learn the velocity of the straight path from data to noise."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from danlu._validate import choice, number
 from danlu.diffusion import Flow, Progress, TimesConfig, UniformTimes, euler, heun, prior, time_grid
-from danlu.objectives._images import check_sampling, guided_call, mean_over_images, mean_square, told_classes
+from danlu.objectives._images import Batch, ImageObjective, check_sampling, guided_call, mean_square, told_classes
 
 __all__ = ["FlowMatching", "FlowMatchingConfig"]
 
@@ -35,7 +35,7 @@ class FlowMatchingConfig:
         choice("sampler", self.sampler, ("euler", "heun"))
 
 
-class FlowMatching(nn.Module):
+class FlowMatching(ImageObjective):
     """Mean square of ``v(x_t, t) - (eps - x_0)`` with ``x_t = (1 - t) x_0 + t eps``, summed over images.
 
     Its minimiser is the velocity ``E[eps - x_0 | x_t]`` that carries noise to data. Source: Lipman et al.,
@@ -50,14 +50,10 @@ class FlowMatching(nn.Module):
     """
 
     def __init__(self, model: nn.Module, config: FlowMatchingConfig | None = None) -> None:
-        super().__init__()
-        self.model, self.config = model, FlowMatchingConfig() if config is None else config
+        super().__init__(model)
+        self.config = FlowMatchingConfig() if config is None else config
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss summed over images, float32."""
-        return self._loss(batch, None)
-
-    def _loss(self, batch: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
+    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         x0, config = batch["images"], self.config
         t = config.times.draw(len(x0), FLOW, device=x0.device, generator=generator).to(x0.dtype)
         eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
@@ -65,18 +61,6 @@ class FlowMatching(nn.Module):
             self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
         )
         return mean_square(self.model(FLOW.noised(x0, eps, t), t, classes) - (eps - x0)).sum()
-
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the number of images, int64."""
-        return torch.tensor(len(batch["images"]), device=batch["images"].device)
-
-    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Return ``val_loss``, the mean square error of a velocity's component, with the same noise every time."""
-        return mean_over_images(self, batches, lambda batch, generator: {"val_loss": self._loss(batch, generator)})
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing beyond the loss."""
-        return {}
 
     @torch.no_grad()
     def sample(

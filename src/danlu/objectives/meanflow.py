@@ -9,7 +9,7 @@ which forward-mode differentiation evaluates beside u itself. Where r = t it say
 Source: Geng et al., arXiv:2505.13447; the three objectives: kexue.fm 10958.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from danlu._validate import choice, integer, number, positive
 from danlu.diffusion import LogitNormalTimes, Progress, TimesConfig, average_velocity, prior
-from danlu.objectives._images import check_sampling, mean_over_images, mean_square, told_classes
+from danlu.objectives._images import Batch, ImageObjective, check_sampling, mean_square, told_classes
 from danlu.objectives.flow_matching import FLOW
 
 __all__ = ["MeanFlow", "MeanFlowConfig", "total_derivative"]
@@ -85,7 +85,7 @@ class _Draw(NamedTuple):
     apart: int
 
 
-class MeanFlow(nn.Module):
+class MeanFlow(ImageObjective):
     """The MeanFlow objective, summed over images.
 
     ``sum of squares of (u - target)`` over an image's components, times the adaptive weight. With ``power = 1`` every
@@ -102,13 +102,13 @@ class MeanFlow(nn.Module):
     """
 
     def __init__(self, model: nn.Module, config: MeanFlowConfig | None = None) -> None:
-        super().__init__()
-        self.model, self.config = model, MeanFlowConfig() if config is None else config
+        super().__init__(model)
+        self.config = MeanFlowConfig() if config is None else config
         if self.config.guided and not int(getattr(model, "num_classes", 0)):
             raise ValueError("omega and kappa ask for guidance, and the model has no classes to be guided to")
         self._last: dict[str, Tensor] = {}
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss summed over images, float32."""
         draw = self._draw(batch, None)
         error = self._error(draw)
@@ -118,7 +118,7 @@ class MeanFlow(nn.Module):
             square = square / (square.detach() + self.config.offset) ** self.config.power
         return square.sum()
 
-    def _draw(self, batch: Mapping[str, Tensor], generator: torch.Generator | None) -> _Draw:
+    def _draw(self, batch: Batch, generator: torch.Generator | None) -> _Draw:
         x0, config, labels = batch["images"], self.config, batch.get("labels")
         size, apart = len(x0), round(config.share * len(x0))
         noise = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
@@ -170,17 +170,9 @@ class MeanFlow(nn.Module):
         correction = (t_r - r_r).view(-1, 1, 1, 1).to(slope.dtype) * slope
         return torch.cat([(value - velocity)[:apart] + correction, (value - velocity)[apart:]])
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the number of images, int64."""
-        return torch.tensor(len(batch["images"]), device=batch["images"].device)
-
-    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Return ``val_loss``, the unweighted mean square error of a component, with the same noise every time."""
-
-        def sums(batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-            return {"val_loss": mean_square(self._error(self._draw(batch, generator))).sum()}
-
-        return mean_over_images(self, batches, sums)
+    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """What validation reports: the mean square error of a component, without the adaptive weight."""
+        return mean_square(self._error(self._draw(batch, generator))).sum()
 
     def metrics(self) -> dict[str, float]:
         """Return the unweighted errors of the last batch: ``velocity_mse`` (r = t) and ``average_mse`` (r != t)."""

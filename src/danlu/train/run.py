@@ -2,7 +2,8 @@
 
 A run's components are found beside their configurations: for ``TransformerConfig`` the class ``Transformer`` of the
 same module, for ``TextConfig`` the function ``open_text``. What an objective's constructor asks for beyond the model
-and its own configuration (``byte_lengths``, say) is taken from the opened data by name. So a new model, objective or
+and its own configuration (``byte_lengths``, say) is taken from the opened data by name, or is the trained objective of
+another run where its configuration has a :class:`danlu.config.Pretrained` of that name. So a new model, objective or
 data set is used by naming its configuration in a recipe, and nothing here changes.
 """
 
@@ -32,7 +33,7 @@ from danlu.train.progress import ProgressLine, duration
 from danlu.train.signals import Stop
 from danlu.train.trainer import TrainConfig, Trainer
 
-__all__ = ["RunConfig", "assemble", "evaluate", "load", "read_config", "resume", "train"]
+__all__ = ["RunConfig", "assemble", "evaluate", "load", "load_objective", "read_config", "resume", "train"]
 
 # What may differ from the checkpoint's configuration on resume: it changes no number of the training.
 _FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.threads", "train.tensorboard")
@@ -184,6 +185,26 @@ def load(path: Path | str) -> tuple[nn.Module, Any, RunConfig]:
     return model.to(policy.device).eval(), tokenizer, config
 
 
+def load_objective(path: Path | str) -> tuple[Any, RunConfig]:
+    """Return the objective of a run with its trained weights (averaged ones if it keeps them), and its configuration.
+
+    It is in evaluation mode, on the device and in the arithmetic chosen for this machine. What its constructor would
+    take from the data or from other runs is left out: it can sample, but need not be able to train.
+
+    Raises:
+        FileNotFoundError: ``path`` is no run folder, or holds no whole checkpoint.
+    """
+    path = Path(path)
+    config = read_config(path)
+    policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
+    policy.apply()
+    model = _beside(config.model)(config.model)
+    model.compute_dtype = policy.dtype
+    objective = _beside(config.objective)(model, config.objective)
+    objective.load_state_dict(_weights(path, ""))
+    return objective.to(policy.device).eval(), config
+
+
 def evaluate(path: Path | str, *, batches: int | None = None) -> dict[str, float]:
     """Evaluate the model of a run on its validation data: all of them, or ``batches`` batches.
 
@@ -292,8 +313,13 @@ def _opener(config: Any) -> Any:
 
 def _objective(config: RunConfig, model: nn.Module, data: Any) -> Any:
     kind = _beside(config.objective)
-    asked = [name for name in list(inspect.signature(kind).parameters)[2:] if hasattr(data, name)]
-    return kind(model, config.objective, **{name: getattr(data, name) for name in asked})
+    asked = list(inspect.signature(kind).parameters)[2:]
+    given = {name: getattr(data, name) for name in asked if hasattr(data, name)}
+    for name in asked:
+        other = getattr(config.objective, name, None)
+        if isinstance(other, configs.Pretrained):
+            given[name], _ = load_objective(other.run)
+    return kind(model, config.objective, **given)
 
 
 def _refuse_existing(out: Path, world: World) -> None:

@@ -1,0 +1,200 @@
+r"""Denoising: predict the noise, the data, or a mixture of both from noisy images, on any schedule.
+
+Whatever the network predicts (:mod:`danlu.diffusion.prediction`), its minimiser is the mean of that quantity given
+the noisy image, so all predictions describe the same denoiser ``E[x_0 | x_t]``; they differ in how errors at
+different noise levels are weighed, and in what is easy for a network.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from danlu._validate import choice, integer, number, positive
+from danlu.diffusion import (
+    PREDICTIONS,
+    Cosine,
+    Prediction,
+    Progress,
+    ScheduleConfig,
+    TimesConfig,
+    UniformTimes,
+    ddim,
+    ddpm,
+    from_x0_eps,
+    heun,
+    input_scale,
+    prior,
+    time_grid,
+    to_x0_eps,
+)
+from danlu.objectives._images import Batch, ImageObjective, check_sampling, guided_call, mean_square, told_classes
+
+__all__ = ["Denoising", "DenoisingConfig", "multiscale_loss", "predict", "prediction_error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig:
+    """What is predicted from what.
+
+    Attributes:
+        schedule: how much noise there is at each time.
+        prediction: what the network's output stands for. Its mean square error is the loss: of ``edm`` that is EDM's
+            weighted loss, of ``eps`` DDPM's simple one.
+        times: law of the training times.
+        data_std: deviation of the data, for ``edm``.
+        resolutions: heights at which the error is compared, the image's own last: the sum over them of the error of
+            averages, divided by the height (simple diffusion, section 3.2). Pays above about 256 pixels, harms a
+            little below. Empty: the plain loss.
+        label_dropout: share of images whose class the network is not told, so that it can be guided.
+        sampler: ``ddim``, ``ddpm`` (ancestral) or ``heun`` (second order, two evaluations a step).
+        eta: share of the ancestral noise that ``ddim`` adds.
+        clip: keep what the sampler takes for the image in [-1, 1].
+    """
+
+    schedule: ScheduleConfig = field(default_factory=lambda: Cosine(limit=15.0))
+    prediction: Prediction = "v"
+    times: TimesConfig = field(default_factory=UniformTimes)
+    data_std: float = 0.5
+    resolutions: tuple[int, ...] = ()
+    label_dropout: float = 0.1
+    sampler: Literal["ddim", "ddpm", "heun"] = "ddim"
+    eta: float = 0.0
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        choice("prediction", self.prediction, PREDICTIONS)
+        positive("data_std", self.data_std)
+        for resolution in self.resolutions:
+            integer("resolutions", resolution)
+        number("label_dropout", self.label_dropout, low=0, high=1)
+        choice("sampler", self.sampler, ("ddim", "ddpm", "heun"))
+        number("eta", self.eta, low=0, high=1)
+
+
+class Denoising(ImageObjective):
+    """Mean square error of a prediction, summed over images.
+
+    Sources: Ho et al., arXiv:2006.11239; Salimans and Ho, arXiv:2202.00512; Karras et al., arXiv:2206.00364;
+    Hoogeboom et al., arXiv:2301.11093.
+
+    Args:
+        model: a network ``net(x, t, classes)``, held as ``self.model``; t is ``schedule.condition`` of the time.
+            ``num_classes`` as in :class:`danlu.objectives.FlowMatching`.
+        config: see :class:`DenoisingConfig`.
+
+    A batch is a mapping with ``images`` ``(b, c, h, w)`` in [-1, 1] and, for a model with classes, ``labels`` ``(b,)``.
+    """
+
+    def __init__(self, model: nn.Module, config: DenoisingConfig | None = None) -> None:
+        super().__init__(model)
+        self.config = DenoisingConfig() if config is None else config
+
+    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        x0, config = batch["images"], self.config
+        classes = told_classes(
+            self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
+        )
+        error = prediction_error(self.model, config, x0, classes, generator=generator)
+        if config.resolutions:
+            return multiscale_loss(error, config.resolutions).sum()
+        return mean_square(error).sum()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        steps: int,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+        guidance: float | None = None,
+        trajectory: bool = False,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw images by the configured sampler; arguments as :meth:`danlu.objectives.FlowMatching.sample`.
+
+        Raises:
+            ValueError: an argument is out of range, or the labels do not fit the model.
+        """
+        config = self.config
+        device, classes = check_sampling(self.model, tuple(shape), labels, guidance)
+        output = guided_call(lambda x, t, told: predict(self.model, config, x, t, told), self.model, classes, guidance)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            x0, _ = to_x0_eps(output(x, t), x, t, config.schedule, config.prediction, data_std=config.data_std)
+            return x0.clamp(-1, 1) if config.clip else x0
+
+        x = prior(shape, config.schedule, generator=generator, device=device)
+        times = time_grid(config.schedule, steps)
+        if config.sampler == "heun":
+            return heun(denoise, x, config.schedule, times, trajectory=trajectory, progress=progress)
+        if config.sampler == "ddpm":
+            return ddpm(
+                denoise, x, config.schedule, times, generator=generator, trajectory=trajectory, progress=progress
+            )
+        return ddim(
+            denoise,
+            x,
+            config.schedule,
+            times,
+            eta=config.eta,
+            generator=generator,
+            trajectory=trajectory,
+            progress=progress,
+        )
+
+
+def predict(
+    model: Callable[..., Tensor], config: DenoisingConfig, x: Tensor, t: Tensor, classes: Tensor | None
+) -> Tensor:
+    """Return the network's prediction for noisy images ``x`` ``(b, c, h, w)`` at times ``t`` ``(b,)``.
+
+    Its input is scaled and its time translated as the schedule and the prediction ask.
+    """
+    given = input_scale(x, t, config.schedule, config.prediction, data_std=config.data_std)
+    output: Tensor = model(given, config.schedule.condition(t), classes)
+    return output
+
+
+def prediction_error(
+    model: Callable[..., Tensor],
+    config: DenoisingConfig,
+    x0: Tensor,
+    classes: Tensor | None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return prediction less target, like ``x0``, at times and with noise drawn as ``config`` says."""
+    t = config.times.draw(len(x0), config.schedule, device=x0.device, generator=generator).to(x0.dtype)
+    eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
+    target = from_x0_eps(x0, eps, t, config.schedule, config.prediction, data_std=config.data_std)
+    return predict(model, config, config.schedule.noised(x0, eps, t), t, classes) - target
+
+
+def multiscale_loss(error: Tensor, resolutions: Sequence[int]) -> Tensor:
+    """Return ``sum over d of mean square (error averaged down to d x d) / d`` of each image, ``(b,)``.
+
+    Averaging s x s pixels divides the variance of independent errors by ``s^2``, so that what is left at low
+    resolutions is the error of the coarse structure. Source: Hoogeboom et al., arXiv:2301.11093, section 3.2.
+
+    Args:
+        error: ``(b, c, h, w)`` with h = w.
+        resolutions: heights d that divide h.
+
+    Raises:
+        ValueError: a resolution does not divide the height.
+
+    >>> multiscale_loss(torch.ones(1, 3, 8, 8), (2, 8))
+    tensor([0.6250])
+    """
+    size = error.shape[-1]
+    if error.shape[-2] != size or any(size % resolution for resolution in resolutions):
+        raise ValueError(
+            f"resolutions must divide the height and width of the images, {tuple(error.shape[-2:])}, got {resolutions}"
+        )
+    parts = [mean_square(avg_pool2d(error, size // resolution)) / resolution for resolution in resolutions]
+    return torch.stack(parts).sum(0)
