@@ -1,8 +1,6 @@
 """Clipping: the norm that results, the direction that stays, and gradients that are not finite."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -227,44 +225,3 @@ def test_wrong_arguments_are_named():
         descent_factor([], [torch.ones(1)])
     with pytest.raises(ValueError, match="one shape"):
         descent_factor([torch.ones(2)], [torch.ones(1)])
-
-
-SHARDED = """
-import sys, torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from danlu.optim import clip_grad_norm_
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-generator = torch.Generator().manual_seed(0)
-shapes = [((5, 3), Shard(0)), ((1, 7), Shard(0)), ((4, 6), Shard(1)), ((3, 3), Replicate()), ((11,), None)]
-params, whole = [], []
-for shape, placement in shapes:
-    gradient = torch.randn(shape, generator=generator)
-    reference = nn.Parameter(torch.zeros(shape))
-    reference.grad = gradient.clone()
-    whole.append(reference)
-    place = (lambda t: t) if placement is None else (lambda t: distribute_tensor(t, mesh, [placement]))
-    parameter = nn.Parameter(place(torch.zeros(shape)))
-    parameter.grad = place(gradient)
-    params.append(parameter)
-torch.testing.assert_close(clip_grad_norm_(params, 1.5), clip_grad_norm_(whole, 1.5))
-for parameter, reference in zip(params, whole):
-    grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-    torch.testing.assert_close(grad, reference.grad)
-dist.destroy_process_group()
-"""
-
-
-def test_shards_and_replicas_on_two_processes_count_once(tmp_path):
-    store = str(tmp_path / "store")
-    processes = [
-        subprocess.Popen([sys.executable, "-c", SHARDED, str(rank), store], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error

@@ -150,7 +150,7 @@ def run_config(*, muon: bool = True, dropout: float = 0.25, noise: float = 0.1, 
 
 def plain_config(**loop: Any) -> RunConfig:
     """A run in which nothing is drawn, so that several processes can do what one does."""
-    return run_config(muon=False, dropout=0.0, noise=0.0, **loop)
+    return run_config(dropout=0.0, noise=0.0, **loop)
 
 
 def _main() -> int:
@@ -159,7 +159,7 @@ def _main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--plain", action="store_true", help="float64, AdamW, neither dropout nor noise")
+    parser.add_argument("--plain", action="store_true", help="float64, neither dropout nor noise")
     parser.add_argument("--interrupt-at", type=int, default=0, help="SIGTERM to this process in the K-th step")
     parser.add_argument("--kill-in-save", type=int, default=0, help="SIGKILL this process in its K-th save")
     words = parser.parse_args()

@@ -121,6 +121,18 @@ def default_gram_steps(steps: Sequence[Sequence[float]], m: int, n: int, dtype: 
     return best
 
 
+def multiplications(steps: Sequence[Sequence[float]], m: int, n: int, dtype: torch.dtype) -> float:
+    """Return the multiply-adds in the matrix products of :func:`orthogonalize` for one matrix and steps of degree 5.
+
+    >>> multiplications([(1.0, 1.0, 1.0)] * 5, 2, 2, torch.float32) / 2**3
+    15.0
+    """
+    small, tail = min(m, n), default_gram_steps(steps, m, n, dtype)
+    ratio = max(m, n) / small
+    units = (len(steps) - tail) * (2 * ratio + 1) + (2 * ratio + 4 * tail - 3 if tail else 0)
+    return small**3 * units
+
+
 def _iterate(
     M: Tensor,
     steps: Sequence[Sequence[float]],

@@ -10,7 +10,7 @@ from danlu.optim.clip import (
     nonfinite_gradients,
 )
 from danlu.optim.decay import decay_
-from danlu.optim.groups import MATRIX_ROLES, ROLES, check_partition, describe, param_groups
+from danlu.optim.groups import MATRIX_ROLES, ROLES, check_partition, declarations_kept, describe, param_groups
 from danlu.optim.lion import Lion
 from danlu.optim.loraplus import balanced_ratio, loraplus_groups, watch_ratio
 from danlu.optim.muon import Muon, muon_, shape_scale
@@ -41,6 +41,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_groups_",
     "decay_",
+    "declarations_kept",
     "descent_factor",
     "describe",
     "grad_norm",

@@ -1,5 +1,6 @@
 """What the optimizers share: naming parameters in errors, checking groups, restoring state, staying in cache."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -25,6 +26,23 @@ def check_rate(where: str, lr: Any) -> None:
         number(f"{where}lr", lr, low=0)
     elif lr.numel() != 1:
         raise ValueError(f"{where}lr as a tensor must have one element, got shape {tuple(lr.shape)}")
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Say whether ``tensor`` is a DTensor, without importing their module: until someone has, none exists."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def placed_like(tensor: Any, parameter: Any) -> Tensor:
+    """Return a tensor cut over processes as a parameter is: whole tensors are cut, cut ones made whole or cut anew."""
+    if not is_dtensor(parameter):
+        return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if is_dtensor(tensor):
+        return tensor.redistribute(mesh, placements)  # type: ignore[no-any-return]
+    # Every process has the whole of a plain tensor, so nothing has to be sent.
+    return sys.modules["torch.distributed.tensor"].distribute_tensor(tensor, mesh, placements, src_data_rank=None)  # type: ignore[no-any-return]
 
 
 class MomentumOptimizer(Optimizer):
@@ -99,7 +117,8 @@ class MomentumOptimizer(Optimizer):
         # torch casts state to the parameter's format on loading, which would round a wider momentum.
         for parameter, momentum in momenta.items():
             kept = self.momentum_dtype or parameter.dtype
-            self.state[parameter][self.slot] = momentum.to(parameter.device, kept, copy=True)
+            moved = momentum.to(parameter.device, kept, copy=True)
+            self.state[parameter][self.slot] = placed_like(moved, parameter)
 
     # torch.compile runs a method of this name outside the graph, so that making the state does not count as a change.
     def _init_group(

@@ -131,12 +131,13 @@ def _adamw(groups: list[Group], config: AdamWConfig) -> AdamW:
     return AdamW(_without_decay(groups, config.no_decay), fused=fused, **options)
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimizerConfig, *, process_group: Any = None) -> list[Optimizer]:
     """Return the optimizers that together update every trainable parameter of ``model`` exactly once.
 
     Args:
         model: any module; its parameters are sorted by :func:`danlu.optim.param_groups`.
         config: ``AdamWConfig`` or ``MuonConfig``.
+        process_group: processes that hold replicas of the model, among which Muon shares its work; None for none.
 
     Returns:
         One optimizer for each rule that the model has parameters for. Call ``step`` and ``zero_grad`` on each; every
@@ -158,7 +159,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
     rest = [group for group in groups if group["role"] not in MATRIX_ROLES]
     optimizers: list[Optimizer] = []
     if maps:
-        optimizers.append(Muon(_without_decay(maps, config.no_decay), **config.muon_options()))
+        optimizers.append(
+            Muon(_without_decay(maps, config.no_decay), process_group=process_group, **config.muon_options())
+        )
     if rest:
         lr = config.lr if config.adamw_lr is None else config.adamw_lr
         adamw = AdamWConfig(

@@ -4,9 +4,9 @@ The default norm of 1 is no accident: near convergence the first-order drop of t
 gradient descent, is far below ``lr``, which puts ``||g||`` below 1 whatever the size of the model.
 """
 
+import functools
 import logging
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 
 from danlu._validate import integer, positive
+from danlu.optim._common import is_dtensor
 
 _log = logging.getLogger(__name__)
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    """Say whether ``tensor`` is a DTensor, without importing their module: until someone has, none exists."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -70,19 +65,23 @@ def _sharded_norm(grads: Sequence[Any]) -> Tensor:
     mesh, placements = grads[0].device_mesh, grads[0].placements
     if any(placement.is_partial() for placement in placements):
         raise ValueError("gradients with a Partial placement must be reduced before their norm is taken")
-    squared = _local_norm([grad.to_local() for grad in grads]).square()
+    # Float64 whatever the process: its range holds every square, and a shard that overflowed cannot be told by others.
+    squared = _local_norm([grad.to_local() for grad in grads]).double().square()
     for dimension, placement in enumerate(placements):
         if placement.is_shard():
             torch.distributed.all_reduce(squared, group=mesh.get_group(dimension))
-    return squared.sqrt()
+    total = squared.sqrt()
+    narrow = functools.reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
+    fits = total.device.type != "cpu" or torch.compiler.is_compiling() or math.isfinite(total.to(narrow))
+    return total.to(narrow) if fits else total
 
 
 def _total_norm(grads: Sequence[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(())
-    plain = [grad for grad in grads if not _is_sharded(grad)]
+    plain = [grad for grad in grads if not is_dtensor(grad)]
     meshes: dict[Any, list[Any]] = {}
-    sharded: list[Any] = [grad for grad in grads if _is_sharded(grad)]
+    sharded: list[Any] = [grad for grad in grads if is_dtensor(grad)]
     for grad in sharded:
         meshes.setdefault((grad.device_mesh, grad.placements), []).append(grad)
     norms = [_local_norm(plain)] if plain else []
@@ -107,7 +106,7 @@ def grad_norm(parameters: Tensor | Iterable[Tensor]) -> Tensor:
 def _scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply every gradient in place by a 0-D tensor."""
     tensors: list[Any] = list(grads)
-    local: list[Tensor] = [grad.to_local() if _is_sharded(grad) else grad for grad in tensors]
+    local: list[Tensor] = [grad.to_local() if is_dtensor(grad) else grad for grad in tensors]
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in local:
         by_device.setdefault(grad.device, []).append(grad)
@@ -200,12 +199,26 @@ def descent_factor(updates: Sequence[Tensor], gradients: Sequence[Tensor], limit
 def nonfinite_gradients(named_parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Return the names of the parameters whose gradient holds a NaN or an infinity.
 
+    A shard counts for its whole parameter: all the processes of its mesh have to ask, and get the same answer.
+
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.tensor([1.0, float("nan")])
     >>> nonfinite_gradients([("weight", weight)])
     ['weight']
     """
-    return [name for name, p in named_parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    found = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
+    return [name for name, grad in found if not _is_finite(grad)]
+
+
+def _is_finite(grad: Any) -> bool:
+    """Say whether all entries of a gradient are finite, on whichever process they lie."""
+    local = grad.to_local() if is_dtensor(grad) else grad
+    bad = (~torch.isfinite(local)).any().int()
+    if is_dtensor(grad):
+        for dimension, placement in enumerate(grad.placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(bad, group=grad.device_mesh.get_group(dimension))
+    return not bool(bad)
 
 
 class NonFiniteGuard:

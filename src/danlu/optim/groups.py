@@ -9,6 +9,7 @@ name and its shape; a layer that knows better says so on the parameter itself:
   tuple of block heights (query, key and value of one projection).
 """
 
+import contextlib
 import io
 import math
 import re
@@ -218,6 +219,35 @@ def param_groups(model: nn.Module) -> list[Group]:
     groups = [group for (_, _), group in sorted(buckets.items(), key=lambda item: _order(*item[0]))]
     check_partition(groups, model)
     return groups
+
+
+@contextlib.contextmanager
+def declarations_kept(model: nn.Module) -> Iterator[None]:
+    """Give the parameters that replace those of ``model`` within a block the roles and splits declared on the old ones.
+
+    ``fully_shard`` puts new parameters in place of a module's own, without what a layer has written on them.
+
+    Raises:
+        ValueError: a parameter that carried a declaration is no longer there under its name.
+
+    Example::
+
+        with declarations_kept(model):
+            fully_shard(model)
+        optimizers = build_optimizers(model, MuonConfig())
+    """
+    notes = {
+        name: {key: getattr(parameter, key) for key in ("danlu_role", "danlu_split") if hasattr(parameter, key)}
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    yield
+    new = dict(model.named_parameters(remove_duplicate=False))
+    lost = [name for name, note in notes.items() if note and name not in new]
+    if lost:
+        raise ValueError(f"model has no parameter {', '.join(lost)} any more, which carried a declaration")
+    for name, note in notes.items():
+        for key, value in note.items():
+            setattr(new[name], key, value)
 
 
 def _order(role: str, split: Split) -> tuple[int, tuple[int, ...]]:

@@ -9,8 +9,10 @@ for LLM Training", arXiv:2502.16982, section 2 (decay and the scale ``moonlight`
 arXiv:2505.16932 (the iteration).
 """
 
+import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +20,20 @@ from torch import Tensor
 
 from danlu._validate import choice, integer, number
 from danlu.approx import Composition, optimal_composition, published
-from danlu.linalg._kernels import fast_matmul_dtype
-from danlu.linalg._newton_schulz import CHUNK_BYTES, orthogonalize
-from danlu.optim._common import MomentumOptimizer, check_rate
+from danlu.linalg._newton_schulz import CHUNK_BYTES, multiplications, orthogonalize
+from danlu.optim._common import MomentumOptimizer, check_rate, is_dtensor
+from danlu.optim._layout import layout, parts
+from danlu.optim._sharded import (
+    Bucket,
+    Part,
+    agreed_matmul_dtype,
+    local,
+    sharing_group,
+    step_alone,
+    step_together,
+)
 from danlu.optim.decay import check_decay, decay_
-from danlu.optim.groups import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
+from danlu.optim.groups import MATRIX_ROLES, Split
 
 SCALES = ("moonlight", "rms", "plain", "jordan", "mup")
 #: Root mean square that an entry of AdamW's update has in practice, which ``moonlight`` and ``rms`` aim at.
@@ -106,6 +117,10 @@ class Muon(MomentumOptimizer):
         chunk_bytes: bytes of one stack in the iteration, which needs about four times as much. None: 4 MiB on a CPU,
             where a stack should stay in cache, and unlimited elsewhere.
         foreach: update momenta and weights by fused multi-tensor calls. None: not on a CPU, where a loop is faster.
+        process_group: processes that hold replicas of the parameters and their gradients, as under
+            DistributedDataParallel: each then iterates a share of the matrices. None: this process does all.
+            DTensors (FSDP2) need no group: their matrices are collected, iterated once and scattered in the mesh they
+            lie in, and the momentum is cut as its parameter is. They may be cut over one dimension of the mesh.
 
     Raises:
         ValueError, TypeError: naming the argument, or the group and the parameter.
@@ -119,7 +134,7 @@ class Muon(MomentumOptimizer):
     """
 
     slot = "momentum_buffer"
-    own = ("composition", "dtype", "momentum_dtype", "chunk_bytes", "foreach")
+    own = ("composition", "dtype", "momentum_dtype", "chunk_bytes", "foreach", "process_group")
 
     def __init__(
         self,
@@ -140,6 +155,7 @@ class Muon(MomentumOptimizer):
         momentum_dtype: torch.dtype | None = None,
         chunk_bytes: int | None = None,
         foreach: bool | None = None,
+        process_group: Any = None,
     ) -> None:
         for name, value in (("dtype", dtype), ("momentum_dtype", momentum_dtype)):
             if value is not None:
@@ -148,6 +164,7 @@ class Muon(MomentumOptimizer):
             integer("chunk_bytes", chunk_bytes)
         self.composition = _composition(method, steps)
         self.dtype, self.momentum_dtype, self.chunk_bytes, self.foreach = dtype, momentum_dtype, chunk_bytes, foreach
+        self.process_group = sharing_group(process_group)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -176,10 +193,15 @@ class Muon(MomentumOptimizer):
 
     def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
         """Raise if a parameter is no linear map, or its memory has no view as a stack of matrices."""
-        role, split = _layout(name, parameter, options)
-        last = role == "conv" and not parameter.is_contiguous()
-        views = _blocks(parameter.detach(), role, split, channels_last=last)
-        if any(view.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr() for view in views):
+        role, split = layout(name, parameter, options)
+        whole = parameter.detach()
+        storage = local(whole).untyped_storage().data_ptr()
+        found = list(parts(name, (whole, whole, whole), role, split, None))
+        if options.get("decay", "decoupled") != "decoupled" and any(part.dim for part in found):
+            placed = getattr(parameter, "placements", None)
+            raise ValueError(f"{name} is placed as {placed}; its matrices being cut, decay must be 'decoupled'")
+        views = [part.tensors[0] for part in found]
+        if any(view.numel() and view.untyped_storage().data_ptr() != storage for view in views):
             raise ValueError(f"{name} has strides {parameter.stride()} without a view as a stack of matrices")
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
@@ -188,7 +210,9 @@ class Muon(MomentumOptimizer):
         if group.get("decay", "decoupled") != "decoupled":  # a state saved before there was a choice has no key
             self._decay(group, params)
             options["weight_decay"] = 0.0
-        muon_(
+        together = self.process_group is not None or any(map(is_dtensor, params))
+        step = _uncompiled if together else muon_  # an exchange that overlaps with work has no place in a graph
+        step(
             params,
             grads,
             momenta,
@@ -196,6 +220,7 @@ class Muon(MomentumOptimizer):
             dtype=self.dtype,
             chunk_bytes=self.chunk_bytes,
             foreach=self.foreach,
+            process_group=self.process_group,
             **options,
         )
 
@@ -204,46 +229,20 @@ class Muon(MomentumOptimizer):
         """Apply the decays that need the singular values of each matrix."""
         amount = float(group["lr"] * group["weight_decay"])
         for index, parameter in enumerate(params):
-            kind, rows = _layout(f"parameter {index}", parameter, group)
-            for block in _blocks(parameter, kind, rows, channels_last=kind == "conv" and not parameter.is_contiguous()):
-                decay_(block, amount, group["decay"], group["decay_bound"])
+            name = f"parameter {index}"
+            for part in parts(name, (parameter,) * 3, *layout(name, parameter, group), None):
+                if part.size:
+                    decay_(part.tensors[0], amount, group["decay"], group["decay_bound"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Muon":
+        memo[id(self.process_group)] = self.process_group  # the same processes
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
 
 _OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "scale", "ema", "maximize", "role", "split")
-
-
-def _layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[str, Split]:
-    """Return the role and split that hold for a parameter; raise if it is nothing Muon can update."""
-    own_role, own_split = declared(name, parameter)
-    shape = tuple(parameter.shape)
-    role = options["role"] or own_role or {2: "matrix", 3: "experts"}.get(parameter.ndim)
-    if role is None or role not in MATRIX_ROLES:
-        kind = f"is declared {role!r}" if role else f"has {parameter.ndim} dimension{'s' * (parameter.ndim != 1)}"
-        hint = "set the group's role to 'conv' to flatten it" if parameter.ndim > 3 else "give it to AdamW"
-        raise ValueError(f"{name} of shape {shape} {kind}; Muon takes matrices and stacks of them: {hint}")
-    if parameter.ndim < (3 if role == "experts" else 2) or (role == "matrix" and parameter.ndim > 2):
-        raise ValueError(f"{name} of shape {shape} cannot have the role {role!r}")
-    split = options["split"] if options["split"] is not None else own_split
-    split = tuple(split) if isinstance(split, list) else split
-    check_split(name, split, rows_of(role, shape))
-    return role, normal_split(split)
-
-
-def _blocks(tensor: Tensor, role: str, split: Split, *, channels_last: bool) -> list[Tensor]:
-    """Return ``(b, m, n)`` views of the matrices in a parameter, one entry for each height that ``split`` asks for."""
-    if role == "conv":
-        # The order of the columns is free (msign commutes with permutations), so any dense layout has its own view.
-        order = tensor.movedim(1, -1) if channels_last else tensor
-        tensor = order.reshape(order.shape[0], -1)
-    if role != "experts":
-        tensor = tensor.unsqueeze(0)
-    elif tensor.ndim > 3:
-        tensor = tensor.reshape(-1, *tensor.shape[-2:])
-    if split is None:
-        return [tensor]
-    if isinstance(split, int):
-        return [tensor.unflatten(1, (split, -1)).flatten(0, 1)]
-    return list(torch.split(tensor, list(split), dim=1))
 
 
 def muon_(
@@ -264,73 +263,93 @@ def muon_(
     dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
     foreach: bool | None = None,
+    process_group: Any = None,
 ) -> None:
     """Update parameters and momenta in place: the functional form of :class:`Muon`, which documents the arguments."""
-    stacks: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    here: dict[Any, list[Part]] = {}  # matrices that are whole here and nobody else's concern
+    shared: dict[Any, list[Part]] = {}
+    loads: dict[Any, list[float]] = {}  # of the processes of a group, by what each holds whole
     for index, (parameter, grad, buffer) in enumerate(zip(params, grads, momenta)):
-        kind, rows = _layout(f"parameter {index}", parameter, {"role": role, "split": split})
-        grad = -grad if maximize else grad
-        last = kind == "conv" and not parameter.is_contiguous()
-        for block in zip(*(_blocks(t, kind, rows, channels_last=last) for t in (parameter, grad, buffer))):
-            work = dtype or (torch.float64 if parameter.dtype == torch.float64 else fast_matmul_dtype(parameter.device))
-            key = (*block[0].shape[1:], parameter.device, parameter.dtype, buffer.dtype, work)
-            stacks.setdefault(key, []).append(block)
+        name = f"parameter {index}"
+        kind, rows = layout(name, parameter, {"role": role, "split": split})
+        for part in parts(name, (parameter, -grad if maximize else grad, buffer), kind, rows, process_group):
+            p, (m, n) = part.tensors[0], part.shape
+            alone = part.group is None or part.dim == 0
+            work = dtype or (torch.float64 if p.dtype == torch.float64 else agreed_matmul_dtype(p.device, part.group))
+            key = (part.group, part.dim is None, m, n, p.device, p.dtype, buffer.dtype, work)
+            if not alone:
+                shared.setdefault(key, []).append(part)
+            elif part.size:
+                here.setdefault(key[2:], []).append(part)
+            if part.dim == 0:
+                load = loads.setdefault(part.group, len(part.lengths) * [0.0])
+                cost = multiplications(composition.coefficients, m, n, work)
+                loads[part.group] = [held + cost * count for held, count in zip(load, part.lengths)]
 
-    for (m, n, device, _, _, work), stack in stacks.items():
+    # A graph can hold no subscripted type, hence the quotes.
+    def bucket(held: "Sequence[Part]", m: int, n: int, device: torch.device, work: torch.dtype) -> Bucket:
         on_cpu = device.type == "cpu"
-        limit = chunk_bytes if chunk_bytes is not None else (CHUNK_BYTES if on_cpu else math.inf)
         fused = foreach if foreach is not None else not on_cpu
-        many = max(1, int(min(limit // (m * n * work.itemsize), sum(p.shape[0] for p, _, _ in stack))))
-        factor = shape_scale(scale, m, n)
-        for chunk in _chunks(stack, many):
-            P, G, M = (list(tensors) for tensors in zip(*chunk))
-            counts = [p.shape[0] for p in P]
-            direction = torch.empty((sum(counts), m, n), dtype=work, device=device)
-            D = list(torch.split(direction, counts))
-            _accumulate(M, G, D, momentum=momentum, nesterov=nesterov, ema=ema, foreach=fused)
-            update = orthogonalize(direction, composition, chunk_bytes=direction.nbytes)
-            if scale == "rms":
-                wide = torch.promote_types(work, torch.float32)
-                norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True, dtype=wide)
-                update.mul_(torch.where(norm > 0, math.sqrt(min(m, n)) / norm, norm))
-            U = list(torch.split(update, counts))
-            _apply(P, U, lr=lr, decay=weight_decay, factor=factor, foreach=fused)
+        limit = chunk_bytes if chunk_bytes is not None else (CHUNK_BYTES if on_cpu else math.inf)
+        return Bucket(
+            parts=held,
+            shape=(m, n),
+            dtype=work,
+            most=max(1, int(min(limit // (m * n * work.itemsize), sum(part.size for part in held)))),
+            cost=multiplications(composition.coefficients, m, n, work),
+            accumulate=partial(_accumulate, momentum=momentum, nesterov=nesterov, ema=ema, foreach=fused),
+            iterate=partial(_orthogonal, composition=composition, scale=scale),
+            apply=partial(_apply, lr=lr, decay=weight_decay, factor=shape_scale(scale, m, n), foreach=fused),
+        )
+
+    own = [bucket(held, m, n, device, work) for (m, n, device, *_, work), held in here.items()]
+    if shared:
+        exchanged = [bucket(held, m, n, device, work) for (*_, m, n, device, _, _, work), held in shared.items()]
+        step_together(exchanged, own, loads, bounded=chunk_bytes is not None)
+    else:
+        for each in own:
+            step_alone(each)
 
 
-def _chunks(stack: Sequence[tuple[Tensor, Tensor, Tensor]], many: int) -> Iterable[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Yield lists of triples of slices that hold at most ``many`` matrices together."""
-    chunk: list[tuple[Tensor, Tensor, Tensor]] = []
-    held = 0
-    for triple in stack:
-        start, count = 0, triple[0].shape[0]
-        while start < count:
-            take = min(many - held, count - start)
-            whole = take == count
-            chunk.append(triple if whole else tuple(t.narrow(0, start, take) for t in triple))  # type: ignore[arg-type]
-            start, held = start + take, held + take
-            if held == many:
-                yield chunk
-                chunk, held = [], 0
-    if chunk:
-        yield chunk
+_uncompiled = torch.compiler.disable(muon_)
+
+
+def _orthogonal(stack_bmn: Tensor, *, composition: Composition, scale: str) -> Tensor:
+    """Return the updates along a stack of directions, before the factor by shape."""
+    update = orthogonalize(stack_bmn, composition, chunk_bytes=stack_bmn.nbytes)
+    if scale == "rms":
+        wide = torch.promote_types(update.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True, dtype=wide)
+        update.mul_(torch.where(norm > 0, math.sqrt(min(update.shape[1:])) / norm, norm))
+    return update
 
 
 def _accumulate(
-    M: list[Tensor], G: list[Tensor], D: list[Tensor], *, momentum: float, nesterov: bool, ema: bool, foreach: bool
+    M: list[Tensor],
+    G: list[Tensor],
+    D: list[Tensor] | None,
+    *,
+    momentum: float,
+    nesterov: bool,
+    ema: bool,
+    foreach: bool,
 ) -> None:
-    """Add the gradients ``G`` to the momenta ``M`` and write the direction to follow into ``D``."""
+    """Add the gradients ``G`` to the momenta ``M`` and write the direction to follow into ``D``, unless it is None."""
     weight = 1.0 - momentum if ema else 1.0
     if foreach:
         torch._foreach_mul_(M, momentum)
         torch._foreach_add_(M, G, alpha=weight)
-        look = torch._foreach_add(torch._foreach_mul(G, weight), M, alpha=momentum) if nesterov else M
-        torch._foreach_copy_(D, look)
+        if D is not None:
+            look = torch._foreach_add(torch._foreach_mul(G, weight), M, alpha=momentum) if nesterov else M
+            torch._foreach_copy_(D, look)
         return
-    for buffer, grad, direction in zip(M, G, D):
+    for buffer, grad, direction in zip(M, G, [None] * len(M) if D is None else D):
         if ema and buffer.dtype == grad.dtype:
             buffer.lerp_(grad, weight)
         else:
             buffer.mul_(momentum).add_(grad, alpha=weight)
+        if direction is None:
+            continue
         if not nesterov:
             direction.copy_(buffer)
         elif ema and buffer.dtype == grad.dtype == direction.dtype:

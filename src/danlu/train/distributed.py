@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["World", "barrier", "broadcast", "gather", "joined", "sum_over_ranks", "world", "wrap"]
+__all__ = ["World", "barrier", "broadcast", "gather", "group", "joined", "sum_over_ranks", "world", "wrap"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ def world() -> World:
     if dist.is_available() and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
     return World()
+
+
+def group() -> Any:
+    """Return the process group that was joined, whose processes hold replicas of the model; None in a world of one."""
+    return dist.group.WORLD if world().size > 1 else None
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from danlu.nn import balance
 from danlu.optim import build_optimizers, schedule
 from danlu.train import checkpoint, plan, rng
 from danlu.train.device import Policy, choose
-from danlu.train.distributed import World, barrier, broadcast, joined
+from danlu.train.distributed import World, barrier, broadcast, group, joined
 from danlu.train.ema import averaged
 from danlu.train.metrics import MetricsFile, Reporter, TensorBoard
 from danlu.train.progress import ProgressLine, duration
@@ -94,7 +94,7 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     model = _beside(config.model)(config.model)
     model.compute_dtype = policy.dtype
     objective = _objective(config, model, data).to(policy.device)
-    optimizers = build_optimizers(objective, config.optim)
+    optimizers = build_optimizers(objective, config.optim, process_group=group())
     balance.attach(model, optimizers[-1])
     return Assembly(config, data, model, objective, optimizers, policy, world)
 

@@ -1,0 +1,101 @@
+"""Which matrices a parameter consists of: its role, its split, its layout in memory and its place among processes."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from danlu.optim._sharded import Part, Triple, local, sharding
+from danlu.optim.groups import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
+
+
+def layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[str, Split]:
+    """Return the role and split that hold for a parameter; raise if it is nothing Muon can update."""
+    own_role, own_split = declared(name, parameter)
+    shape = tuple(parameter.shape)
+    role = options["role"] or own_role or {2: "matrix", 3: "experts"}.get(parameter.ndim)
+    if role is None or role not in MATRIX_ROLES:
+        kind = f"is declared {role!r}" if role else f"has {parameter.ndim} dimension{'s' * (parameter.ndim != 1)}"
+        hint = "set the group's role to 'conv' to flatten it" if parameter.ndim > 3 else "give it to AdamW"
+        raise ValueError(f"{name} of shape {shape} {kind}; Muon takes matrices and stacks of them: {hint}")
+    if parameter.ndim < (3 if role == "experts" else 2) or (role == "matrix" and parameter.ndim > 2):
+        raise ValueError(f"{name} of shape {shape} cannot have the role {role!r}")
+    split = options["split"] if options["split"] is not None else own_split
+    split = tuple(split) if isinstance(split, list) else split
+    check_split(name, split, rows_of(role, shape))
+    return role, normal_split(split)
+
+
+def blocks(tensor: Tensor, role: str, split: Split, *, channels_last: bool) -> list[Tensor]:
+    """Return ``(b, m, n)`` views of the matrices in a parameter, one entry for each height that ``split`` asks for."""
+    if role == "conv":
+        # The order of the columns is free (msign commutes with permutations), so any dense layout has its own view.
+        order = tensor.movedim(1, -1) if channels_last else tensor
+        tensor = order.flatten(1)
+    if role != "experts":
+        tensor = tensor.unsqueeze(0)
+    elif tensor.ndim > 3:
+        tensor = tensor.flatten(0, -3)
+    if split is None:
+        return [tensor]
+    if isinstance(split, int):
+        return [tensor.unflatten(1, (split, tensor.shape[1] // split)).flatten(0, 1)]
+    return list(torch.split(tensor, list(split), dim=1))
+
+
+def parts(name: str, tensors: Triple, role: str, split: Split, group: Any) -> Iterator[Part]:
+    """Yield the matrices of a parameter, its gradient and its momentum, as far as this process holds them.
+
+    Args:
+        name: what errors call the parameter.
+        tensors: the three, plain or DTensors.
+        role, split: what :func:`layout` returned.
+        group: the processes that hold a replica of what is not cut; None for none.
+    """
+    whole = tensors[0]
+    shard = sharding(name, whole)
+    held = [local(tensor, whole) for tensor in tensors]
+    last = role == "conv" and not held[0].is_contiguous()
+    rows_cut = shard is not None and shard[1] == (whole.ndim - 2 if role == "experts" else 0)
+    # What is left of the rows of a shard need not be a multiple of anything: its blocks are cut further below.
+    triples = list(zip(*(blocks(t, role, None if rows_cut else split, channels_last=last) for t in held)))
+    if shard is None:
+        yield from (Part(triple, group) for triple in triples)
+        return
+    group, axis, lengths = shard
+    if rows_cut:
+        yield from _cut_rows(triples[0], group, lengths, _heights(split, rows_of(role, whole.shape)))
+    elif role == "experts" and axis < whole.ndim - 2:
+        inner = math.prod(whole.shape[:-2]) // whole.shape[axis] * (split if isinstance(split, int) else 1)
+        yield from (Part(triple, group, 0, tuple(inner * length for length in lengths)) for triple in triples)
+    else:
+        inner = 1 if role == "experts" else math.prod(whole.shape[1:]) // whole.shape[axis]
+        yield from (Part(triple, group, 2, tuple(inner * length for length in lengths)) for triple in triples)
+
+
+def _heights(split: Split, rows: int) -> tuple[int, ...]:
+    """Return the heights of all blocks."""
+    return split if isinstance(split, tuple) else (split or 1) * (rows // (split or 1),)
+
+
+def _cut_rows(view: Triple, group: Any, lengths: tuple[int, ...], heights: tuple[int, ...]) -> Iterator[Part]:
+    """Yield the blocks of matrices whose rows are cut: one that lies on one process alone as whole there."""
+    rank, start = dist.get_rank(group), 0
+    ends = list(itertools.accumulate(lengths))
+    begin = ends[rank] - lengths[rank]
+    for height in heights:
+        stop = start + height
+        inside = tuple(max(0, min(stop, end) - max(start, end - size)) for end, size in zip(ends, lengths))
+        offset = min(max(start - begin, 0), lengths[rank])
+        p, g, m = (tensor.narrow(1, offset, inside[rank]) for tensor in view)
+        if max(inside) < height:
+            yield Part((p, g, m), group, 1, inside)
+        else:
+            if not inside[rank]:  # no matrix, of the shape that the others see
+                p, g, m = (tensor.new_empty((0, height, tensor.shape[2])) for tensor in view)
+            yield Part((p, g, m), group, 0, tuple(view[0].shape[0] * (size == height) for size in inside))
+        start = stop
