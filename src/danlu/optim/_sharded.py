@@ -245,7 +245,7 @@ def step_replicas(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
             bucket.accumulate(M, G, None)
     _iterate_(stack[: counts[rank]], bucket)
     gathered = bucket.empty(len(counts) * most, *bucket.shape)
-    sending = dist.all_gather_into_tensor(gathered, stack, group=group, async_op=True)
+    sending = dist.all_gather_single(gathered, stack, group=group, async_op=True)
     yield
     sending.wait()
     for owner, share, P, _, _ in shares:
