@@ -72,21 +72,6 @@ def test_the_regret_is_below_the_bound_for_the_best_and_for_random_comparators(l
     assert all(mean(x, best).mean() <= mean(x, rival).mean() + 1e-3 for rival in rivals)
 
 
-def test_the_bound_holds_over_ten_thousand_steps():
-    x = samples(10_000)
-    report = average_loss_report(
-        absolute,
-        x,
-        torch.zeros(10, dtype=torch.float64),
-        inverse_root_rates(10_000, 1.0),
-        diameter=2.0,
-        gradient_norm=1.0,
-        project=project_to_ball(1.0),
-        comparator=torch.zeros(10),
-    )
-    assert report.regret <= report.bound
-
-
 def test_the_path_on_alternating_samples_is_the_one_by_hand():
     x = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(500)
     rates, start = inverse_root_rates(1000, 1.0), torch.zeros(1, dtype=torch.float64)

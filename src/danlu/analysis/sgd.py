@@ -87,7 +87,8 @@ def inverse_root_rates(steps: int, alpha: float) -> Tensor:
     """
     integer("steps", steps)
     positive("alpha", alpha)
-    return alpha / torch.arange(1, steps + 1, dtype=torch.float64).sqrt()
+    rates: Tensor = alpha / torch.arange(1, steps + 1, dtype=torch.float64).sqrt()
+    return rates
 
 
 def project_to_ball(radius: float, center: Tensor | None = None) -> Projection:
