@@ -1,10 +1,14 @@
 """Loss-free balancing: the update, when it happens, and that it balances."""
 
+import os
+from typing import Any
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from danlu.nn import LossFreeConfig, MoE, MoEConfig
-from danlu.nn.balance import Balancer, attach, bias_step, expert_load, max_violation, update
+from danlu.nn.balance import Balancer, attach, bias_step, expert_load, max_violation, update, watching
 
 
 @pytest.mark.parametrize("rule", ["sign", "rms"])
@@ -47,7 +51,8 @@ def test_biases_move_after_the_parameters_and_count_every_micro_batch() -> None:
 
 def test_a_rate_of_zero_freezes_the_biases() -> None:
     layer = MoE(8, MoEConfig(experts=5, active=2, hidden=4, balance=LossFreeConfig(rate=0)))
-    layer(torch.randn(7, 8))
+    layer(torch.randn(7, 8)).sum().backward()
+    assert layer.balancer.counts.any()
     update(layer)
     assert not layer.balancer.bias.any()
 
@@ -56,6 +61,81 @@ def test_what_the_next_update_needs_is_saved_with_the_model() -> None:
     state = MoE(8, MoEConfig(experts=5, active=2, hidden=4)).state_dict()
     assert {"balancer.bias", "balancer.counts"} <= set(state)
     assert "balancer.load" not in state
+
+
+def test_relative_step_is_the_excess_over_the_mean_and_centring_takes_the_mean_off() -> None:
+    counts = torch.tensor([8.0, 1, 2, 5])
+    step = bias_step(counts, LossFreeConfig(rate=0.01, rule="relative"))
+    torch.testing.assert_close(step, -0.01 * (counts / 4 - 1))
+    drifting = bias_step(counts, LossFreeConfig(rate=0.01, centered=False))
+    torch.testing.assert_close(drifting, torch.tensor([-0.01, 0.01, 0.01, -0.01]))
+    lopsided = torch.tensor([9.0, 1, 1, 1])
+    free, centred = (bias_step(lopsided, LossFreeConfig(rate=0.01, centered=c)) for c in (False, True))
+    assert free.mean() != 0
+    torch.testing.assert_close(free - free.mean(), centred)
+
+
+def test_biases_freeze_after_the_given_updates_and_the_number_is_saved() -> None:
+    balancer = Balancer(3, LossFreeConfig(freeze_after=2))
+    history = []
+    for _ in range(4):
+        balancer.count(torch.tensor([6.0, 2.0, 4.0]), 6)
+        update(balancer)
+        history.append(balancer.bias.clone())
+    assert not torch.equal(history[0], history[1])
+    assert torch.equal(history[1], history[2])
+    assert torch.equal(history[2], history[3])
+    resumed = Balancer(3, LossFreeConfig(freeze_after=2))
+    resumed.load_state_dict(balancer.state_dict())
+    resumed.count(torch.tensor([6.0, 2.0, 4.0]), 6)
+    update(resumed)
+    assert torch.equal(resumed.bias, history[-1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    layer = MoE(8, MoEConfig(experts=5, active=2, hidden=4))
+    x = torch.randn(7, 8, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=reentrant).sum().backward()  # type: ignore[union-attr]
+    assert layer.balancer.counts.sum() == 7 * 2
+    assert layer.balancer.tokens == 7
+
+
+def test_counts_are_added_over_ranks() -> None:
+    """Two processes that see different tokens end with the biases of one that saw all."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    port = 29_500 + os.getpid() % 1000
+    workers = [context.Process(target=rank_of_two, args=(rank, port, results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+    alone = Balancer(5, LossFreeConfig(rule="rms"))
+    alone.count(torch.tensor([7.0, 1, 0, 3, 1]) + torch.tensor([0.0, 2, 5, 1, 4]), 12)
+    update(alone)
+    assert found[0] == found[1] == alone.bias.tolist()
+
+
+def rank_of_two(rank: int, port: int, results: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    balancer = Balancer(5, LossFreeConfig(rule="rms"))
+    balancer.count(torch.tensor([[7.0, 1, 0, 3, 1], [0.0, 2, 5, 1, 4]][rank]), 6)
+    update(balancer)
+    results.put((rank, balancer.bias.tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_watching_counts_in_evaluation_and_stops_after_it() -> None:
+    layer = MoE(8, MoEConfig(experts=5, active=2, hidden=4)).eval()
+    with torch.no_grad(), watching(layer) as loads:
+        layer(torch.randn(7, 8))
+        layer(torch.randn(4, 8))
+    assert loads[0].sum() == 22
+    assert layer.balancer.watched is None
+    assert not layer.balancer.counts.any()
 
 
 def test_a_dense_model_has_no_balance_to_report() -> None:
@@ -73,7 +153,7 @@ def simulate(config: LossFreeConfig, steps: int) -> list[float]:
         scores = (torch.randn(1024, 64, generator=g) + offset).sigmoid()
         counts = (scores + balancer.bias).topk(6, -1).indices.flatten().bincount(minlength=64)
         history.append(max_violation(counts).item())
-        balancer.count(counts)
+        balancer.count(counts, 1024)
         update(balancer)
     return history
 

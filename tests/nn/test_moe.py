@@ -1,5 +1,7 @@
 """Experts: the written-out sum, gradients, dispatch that drops nothing."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from danlu.nn import LossFreeConfig, MoE, MoEConfig, scaling_factor
+from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig, MoE, MoEConfig, scaling_factor
 from danlu.nn.grouped import routed_experts
 
 
@@ -42,13 +44,15 @@ def written_out(x: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: T
         {"active": 1},
         {"active": 7},
         {"scale": 1.75},
+        {"gate": "relu", "renormalize": False},
+        {"gate": "softmax", "select_by": "sigmoid"},
     ],
 )
 def test_layer_is_shared_experts_plus_the_gated_sum_over_chosen_ones(changes: dict[str, object]) -> None:
     layer, x = build(**changes), random(13, 11)
     c = layer.config
     logits = x @ layer.router.T
-    scores = logits.sigmoid() if c.gate == "sigmoid" else logits.softmax(-1)
+    scores = {"sigmoid": torch.sigmoid, "softmax": lambda z: z.softmax(-1), "relu": F.relu}[c.gate](logits)
     values, chosen = scores.topk(c.active, -1)
     gate = values / values.sum(-1, keepdim=True) if c.renormalize else values
     expected = layer.scale * written_out(x, gate, chosen, layer.w_up, layer.w_down)
@@ -175,6 +179,12 @@ def test_a_token_that_is_nan_leaves_the_others_alone() -> None:
         ({"shared": -1}, "shared"),
         ({"scale": 0.0}, "scale"),
         ({"gate": "sigmod"}, "did you mean 'sigmoid'"),
+        ({"groups": 3}, "groups must divide"),
+        ({"groups": 7, "active_groups": 2}, "active must be at most 2"),
+        ({"select_by": "softmax"}, "select_by"),
+        ({"balance": AuxiliaryLossConfig(target=(1.0, 2.0))}, "target must name a load for each of 7"),
+        ({"balance": DynamicConfig(), "gate": "softmax"}, "dynamic number of experts needs gate"),
+        ({"balance": DynamicConfig(), "active": 7}, "active must be below"),
     ],
 )
 def test_impossible_fields_are_refused_by_name(changes: dict[str, object], message: str) -> None:
@@ -194,3 +204,180 @@ def test_decoding_one_token_equals_the_training_path() -> None:
     with torch.no_grad():
         alone = torch.cat([layer(row) for row in x.split(1)])
     torch.testing.assert_close(alone, together, rtol=1e-12, atol=1e-12)
+
+
+def test_relu_gate_has_its_own_factor() -> None:
+    # Two experts, both chosen, no renormalisation: E[1 / |relu(z)|] diverges; with it, gates (g, 1 - g) are bounded.
+    value = scaling_factor(64, 6, 1, "relu", True)
+    assert scaling_factor(64, 6, 1) > value > 0.9 * 6**0.5  # ReLU scores spread more, so fewer experts carry the norm
+
+
+def test_block_of_a_network_is_the_sum_of_its_experts() -> None:
+    """The geometric view: f(xA)B = sum of f(x A_i) B_i over blocks, and all of k = n is the dense network."""
+    x, w_up, w_down = random(13, 11), random(7, 10, 11), random(7, 11, 5)
+    everyone = torch.arange(7).expand(13, 7)
+    y = routed_experts(x, torch.ones(13, 7, dtype=torch.float64), everyone, w_up, w_down)
+    first, second = w_up[:, :5].reshape(35, 11), w_up[:, 5:].reshape(35, 11)
+    dense = (F.silu(x @ first.T) * (x @ second.T)) @ w_down.transpose(0, 1).reshape(11, 35).T
+    torch.testing.assert_close(y, dense, rtol=1e-11, atol=1e-12)
+
+
+def test_orthogonal_experts_are_best_left_out_by_their_norm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=generator)).Q[:8]
+    for _ in range(20):
+        v = basis * torch.randn(8, 1, dtype=torch.float64, generator=generator).exp()
+        by_norm = set(v.norm(dim=-1).topk(3).indices.tolist())
+        errors = {
+            chosen: v[[i for i in range(8) if i not in chosen]].sum(0).square().sum().item()
+            for chosen in itertools.combinations(range(8), 3)
+        }
+        assert by_norm == set(min(errors, key=errors.__getitem__))
+
+
+def test_normalised_experts_do_not_care_for_the_size_of_their_last_layer() -> None:
+    layer, x = build(normalize_experts=True, renormalize=False, gate="relu", shared=0, scale=1.0), random(13, 11)
+    y = layer(x)
+    layer.w_down.data[3] *= 100.0
+    torch.testing.assert_close(layer(x), y, rtol=1e-8, atol=1e-8)  # the eps of the norm is 1e-12 of a mean square
+    plain = build(shared=0)
+    before = plain(x)
+    plain.w_down.data[3] *= 100.0
+    assert (plain(x) - before).abs().max() > 1
+
+
+def test_normalised_experts_equal_the_written_out_sum_and_its_gradient() -> None:
+    x, w_up, w_down = random(13, 11).requires_grad_(), random(7, 10, 11), random(7, 11, 5).requires_grad_()
+    gate = random(13, 3).sigmoid().requires_grad_()
+    chosen = random(13, 7).topk(3).indices
+
+    def written(x: Tensor, gate: Tensor, w_down: Tensor) -> Tensor:
+        rows = []
+        for n in range(13):
+            total = torch.zeros_like(x[n])
+            for g, e in zip(gate[n], chosen[n]):
+                first, second = (w_up[e] @ x[n]).chunk(2)
+                v = w_down[e] @ (F.silu(first) * second)
+                total = total + g * 0.5 * v / v.square().mean().sqrt()
+            rows.append(total)
+        return torch.stack(rows)
+
+    ours = routed_experts(x, gate, chosen, w_up, w_down, rms=0.5)
+    expected = written(x, gate, w_down)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    upstream = random(13, 11)
+    found = torch.autograd.grad(ours, (x, gate, w_down), upstream)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (x, gate, w_down), upstream), rtol=1e-8, atol=1e-8)
+
+
+def test_a_mask_chooses_any_number_of_experts_a_token_and_none() -> None:
+    x, gate = random(13, 11).requires_grad_(), random(13, 7).requires_grad_()
+    w_up, w_down = random(7, 10, 11), random(7, 11, 5)
+    mask = random(13, 7) > 0.3
+    mask[4] = False
+    mask[:, 6] = False
+    ours = routed_experts(x, gate, mask, w_up, w_down)
+    assert not ours[4].any()
+    expected = written_out(x, gate * mask, torch.arange(7).expand(13, 7), w_up, w_down)
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+    upstream = random(13, 11)
+    ours_grad = torch.autograd.grad(ours, (x, gate), upstream)
+    torch.testing.assert_close(ours_grad, torch.autograd.grad(expected, (x, gate), upstream), rtol=1e-11, atol=1e-11)
+
+
+def test_group_limited_choice_stays_within_the_best_groups_even_with_negative_scores() -> None:
+    layer, x = build(experts=12, active=4, groups=4, active_groups=2, shared=0), random(50, 11)
+    layer.balancer.bias -= 5.0  # every biased score is negative: masking with 0 would choose outside
+    _, chosen = layer.route(x)
+    scores = (x @ layer.router.T).sigmoid().view(50, 4, 3)
+    best = scores.topk(2, -1).values.sum(-1).topk(2, -1).indices
+    assert ((chosen // 3)[:, :, None] == best[:, None]).any(-1).all()
+
+
+def test_routing_and_layer_equal_deepseek_v3() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        hidden_size=24,
+        moe_intermediate_size=10,
+        n_routed_experts=16,
+        num_experts_per_tok=5,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = "eager"
+    theirs = DeepseekV3MoE(config).double()
+    ours = MoE(24, MoEConfig(experts=16, active=5, hidden=10, shared=2, groups=4, active_groups=2, scale=2.5)).double()
+    with torch.no_grad():
+        theirs.gate.weight.copy_(ours.router)
+        bias = torch.randn(16, dtype=torch.float64) / 4
+        theirs.gate.e_score_correction_bias.copy_(bias)
+        ours.balancer.bias.copy_(bias)
+        theirs.experts.gate_up_proj.copy_(ours.w_up)
+        theirs.experts.down_proj.copy_(ours.w_down)
+        assert ours.shared is not None
+        gate, up = ours.shared.gate_up.weight.chunk(2)
+        theirs.shared_experts.gate_proj.weight.copy_(gate)
+        theirs.shared_experts.up_proj.weight.copy_(up)
+        theirs.shared_experts.down_proj.weight.copy_(ours.shared.down.weight)
+    x = torch.randn(2, 31, 24, dtype=torch.float64)
+    _, weights, indices = theirs.gate(x)
+    # Their router rounds to float32; the choice is the same and the output agrees to that rounding.
+    gate, chosen = ours.route(x.view(-1, 24))
+    assert torch.equal(chosen.sort(-1).values, indices.sort(-1).values)
+    torch.testing.assert_close(gate.sort(-1).values, weights.double().sort(-1).values, rtol=1e-6, atol=0)
+    # With their weights of the choices in our dispatch the rest of the layer agrees to float64.
+    routed = routed_experts(x.view(-1, 24), weights.double(), indices, ours.w_up, ours.w_down)
+    torch.testing.assert_close(routed.view_as(x) + ours.shared(x), theirs(x), rtol=1e-9, atol=1e-9)
+
+
+def test_layer_equals_qwen3_moe() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=24, moe_intermediate_size=10, num_experts=11, num_experts_per_tok=3, norm_topk_prob=True
+    )
+    config._experts_implementation = "eager"
+    theirs = Qwen3MoeSparseMoeBlock(config).double()
+    ours = MoE(
+        24,
+        MoEConfig(experts=11, active=3, hidden=10, shared=0, gate="softmax", scale=1.0, balance=AuxiliaryLossConfig()),
+    ).double()
+    with torch.no_grad():
+        theirs.gate.weight.copy_(ours.router)
+        theirs.experts.gate_up_proj.copy_(ours.w_up)
+        theirs.experts.down_proj.copy_(ours.w_down)
+    x = torch.randn(2, 31, 24, dtype=torch.float64)
+    _, weights, indices = theirs.gate(x.view(-1, 24))
+    gate, chosen = ours.route(x.view(-1, 24))
+    assert torch.equal(chosen, indices)
+    torch.testing.assert_close(gate, weights.double(), rtol=1e-6, atol=0)  # their softmax is in float32
+    routed = routed_experts(x.view(-1, 24), weights.double(), indices, ours.w_up, ours.w_down)
+    torch.testing.assert_close(routed.view_as(x), theirs(x), rtol=1e-9, atol=1e-9)
+
+
+def test_nan_scores_of_a_dynamic_layer_stay_with_their_token() -> None:
+    layer, x = build(balance=DynamicConfig()), random(13, 11)
+    clean = layer(x)
+    x[5] = torch.nan
+    dirty = layer(x)
+    keep = torch.arange(13) != 5
+    torch.testing.assert_close(dirty[keep], clean[keep], rtol=1e-12, atol=1e-12)
+    assert dirty[5].isnan().all()
+
+
+def test_state_goes_round_and_the_layer_can_be_made_without_memory() -> None:
+    layer, x = build(balance=DynamicConfig()), random(13, 11)
+    layer.balancer.bias += 0.125
+    with torch.device("meta"):
+        other = MoE(11, layer.config)
+    other = other.to_empty(device="cpu").double()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))

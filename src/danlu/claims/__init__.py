@@ -52,10 +52,12 @@ __all__ = [
 # method -> room
 REGISTRY: dict[str, str] = {
     "activation": "nn",
+    "auxiliary_loss": "nn",
     "balance": "nn",
     "bounds": "approx",
     "clip": "optim",
     "composition": "approx",
+    "dynamic_experts": "nn",
     "gradients": "analysis",
     "kv_shared": "nn",
     "lion": "optim",

@@ -15,7 +15,9 @@ from danlu.nn.attention import (
     document_mask,
     recurrent_attention,
 )
+from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
 from danlu.nn.balance import LossFreeConfig
+from danlu.nn.dynamic_experts import DynamicConfig
 from danlu.nn.feed_forward import FeedForward, swiglu
 from danlu.nn.linear import Linear, declare
 from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
@@ -36,6 +38,8 @@ __all__ = [
     "GQA",
     "MLA",
     "SSM",
+    "AuxiliaryLossConfig",
+    "DynamicConfig",
     "FeedForward",
     "FullAttention",
     "GQAConfig",

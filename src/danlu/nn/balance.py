@@ -6,22 +6,31 @@ share ``F_i`` of all choices that fell on expert ``i`` is compared with ``1/n`` 
 excess:
 
 * ``"sign"``: ``b -= rate * sign(F - 1/n)``, the paper's rule;
-* ``"rms"``: ``b -= rate * (F - 1/n) / RMS(F - 1/n)``, the same step length with less jitter near balance.
+* ``"rms"``: ``b -= rate * (F - 1/n) / RMS(F - 1/n)``, the same step length with less jitter near balance;
+* ``"relative"``: ``b -= rate * (n F - 1)``, the paper's variant in proportion to the excess.
 
-Both are centred to zero mean, which changes no choice (a constant added to every score changes no order) and keeps the
-biases from drifting together. The update follows the optimizer step: before it, the bias would carry the batch's own
-information into its routing.
+They are centred to zero mean unless ``centered`` is off: that changes no choice (a constant added to every score
+changes no order) and keeps the biases from drifting together. The update follows the optimizer step: before it, the
+bias would carry the batch's own information into its routing.
+
+The file also holds what all kinds of balancing share: the counts of a layer (`Balancer`), the updates that follow an
+optimizer step (`attach`), and the measures of balance. `danlu.nn.auxiliary_loss` and `danlu.nn.dynamic_experts` are the
+other two kinds.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from danlu._validate import choice, number
+from danlu._validate import choice, integer, number
+from danlu.nn.auxiliary_loss import AuxiliaryLossConfig, load_gradient
+from danlu.nn.dynamic_experts import DynamicConfig, threshold_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,31 +39,40 @@ class LossFreeConfig:
 
     rate: float = 1e-3
     """step of the bias, in units of the gate's score; 0 freezes the biases"""
-    rule: Literal["sign", "rms"] = "sign"
+    rule: Literal["sign", "rms", "relative"] = "sign"
     """direction of the step"""
+    centered: bool = True
+    """take the mean off each step; no choice depends on it"""
+    freeze_after: int | None = None
+    """updates after which the biases stay as they are, for the end of a long run; None: never"""
 
     def __post_init__(self) -> None:
         number("rate", self.rate, low=0)
-        choice("rule", self.rule, ("sign", "rms"))
+        choice("rule", self.rule, ("sign", "rms", "relative"))
+        if self.freeze_after is not None:
+            integer("freeze_after", self.freeze_after, low=0)
 
 
 def bias_step(counts_e: Tensor, config: LossFreeConfig) -> Tensor:
     """Change of the biases for the choices counted, ``(..., experts)``; zero where nothing was counted.
 
     >>> bias_step(torch.tensor([6.0, 2.0, 4.0]), LossFreeConfig(rate=0.01))
-    tensor([-0.0100,  0.0100,  0.0000])
+    tensor([-0.0100,  0.0100, -0.0000])
     """
     counts_e = counts_e.float()
-    excess = counts_e / counts_e.sum(-1, keepdim=True).clamp_min(1) - 1 / counts_e.shape[-1]
-    excess = torch.where(counts_e.sum(-1, keepdim=True) > 0, excess, 0.0)
+    # Exactly balanced experts must not move on the rounding error of a division: counts, not shares, are compared.
+    mean = counts_e.mean(-1, keepdim=True)
+    excess = counts_e - mean
+    tiny = torch.finfo(torch.float32).tiny
     if config.rule == "sign":
-        # Exactly balanced experts must not move on the rounding error of a division.
-        mean = counts_e.mean(-1, keepdim=True)
-        direction = torch.sign(counts_e - mean)
+        direction = torch.sign(excess)
+    elif config.rule == "rms":
+        direction = excess / excess.square().mean(-1, keepdim=True).sqrt().clamp_min(tiny)
     else:
-        rms = excess.square().mean(-1, keepdim=True).sqrt()
-        direction = excess / rms.clamp_min(torch.finfo(torch.float32).tiny)
-    return config.rate * (direction.mean(-1, keepdim=True) - direction)
+        direction = excess / mean.clamp_min(tiny)
+    if config.centered:
+        direction = direction - direction.mean(-1, keepdim=True)
+    return -config.rate * direction
 
 
 def max_violation(counts_e: Tensor) -> Tensor:
@@ -67,34 +85,114 @@ def max_violation(counts_e: Tensor) -> Tensor:
     return (counts_e.amax(-1) - mean) / mean.clamp_min(torch.finfo(torch.float32).tiny)
 
 
+BalanceConfig = LossFreeConfig | AuxiliaryLossConfig | DynamicConfig
+
+
 class Balancer(nn.Module):
-    """Selection biases of one layer and the choices counted since the last update.
+    """What one layer knows of its balance: selection biases, and the choices counted since the last update.
 
     Args:
         experts: number of routed experts.
-        config: rate and rule.
+        config: kind of balancing.
+        budget: experts a token uses, the mean that a dynamic number is held at.
+        start: where the biases begin.
     """
 
     bias: Tensor
     counts: Tensor
+    tokens: Tensor
+    updates: Tensor
     load: Tensor
+    used: Tensor
 
-    def __init__(self, experts: int, config: LossFreeConfig) -> None:
+    def __init__(self, experts: int, config: BalanceConfig, *, budget: float = 1.0, start: float = 0.0) -> None:
         super().__init__()
-        self.config = config
-        self.register_buffer("bias", torch.zeros(experts))
+        if isinstance(config, AuxiliaryLossConfig) and config.target is not None and len(config.target) != experts:
+            raise ValueError(f"target must name a load for each of {experts} experts, got {len(config.target)}")
+        self.config, self.budget, self.start = config, budget, start
+        self.register_buffer("bias", torch.empty(experts))
         # Saved too: a step that was skipped leaves its choices to the next update, which may follow a resume.
-        self.register_buffer("counts", torch.zeros(experts))
-        self.register_buffer("load", torch.zeros(experts), persistent=False)
+        self.register_buffer("counts", torch.empty(experts))
+        self.register_buffer("tokens", torch.empty(()))
+        self.register_buffer("updates", torch.empty((), dtype=torch.int64))
+        self.register_buffer("load", torch.empty(experts), persistent=False)
+        self.register_buffer("used", torch.empty(()), persistent=False)
+        self.upstream: Tensor | None = None
+        self.watched: Tensor | None = None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Forget biases and counts."""
-        for buffer in (self.bias, self.counts, self.load):
+        for buffer in self.buffers():
             buffer.zero_()
+        self.bias.fill_(self.start)
 
-    def count(self, counts_e: Tensor) -> None:
-        """Add the choices of one training forward pass."""
+    def watch(self, scores_ne: Tensor, counts_e: Tensor) -> Tensor:
+        """Return the scores unchanged, and have their backward pass count the choices and add the auxiliary gradient.
+
+        Counting in the backward pass counts once also where activation checkpointing runs the forward pass twice.
+        """
+        if self.watched is not None:
+            self.watched += counts_e
+        if not (self.training and torch.is_grad_enabled() and scores_ne.requires_grad):
+            return scores_ne
+        share = None
+        if isinstance(self.config, AuxiliaryLossConfig):
+            total = scores_ne.sum(-1, keepdim=True)
+            share = scores_ne / total.clamp_min(torch.finfo(scores_ne.dtype).tiny)
+        watched: Tensor = _Watch.apply(scores_ne, share, counts_e, self)
+        return watched
+
+    def count(self, counts_e: Tensor, tokens: int) -> None:
+        """Add the choices of ``tokens`` tokens."""
         self.counts += counts_e
+        self.tokens += tokens
+
+    def share_gradient(self, tokens: int) -> Tensor:
+        """Derivative of the auxiliary loss by a token's normalised scores, at the load counted so far on all ranks."""
+        assert isinstance(self.config, AuxiliaryLossConfig)
+        counts = self.counts.clone()
+        if _several_ranks():
+            dist.all_reduce(counts)
+        gradient = load_gradient(counts, self.config)
+        return gradient / tokens if self.upstream is None else gradient * self.upstream
+
+    def step(self) -> Tensor:
+        """Change of the biases for what was counted."""
+        if isinstance(self.config, AuxiliaryLossConfig):
+            return torch.zeros_like(self.bias)
+        if isinstance(self.config, DynamicConfig):
+            step = threshold_step(self.counts, self.tokens, self.budget, self.config)
+        else:
+            step = bias_step(self.counts, self.config)
+        last = self.config.freeze_after
+        return step if last is None else torch.where(self.updates < last, step, 0.0)
+
+
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores_ne: Tensor, share_ne: Tensor | None, counts_e: Tensor, balancer: Balancer) -> Tensor:
+        ctx.balancer = balancer
+        ctx.save_for_backward(counts_e)
+        return scores_ne.view_as(scores_ne)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ne: Tensor) -> tuple[Tensor | None, ...]:
+        balancer: Balancer = ctx.balancer
+        tokens = grad_ne.shape[0]
+        balancer.count(ctx.saved_tensors[0], tokens)
+        share = None
+        if ctx.needs_input_grad[1]:
+            share = balancer.share_gradient(tokens).to(grad_ne.dtype).expand_as(grad_ne)
+        return grad_ne, share, None, None
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _balancers(model: nn.Module) -> list[Balancer]:
+    return [module for module in model.modules() if isinstance(module, Balancer)]
 
 
 @torch.no_grad()
@@ -103,25 +201,37 @@ def update(model: nn.Module) -> None:
 
     One collective for the whole model: the counts of all layers travel together.
     """
-    balancers = [module for module in model.modules() if isinstance(module, Balancer)]
-    if not balancers:
-        return
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        everything = torch.cat([b.counts for b in balancers])
+    balancers = _balancers(model)
+    if balancers and _several_ranks():
+        everything = torch.cat([part for b in balancers for part in (b.counts, b.tokens[None])])
         dist.all_reduce(everything)
-        for b, total in zip(balancers, everything.split([b.counts.numel() for b in balancers])):
-            b.counts.copy_(total)
+        for b in balancers:
+            size = b.counts.numel() + 1
+            b.counts.copy_(everything[: size - 1])
+            b.tokens.copy_(everything[size - 1])
+            everything = everything[size:]
     for b in balancers:
-        b.bias += bias_step(b.counts, b.config)
+        b.bias += b.step()
+        b.updates += 1
         b.load.copy_(b.counts)
+        b.used.copy_(b.tokens)
         b.counts.zero_()
+        b.tokens.zero_()
 
 
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+def attach(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, summed_loss: nn.Module | None = None
+) -> RemovableHandle:
     """Have ``optimizer.step()`` end with `update`; works in any training loop.
 
     With several optimizers attach to one of them, the last that steps. Counts of skipped steps stay and enter the next
     update.
+
+    Args:
+        model: the layers to balance.
+        optimizer: whose steps are followed.
+        summed_loss: module around the model whose output is a loss *summed* over tokens, which the caller scales before
+            its backward pass; auxiliary gradients then follow the same scale. None: the loss is a mean over the tokens.
 
     >>> from danlu.nn.moe import MoE, MoEConfig
     >>> layer = MoE(8, MoEConfig(experts=4, active=2, hidden=4))
@@ -132,17 +242,58 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandl
     >>> layer.balancer.load.sum().item()
     20.0
     """
+    if summed_loss is not None and any(isinstance(b.config, AuxiliaryLossConfig) for b in _balancers(model)):
+        summed_loss.register_forward_hook(_follow_the_scale)
     return optimizer.register_step_post_hook(lambda *_: update(model))
 
 
-def expert_load(model: nn.Module) -> dict[str, float]:
-    """Balance at the last `update`: ``max_vio`` averaged over layers, ``idle`` the share of experts without a token.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _follow_the_scale(objective: nn.Module, _: Any, loss: Tensor) -> None:
+    """The backward pass begins at the loss: what arrives there is the weight that every token's loss has."""
 
-    Empty for a model without experts or before the first update.
+    def arrived(upstream: Tensor) -> None:
+        for balancer in _balancers(objective):
+            balancer.upstream = upstream.detach()
+
+    if loss.requires_grad:
+        loss.register_hook(arrived)
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Count the choices of every layer within, in evaluation too: a list of ``(experts,)``, one a layer.
+
+    >>> from danlu.nn.moe import MoE, MoEConfig
+    >>> layer = MoE(8, MoEConfig(experts=4, active=2, hidden=4)).eval()
+    >>> with torch.no_grad(), watching(layer) as loads:
+    ...     y = layer(torch.randn(10, 8))
+    >>> loads[0].sum().item()
+    20.0
     """
-    loads = [m.load for m in model.modules() if isinstance(m, Balancer)]
-    if not loads or not any(bool(load.sum() > 0) for load in loads):
+    balancers = _balancers(model)
+    for b in balancers:
+        b.watched = torch.zeros_like(b.counts)
+    try:
+        yield [b.watched for b in balancers if b.watched is not None]
+    finally:
+        for b in balancers:
+            b.watched = None
+
+
+def expert_load(model: nn.Module) -> dict[str, float]:
+    """Balance at the last `update`: ``max_vio`` averaged over layers, ``idle_experts`` the share without a token.
+
+    ``experts_per_token`` is the mean number in use where it is dynamic. Empty for a model without experts or before the
+    first update.
+    """
+    balancers = _balancers(model)
+    if not any(bool(b.load.sum() > 0) for b in balancers):
         return {}
-    vio = torch.stack([max_violation(load) for load in loads]).mean()
-    idle = torch.cat([load == 0 for load in loads]).float().mean()
-    return {"max_vio": vio.item(), "idle_experts": idle.item()}
+    found = {
+        "max_vio": torch.stack([max_violation(b.load) for b in balancers]).mean().item(),
+        "idle_experts": torch.cat([b.load == 0 for b in balancers]).float().mean().item(),
+    }
+    dynamic = [b.load.sum() / b.used.clamp_min(1) for b in balancers if isinstance(b.config, DynamicConfig)]
+    if dynamic:
+        found["experts_per_token"] = torch.stack(dynamic).mean().item()
+    return found

@@ -54,6 +54,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_nd: Tensor, gate_nk: Tensor, plan: tuple[Tensor, ...], *weights: Tensor) -> Tensor:
         order_s, token_s, ends_e = plan
+        ctx.gates = gate_nk.shape
         up_ehd, down_edh = (w.to(x_nd.dtype) for w in weights)
         x_sd = x_nd.index_select(0, token_s)
         gate_up = _rows_by_expert(x_sd, up_ehd, ends_e)
@@ -78,8 +79,8 @@ class _Experts(torch.autograd.Function):
         grad_up = _weight_gradient(grad_gate_up, x_sd, ends_e, weights[0].dtype)
         grad_x = torch.zeros_like(grad_nd, memory_format=torch.contiguous_format)
         grad_x.index_add_(0, token_s, _rows_by_expert(grad_gate_up, up_ehd.transpose(1, 2), ends_e))
-        grad_gate = torch.empty_like(grad_gate_s).index_copy_(0, order_s, grad_gate_s).view(grad_nd.shape[0], -1)
-        return grad_x, grad_gate, None, grad_up, grad_down
+        grad_gate = grad_gate_s.new_zeros(ctx.gates).view(-1).index_copy_(0, order_s, grad_gate_s)
+        return grad_x, grad_gate.view(ctx.gates), None, grad_up, grad_down
 
 
 def _few_choices(x_nd: Tensor, gate_nk: Tensor, chosen_nk: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -92,29 +93,50 @@ def _few_choices(x_nd: Tensor, gate_nk: Tensor, chosen_nk: Tensor, w_up: Tensor,
     return y_nd
 
 
-def routed_experts(x_nd: Tensor, gate_nk: Tensor, chosen_nk: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """``y_n = sum over k of gate_nk * expert_{chosen_nk}(x_n)`` for SwiGLU experts.
+def _plan(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of the choices in the gates, their tokens, and where each expert's choices end; sorted by expert."""
+    if chosen.dtype == torch.bool:
+        expert_s, token_s = chosen.T.nonzero().unbind(-1)
+        order_s, counts_e = token_s * experts + expert_s, chosen.sum(0)
+    else:
+        flat = chosen.flatten()
+        order_s, counts_e = torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts)
+        token_s = torch.div(order_s, chosen.shape[1], rounding_mode="floor")
+    return order_s, token_s, counts_e.cumsum(0).to(torch.int32)
+
+
+def routed_experts(
+    x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor, *, rms: float | None = None
+) -> Tensor:
+    """``y_n = sum over the chosen e of gate_ne * expert_e(x_n)`` for SwiGLU experts.
 
     Args:
         x_nd: tokens, ``(N, D)``, any float dtype; bfloat16 uses torch's grouped product when the sizes are multiples
             of 8, every other case a loop over experts.
-        gate_nk: weights of the choices, ``(N, K)``.
-        chosen_nk: expert numbers, ``(N, K)``, int64.
+        gate: weights of the choices, ``(N, K)``, or of all experts, ``(N, E)``.
+        chosen: expert numbers ``(N, K)``, int64, or a mask ``(N, E)``: any number a token, none as well.
         w_up: gate and up weights ``(E, 2 H, D)``, gate first.
         w_down: ``(E, D, H)``.
+        rms: root mean square that every expert's output is brought to; None leaves it as it is.
 
     Returns:
-        ``(N, D)`` in the dtype of ``x_nd``. Differentiable once in ``x_nd``, ``gate_nk`` and both weights.
+        ``(N, D)`` in the dtype of ``x_nd``. Differentiable once in ``x_nd``, ``gate`` and both weights.
 
     >>> x, w_up, w_down = torch.randn(5, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
     >>> routed_experts(x, torch.ones(5, 2), torch.tensor([[0, 2]]).expand(5, 2), w_up, w_down).shape
     torch.Size([5, 4])
     """
-    if chosen_nk.numel() <= _FEW and not torch.is_grad_enabled() and x_nd.device.type == "cpu":
-        return _few_choices(x_nd, gate_nk, chosen_nk, w_up, w_down)
-    flat = chosen_nk.flatten()
-    order_s = torch.argsort(flat, stable=True)
-    token_s = torch.div(order_s, chosen_nk.shape[1], rounding_mode="floor")
-    ends_e = torch.bincount(flat, minlength=w_up.shape[0]).cumsum(0).to(torch.int32)
-    y: Tensor = _Experts.apply(x_nd, gate_nk, (order_s, token_s, ends_e), w_up, w_down)
-    return y
+    few = chosen.dtype != torch.bool and chosen.numel() <= _FEW and x_nd.device.type == "cpu"
+    if few and rms is None and not torch.is_grad_enabled():
+        return _few_choices(x_nd, gate, chosen, w_up, w_down)
+    order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
+    y: Tensor
+    if rms is None:
+        y = _Experts.apply(x_nd, gate, (order_s, token_s, ends_e), w_up, w_down)
+        return y
+    rows = torch.arange(token_s.numel(), device=x_nd.device)
+    # Sorted rows of their own: each choice is a token with one expert, whose output can be seen before the gate.
+    y_sd = _Experts.apply(x_nd[token_s], x_nd.new_ones(rows.numel(), 1), (rows, rows, ends_e), w_up, w_down)
+    # The eps only keeps a dead expert's zero from being divided by zero.
+    gated_sd = F.rms_norm(y_sd, y_sd.shape[-1:], eps=1e-12) * (rms * gate.flatten()[order_s, None]).to(x_nd.dtype)
+    return torch.zeros_like(x_nd).index_add(0, token_s, gated_sd)

@@ -4,11 +4,17 @@ r"""Mixture of fine-grained experts with shared ones (DeepSeekMoE, arXiv 2401.06
 
 ``s`` shared experts see every token and have no gate; ``k`` of the routed ones are chosen by score plus a balancing
 bias (`danlu.nn.balance`), and weighted by the score alone, divided by the sum over the chosen when ``renormalize``.
-The factor :math:`\lambda` makes both sums equal in norm at initialisation.
+The factor :math:`\lambda` makes both sums equal in norm at initialisation. How the load is balanced decides what
+``b`` is: moved after each step (`danlu.nn.balance`), zero beside an auxiliary loss (`danlu.nn.auxiliary_loss`), or a
+threshold that chooses every expert with :math:`\rho_i + b_i > 0` (`danlu.nn.dynamic_experts`).
+
+With ``normalize_experts`` the layer follows kexue.fm 10699: each :math:`e_i(x)` is brought to a fixed norm, so that the
+score *is* the predicted norm of what the expert adds, and choosing the largest scores leaves out the least.
 
 Shape suffixes: N tokens, D model size, E routed experts, K choices a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -18,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu._validate import choice, integer, positive
+from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
 from danlu.nn.balance import Balancer, LossFreeConfig
+from danlu.nn.dynamic_experts import DynamicConfig, initial_bias
 from danlu.nn.feed_forward import FeedForward
 from danlu.nn.grouped import routed_experts
 from danlu.nn.linear import declare
@@ -36,14 +44,30 @@ class MoEConfig:
     """width of one expert"""
     shared: int = 1
     """experts that every token uses, as one layer of width shared * hidden"""
-    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    gate: Literal["sigmoid", "softmax", "relu"] = "sigmoid"
     """score of an expert"""
+    select_by: Literal["gate", "sigmoid"] = "gate"
+    """what the biases are added to for the choice; sigmoids suit the usual rate whatever the gate"""
     renormalize: bool = True
     """divide the chosen scores by their sum"""
+    groups: int = 1
+    """groups of neighbouring experts, ranked by the sum of their two best"""
+    active_groups: int = 1
+    """groups a token may choose from"""
+    normalize_experts: bool = False
+    """bring every routed expert's output to one norm, so that the score predicts what it adds"""
     scale: float | None = None
     """factor on the routed sum; None: `scaling_factor`"""
-    balance: LossFreeConfig = LossFreeConfig()
-    """loss-free balancing"""
+    balance: LossFreeConfig | AuxiliaryLossConfig | DynamicConfig = LossFreeConfig()
+    """how the load is balanced; dynamic: ``active`` is the mean number of experts"""
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: logits.softmax(-1),
+    "relu": F.relu,
+}
+"""Scores of the experts from the router's logits ``(..., experts)``."""
 
 
 @lru_cache(maxsize=64)
@@ -60,7 +84,7 @@ def scaling_factor(
         experts: routed experts.
         active: routed experts a token uses.
         shared: shared experts; 0 counts as one, Moonlight's convention (64, 6, 0 gives its 2.446).
-        gate: ``"sigmoid"`` or ``"softmax"``.
+        gate: ``"sigmoid"``, ``"softmax"`` or ``"relu"``.
         renormalize: whether chosen scores are divided by their sum.
         draws: sample size; the generator is seeded, so that the result is the same everywhere.
 
@@ -69,8 +93,9 @@ def scaling_factor(
     """
     _check_sizes(experts, active, shared, gate)
     logits = torch.randn(draws, experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    scores = logits.sigmoid() if gate == "sigmoid" else logits.softmax(-1)
+    scores = GATES[gate](logits)
     chosen = scores.topk(active, dim=-1).values
+    chosen = chosen[chosen.sum(-1) > 0]  # where every ReLU is dead there is no norm to match
     if renormalize:
         chosen = chosen / chosen.sum(-1, keepdim=True)
     return float((max(shared, 1) ** 0.5 / chosen.square().sum(-1).sqrt()).mean())
@@ -80,14 +105,43 @@ def _check_sizes(experts: int, active: int, shared: int, gate: str) -> None:
     integer("experts", experts)
     integer("active", active, high=experts)
     integer("shared", shared, low=0)
-    choice("gate", gate, ("sigmoid", "softmax"))
+    choice("gate", gate, tuple(GATES))
+
+
+def _check_routing(c: MoEConfig) -> None:
+    integer("groups", c.groups, high=c.experts)
+    integer("active_groups", c.active_groups, high=c.groups)
+    if c.experts % c.groups:
+        raise ValueError(f"groups must divide experts = {c.experts}, got {c.groups}")
+    reachable = c.experts // c.groups * c.active_groups
+    if c.active > reachable:
+        raise ValueError(f"active must be at most {reachable}, the experts of {c.active_groups} groups, got {c.active}")
+    choice("select_by", c.select_by, ("gate", "sigmoid"))
+    if isinstance(c.balance, DynamicConfig):
+        if c.gate == "softmax" or c.select_by != "gate" or c.groups > 1:
+            raise ValueError(
+                "balance: a dynamic number of experts needs gate 'sigmoid' or 'relu', select_by 'gate' and one group, "
+                f"got {c.gate!r}, {c.select_by!r}, {c.groups}"
+            )
+        if c.active == c.experts:
+            raise ValueError(f"active must be below experts = {c.experts} for a dynamic number, got {c.active}")
+
+
+def _in_best_groups(scores_ne: Tensor, groups: int, active: int) -> Tensor:
+    """The scores, minus infinity outside a token's best groups (a biased score can be negative: 0 would not do)."""
+    by_group = scores_ne.unflatten(-1, (groups, -1))
+    rank = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1)
+    best = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, rank.topk(active, dim=-1).indices, True)
+    masked: Tensor = by_group.masked_fill(~best[..., None], -torch.inf).flatten(-2)
+    return masked
 
 
 class MoE(nn.Module):
-    """Shared and routed SwiGLU experts with loss-free balancing.
+    """Shared and routed SwiGLU experts, balanced.
 
     Router scores are computed in float32 whatever the dtype of ``x``. In training mode the choices are counted in
-    ``balancer``; attach it to an optimizer with `danlu.nn.balance.attach`.
+    ``balancer`` when the backward pass comes by; attach it to an optimizer with `danlu.nn.balance.attach`. A token
+    whose scores are not finite gets an output that is not finite, and harms no other token.
 
     Args:
         dim: model size D.
@@ -95,10 +149,12 @@ class MoE(nn.Module):
         out_std: standard deviation of the down projections; None means ``1 / sqrt(hidden)``.
 
     Raises:
-        ValueError: more active than routed experts, or a size below one.
+        ValueError: more active than routed experts, a size below one, or options that exclude one another.
 
     >>> layer = MoE(8, MoEConfig(experts=4, active=2, hidden=6))
-    >>> layer(torch.randn(2, 3, 8)).shape, layer.balancer.counts.sum().item()
+    >>> y = layer(torch.randn(2, 3, 8))
+    >>> y.sum().backward()
+    >>> y.shape, layer.balancer.counts.sum().item()
     (torch.Size([2, 3, 8]), 12.0)
     """
 
@@ -106,6 +162,7 @@ class MoE(nn.Module):
         super().__init__()
         _check_sizes(config.experts, config.active, config.shared, config.gate)
         integer("hidden", config.hidden)
+        _check_routing(config)
         if config.scale is not None:
             positive("scale", config.scale)
         self.config = config
@@ -120,7 +177,9 @@ class MoE(nn.Module):
             nn.Parameter(torch.empty(c.experts, 2 * c.hidden, dim)), "experts", split=(c.hidden, c.hidden)
         )
         self.w_down = declare(nn.Parameter(torch.empty(c.experts, dim, c.hidden)), "experts")
-        self.balancer = Balancer(c.experts, c.balance)
+        self.dynamic = isinstance(c.balance, DynamicConfig)
+        start = initial_bias(c.experts, c.active, gate=c.gate) if self.dynamic else 0.0
+        self.balancer = Balancer(c.experts, c.balance, budget=c.active, start=start)
         self.shared = FeedForward(dim, c.shared * c.hidden, out_std=self.out_std) if c.shared else None
         self.reset_parameters()
 
@@ -131,27 +190,38 @@ class MoE(nn.Module):
         nn.init.normal_(self.w_down, std=self.out_std)
 
     def route(self, x_nd: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts: gates ``(N, K)`` in float32 (float64 for float64) and expert numbers ``(N, K)``.
+        """Choose experts.
 
-        The gates carry the gradient to the router. A token whose scores are not finite gets gates that are not
-        finite, and harms no other token.
+        Returns:
+            Gates in float32 (float64 for float64), which carry the gradient to the router, and the choice: gates
+            ``(N, K)`` with expert numbers ``(N, K)``; for a dynamic number gates ``(N, E)`` with a mask ``(N, E)``.
         """
+        c = self.config
         wide = torch.promote_types(x_nd.dtype, torch.float32)
         logits = F.linear(x_nd.to(wide), self.router.to(wide))
-        scores = logits.sigmoid() if self.config.gate == "sigmoid" else logits.softmax(-1)
+        scores = GATES[c.gate](logits)
         with torch.no_grad():
-            chosen = (scores + self.balancer.bias).topk(self.config.active, dim=-1).indices
-        gate = scores.gather(-1, chosen)
-        if self.config.renormalize:
+            biased = (scores if c.select_by == "gate" else logits.sigmoid()) + self.balancer.bias
+            if self.dynamic:
+                chosen = ~(biased <= 0)  # so that NaN chooses, and shows in the output
+                counts = chosen.sum(0)
+            else:
+                if c.groups > 1:
+                    biased = _in_best_groups(biased, c.groups, c.active_groups)
+                chosen = biased.topk(c.active, dim=-1).indices
+                counts = torch.bincount(chosen.flatten(), minlength=c.experts)
+        scores = self.balancer.watch(scores, counts)
+        gate = scores * chosen if self.dynamic else scores.gather(-1, chosen)
+        if c.renormalize:
             gate = gate / gate.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return gate * self.scale, chosen
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _routed(self, x_nd: Tensor) -> Tensor:
         gate, chosen = self.route(x_nd)
-        if self.training:
-            self.balancer.count(torch.bincount(chosen.flatten(), minlength=self.config.experts))
-        return routed_experts(x_nd, gate, chosen, self.w_up, self.w_down)
+        # The norm is the one that experts have on average when training starts, up to a constant.
+        norm = self.out_std * self.config.hidden**0.5 if self.config.normalize_experts else None
+        return routed_experts(x_nd, gate, chosen, self.w_up, self.w_down, rms=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(..., dim)``."""

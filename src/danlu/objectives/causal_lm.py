@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.models import GPT, Transformer
-from danlu.nn.balance import expert_load
+from danlu.nn.balance import expert_load, max_violation, watching
 from danlu.objectives.cross_entropy import IGNORE, linear_cross_entropy
 
 
@@ -63,7 +63,8 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Mean loss over ``batches``: ``val_loss`` in nats a token, ``val_bpb`` in bits a byte of text.
+        """Mean loss over ``batches``: ``val_loss`` in nats a token, ``val_bpb`` in bits a byte of text, and for
+        experts ``val_max_vio``, the MaxVio of the load over all of ``batches``, averaged over layers.
 
         With several processes each brings its own batches, and all get the mean over those of all.
 
@@ -75,22 +76,26 @@ class CausalLM(nn.Module):
         device = self.model.embedding.device
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
         try:
-            for batch in batches:
-                sums[0] += self(batch)
-                sums[1] += self.count(batch)
-                if self.byte_lengths is not None:
-                    targets = batch["targets"]
-                    sums[2] += self.byte_lengths[targets[targets != IGNORE]].sum()
+            with watching(self.model) as loads:
+                for batch in batches:
+                    sums[0] += self(batch)
+                    sums[1] += self.count(batch)
+                    if self.byte_lengths is not None:
+                        targets = batch["targets"]
+                        sums[2] += self.byte_lengths[targets[targets != IGNORE]].sum()
         finally:
             self.train(was_training)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+            for total in (sums, *loads):
+                dist.all_reduce(total)
         nats, tokens, size = sums.tolist()
         if not tokens:
             raise ValueError("batches must hold at least one token with a target, got none")
         result = {"val_loss": nats / tokens}
         if size:
             result["val_bpb"] = nats / size / math.log(2)
+        if loads:
+            result["val_max_vio"] = torch.stack([max_violation(load) for load in loads]).mean().item()
         return result
 
     def metrics(self) -> dict[str, float]:

@@ -39,6 +39,9 @@ REGISTRY: dict[str, Recipe] = {
     "lm-kv-shared": Recipe(
         "lm-dense with keys that are values and the cache of lm-gqa", "danlu.recipes.attention:lm_kv_shared"
     ),
+    "lm-moe-aux": Recipe("experts balanced by an auxiliary loss", "danlu.recipes.experts:lm_moe_aux"),
+    "lm-moe-lossfree": Recipe("experts balanced by biases without a loss", "danlu.recipes.experts:lm_moe_lossfree"),
+    "lm-moe-dynamic": Recipe("as many experts as a token needs, four in mean", "danlu.recipes.experts:lm_moe_dynamic"),
     "lm-squareplus": Recipe("lm-dense with SquarePlus gates, b trained", "danlu.recipes.attention:lm_squareplus"),
     "digits-caption": Recipe(
         "sentences with images of digits, read and drawn; RoPE-Tie", "danlu.recipes.captions:digits_caption"

@@ -95,7 +95,7 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     model.compute_dtype = policy.dtype
     objective = _objective(config, model, data).to(policy.device)
     optimizers = build_optimizers(objective, config.optim, process_group=group())
-    balance.attach(model, optimizers[-1])
+    balance.attach(model, optimizers[-1], summed_loss=objective)
     return Assembly(config, data, model, objective, optimizers, policy, world)
 
 

@@ -1,0 +1,105 @@
+r"""As many experts as a token needs (kexue.fm 10815): a threshold for each expert in place of top-k.
+
+Expert ``i`` works on a token when :math:`\rho_i + b_i > 0`. With ``Ft_i`` the share of the tokens that chose it, the
+*budget* :math:`|Ft| = \sum_i Ft_i` is the mean number of experts a token uses, and :math:`F = Ft / |Ft|` the load. The
+biases hold the load even and the budget at ``k``; after an optimizer step :math:`b \leftarrow b - \alpha d` with
+
+* ``"A"``: ``sign(F - 1/n)`` less its mean, plus ``sign(|Ft| - k)``;
+* ``"B"``: the same with ``sign(max(|Ft| - k, 0))``: ``k`` is a ceiling, and a lower budget stays;
+* ``"C"``: ``sign(Ft - k/n)``, both in one, with more jitter at the start;
+* ``"D"``: ``(Ft - k/n) / RMS(Ft - k/n)``.
+
+Unlike the biases of top-k these have an absolute meaning: a constant added to all changes the budget. From zero they
+would travel for hundreds of steps in which every token uses every expert, so they begin at `initial_bias`.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from danlu._validate import choice, integer, number, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicConfig:
+    """A threshold for each expert; the layer's ``active`` is the mean number of experts a token uses."""
+
+    rate: float = 1e-3
+    """step of the bias, in units of the gate's score; 0 freezes the biases"""
+    rule: Literal["A", "B", "C", "D"] = "A"
+    """direction of the step: separate, ceiling, merged, merged and divided by its RMS"""
+    freeze_after: int | None = None
+    """updates after which the biases stay as they are; None: never"""
+
+    def __post_init__(self) -> None:
+        number("rate", self.rate, low=0)
+        choice("rule", self.rule, ("A", "B", "C", "D"))
+        if self.freeze_after is not None:
+            integer("freeze_after", self.freeze_after, low=0)
+
+
+def threshold_step(counts_e: Tensor, tokens: Tensor | float, budget: float, config: DynamicConfig) -> Tensor:
+    """Change of the biases after ``tokens`` tokens made the choices counted, ``(experts,)``; zero without a token.
+
+    >>> config = DynamicConfig(rate=0.01, rule="C")
+    >>> threshold_step(torch.tensor([9.0, 2.0, 5.0]), 10, 1.5, config)
+    tensor([-0.0100,  0.0100, -0.0000])
+    """
+    n = counts_e.shape[-1]
+    counts_e = counts_e.float()
+    tokens = torch.as_tensor(tokens, dtype=torch.float32, device=counts_e.device)
+    # Counts against their mean and the budget in counts: an exact balance must not move on the rounding of a division.
+    if config.rule in ("A", "B"):
+        even = torch.sign(counts_e - counts_e.mean())
+        excess = counts_e.sum() - budget * tokens
+        direction = even - even.mean() + torch.sign(excess if config.rule == "A" else excess.clamp_min(0))
+    else:
+        excess = counts_e - budget / n * tokens
+        rms = excess.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        direction = torch.sign(excess) if config.rule == "C" else excess / rms
+    return torch.where(tokens > 0, -config.rate * direction, 0.0)
+
+
+def _checked(experts: int, budget: float, std: float, gate: str) -> None:
+    integer("experts", experts)
+    number("budget", budget, low=0, high=experts, low_open=True, high_open=True)
+    positive("std", std)
+    choice("gate", gate, ("sigmoid", "relu"))
+
+
+def initial_bias(experts: int, budget: float, *, std: float = 1.0, gate: str = "sigmoid") -> float:
+    r"""Bias at which Gaussian router logits choose ``budget`` experts a token: :math:`-h(\sigma \Phi^{-1}(1 - k/n))`.
+
+    Args:
+        experts: number of routed experts.
+        budget: mean number wanted.
+        std: standard deviation of the logits: that of the router's weights times the root of the model size.
+        gate: ``"sigmoid"`` or ``"relu"``, whose threshold cannot be below 0, so that it chooses at most half of them.
+
+    >>> round(initial_bias(32, 4, std=6e-3 * 1024**0.5), 5)
+    -0.55499
+    """
+    _checked(experts, budget, std, gate)
+    threshold = std * NormalDist().inv_cdf(1 - budget / experts)
+    return -1 / (1 + math.exp(-threshold)) if gate == "sigmoid" else -max(threshold, 0.0)
+
+
+def expected_budget(bias: float, experts: int, *, std: float = 1.0, gate: str = "sigmoid") -> float:
+    """Mean number of experts chosen at a common ``bias`` by Gaussian router logits, the inverse of `initial_bias`.
+
+    >>> round(expected_budget(-0.5546875, 32, std=6e-3 * 1024**0.5), 2)
+    4.04
+    """
+    _checked(experts, experts / 2, std, gate)
+    number("bias", bias)
+    if gate == "sigmoid":
+        if not -1 < bias < 0:
+            return float(experts) if bias >= 0 else 0.0
+        threshold = math.log(-bias / (1 + bias))
+    else:
+        threshold = max(-bias, 0.0)
+    return experts * (1 - NormalDist(0, std).cdf(threshold))

@@ -1,0 +1,33 @@
+"""Three ways of balancing experts, on one model: an auxiliary loss, biases without a loss, a dynamic number of experts.
+
+The model is ``lm`` without its other choices: grouped-query attention as in ``lm-dense``, so that the three differ from
+one another in ``model.experts.balance`` alone.
+"""
+
+from dataclasses import replace
+
+from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig, MoEConfig
+from danlu.recipes.lm import lm_dense
+from danlu.train import RunConfig
+
+
+def balanced(recipe: str, balance: AuxiliaryLossConfig | LossFreeConfig | DynamicConfig) -> RunConfig:
+    """``lm-dense`` with 16 experts of which a token uses 4, beside a shared one."""
+    config = lm_dense()
+    experts = MoEConfig(experts=16, active=4, hidden=128, shared=1, balance=balance)
+    return replace(config, recipe=recipe, model=replace(config.model, experts=experts))
+
+
+def lm_moe_aux() -> RunConfig:
+    """Auxiliary loss by straight-through, at the weight that suits sigmoid gates."""
+    return balanced("lm-moe-aux", AuxiliaryLossConfig(weight=1e-3))
+
+
+def lm_moe_lossfree() -> RunConfig:
+    """Selection biases moved by the sign of the excess, held for the last tenth of the run."""
+    return balanced("lm-moe-lossfree", LossFreeConfig(rate=1e-3, freeze_after=340))
+
+
+def lm_moe_dynamic() -> RunConfig:
+    """A threshold for each expert: four experts a token on average."""
+    return balanced("lm-moe-dynamic", DynamicConfig(rate=1e-3, freeze_after=340))
