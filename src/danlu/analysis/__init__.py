@@ -8,6 +8,16 @@ from danlu.analysis.gradients import (
     norm_summary,
     rate_for_size,
 )
+from danlu.analysis.scaling import (
+    Exponents,
+    data_loss,
+    entropy_tail,
+    exponents,
+    log_log_slope,
+    quanta_frequencies,
+    quanta_loss,
+    quanta_loss_power_law,
+)
 from danlu.analysis.sgd import (
     RegretReport,
     Trajectory,
@@ -23,6 +33,7 @@ from danlu.analysis.sgd import (
 )
 
 __all__ = [
+    "Exponents",
     "GradientSize",
     "NormSummary",
     "RegretReport",
@@ -30,13 +41,20 @@ __all__ = [
     "average_loss_report",
     "best_fixed",
     "constant_rates",
+    "data_loss",
     "descend",
     "drop_ratio",
+    "entropy_tail",
+    "exponents",
     "gradient_size",
     "increasing_rates_example",
     "inverse_root_rates",
+    "log_log_slope",
     "norm_summary",
     "project_to_ball",
+    "quanta_frequencies",
+    "quanta_loss",
+    "quanta_loss_power_law",
     "rate_for_size",
     "regret_bound",
     "step_terms",

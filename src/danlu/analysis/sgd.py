@@ -101,7 +101,7 @@ def project_to_ball(radius: float, center: Tensor | None = None) -> Projection:
 
     def project(point: Tensor) -> Tensor:
         offset = point if center is None else point - center
-        inside = offset * (radius / torch.linalg.vector_norm(offset)).clamp(max=1.0)
+        inside: Tensor = offset * (radius / torch.linalg.vector_norm(offset)).clamp(max=1.0)
         return inside if center is None else center + inside
 
     return project

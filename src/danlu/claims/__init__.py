@@ -73,6 +73,7 @@ REGISTRY: dict[str, str] = {
     "recurrent": "nn",
     "rotary": "nn",
     "sampler": "diffusion",
+    "scaling": "analysis",
     "schedule": "diffusion",
     "schedules": "optim",
     "score_matching": "objectives",
