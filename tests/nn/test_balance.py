@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch.utils.checkpoint import checkpoint
 
 from danlu.nn import LossFreeConfig, MoE, MoEConfig
@@ -169,3 +170,28 @@ def test_balancing_reaches_the_sampling_floor_and_rms_gets_there_faster() -> Non
     assert sum(sign[-50:]) / 50 < 1.2 * floor
     assert sum(rms[-50:]) / 50 < 1.2 * floor
     assert rms[100] < sign[100] / 2
+
+
+def test_a_tenth_of_the_rate_is_slower_and_ten_times_the_rate_ends_less_even() -> None:
+    histories = {rate: simulate(LossFreeConfig(rate=rate), 400) for rate in (1e-4, 1e-3, 1e-2)}
+    assert histories[1e-4][-1] > 5 * histories[1e-3][-1]
+    last = {rate: sum(history[-50:]) / 50 for rate, history in histories.items()}
+    assert last[1e-2] > 1.2 * last[1e-3]
+
+
+@pytest.mark.parametrize("n", [5, 10])
+def test_the_same_rule_solves_the_assignment_problem(n: int) -> None:
+    """Rows choose the column of least cost plus bias; once all choices differ, they are the cheapest assignment."""
+    generator = torch.Generator().manual_seed(n)
+    for _ in range(3):
+        costs = torch.rand(n, n, generator=generator)
+        bias, rate = torch.zeros(n), 0.05  # added to minus the cost: the form with argmax, where an over-used one falls
+        for _ in range(5000):
+            chosen = (bias - costs).argmax(-1)
+            counts = torch.bincount(chosen, minlength=n)
+            if counts.max() == 1:
+                break
+            bias += bias_step(counts, LossFreeConfig(rate=rate))
+            rate *= 0.999
+        best = costs.numpy()[linear_sum_assignment(costs.numpy())].sum()
+        assert costs[torch.arange(n), chosen].sum().item() == pytest.approx(best, rel=1e-6)

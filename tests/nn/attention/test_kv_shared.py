@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from danlu.nn import GQA, GQAConfig, KVShared, KVSharedConfig, rotary_angles
+from danlu.nn import GQA, MLA, GQAConfig, KVShared, KVSharedConfig, MLAConfig, rotary_angles
 from danlu.nn.rotary import rotate
 
 CPU = torch.device("cpu")
@@ -121,3 +121,33 @@ def test_nan_in_one_sequence_leaves_the_other_alone() -> None:
 def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def mla(nope: int, value: int) -> MLAConfig:
+    return MLAConfig(heads=16, kv_rank=512, nope_dim=nope, rope_dim=64, value_dim=value)
+
+
+@pytest.mark.parametrize(
+    ("config", "millions", "cached"),
+    [
+        (GQAConfig(heads=16), 16.777, 4096),
+        (GQAConfig(heads=16, groups=2), 9.437, 512),
+        (GQAConfig(heads=16, groups=2, head_dim=192), 14.156, 768),
+        (GQAConfig(heads=16, groups=1, head_dim=256), 17.826, 512),
+        (GQAConfig(heads=16, groups=1, head_dim=256, rope_dim=64), 17.826, 512),
+        (KVSharedConfig(heads=16, groups=2, head_dim=256, rope_dim=64), 17.826, 512),
+        (KVSharedConfig(heads=16, groups=4, head_dim=128, rope_dim=64), 9.437, 512),
+        (KVSharedConfig(heads=16, groups=4, head_dim=192, rope_dim=64), 14.156, 768),
+        (mla(128, 128), 13.763, 576),
+        (mla(192, 256), 21.627, 576),  # the study's MLA-256 widened the values too: 192 would not give its total
+    ],
+)
+def test_weights_and_cache_of_the_published_study(
+    config: GQAConfig | KVSharedConfig | MLAConfig, millions: float, cached: int
+) -> None:
+    kinds = {GQAConfig: GQA, KVSharedConfig: KVShared, MLAConfig: MLA}
+    with torch.device("meta"):
+        layer = kinds[type(config)](2048, config)  # type: ignore[arg-type]
+    assert sum(p.numel() for p in layer.parameters() if p.dim() == 2) / 1e6 == pytest.approx(millions, abs=5e-4)
+    cache = layer.new_cache(1, 7, dtype=torch.bfloat16, device=torch.device("meta"))
+    assert cache.elements_per_token() == cached
