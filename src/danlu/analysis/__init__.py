@@ -1,5 +1,12 @@
-"""Instruments: what theory says of training, measured on losses and models of your own."""
+"""Instruments: what theory says of training, measured on losses and models of your own; how good a generator is."""
 
+from danlu.analysis.generation import (
+    copied_share,
+    frechet_distance,
+    kernel_distance,
+    nearest_distances,
+    precision_recall,
+)
 from danlu.analysis.gradients import (
     GradientSize,
     NormSummary,
@@ -41,16 +48,21 @@ __all__ = [
     "average_loss_report",
     "best_fixed",
     "constant_rates",
+    "copied_share",
     "data_loss",
     "descend",
     "drop_ratio",
     "entropy_tail",
     "exponents",
+    "frechet_distance",
     "gradient_size",
     "increasing_rates_example",
     "inverse_root_rates",
+    "kernel_distance",
     "log_log_slope",
+    "nearest_distances",
     "norm_summary",
+    "precision_recall",
     "project_to_ball",
     "quanta_frequencies",
     "quanta_loss",

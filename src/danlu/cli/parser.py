@@ -13,7 +13,7 @@ __all__ = ["VERBS", "parse"]
 VERBS = {
     "train": "train a model from a recipe, on the embedded corpus or on your data",
     "resume": "continue an interrupted run exactly where its last checkpoint left it",
-    "sample": "write text from a trained run",
+    "sample": "write text or images from a trained run",
     "eval": "measure a run on its validation data",
     "report": "draw a run's loss and throughput and write its page",
     "recipes": "list the recipes",
@@ -44,10 +44,13 @@ _EXAMPLES = {
   danlu sample runs/lm-1 --prompt "def main("
   danlu sample runs/lm-1 --prompt "import " --tokens 400 --temperature 0.7 --top-p 0.95
   danlu sample runs/lm-1 --prompt "class " --temperature 0 --tokens 100       the most likely text
-  danlu sample runs/lm-1 --prompt "class " --count 3 --seed 7                 three, the same each time""",
+  danlu sample runs/lm-1 --prompt "class " --count 3 --seed 7                 three, the same each time
+  danlu sample runs/digits-1 --steps 1 --out x.png                            64 images, in one step each
+  danlu sample runs/digits-flow-1 --steps 50 --out x.gif --classes 3 7        how they come about, of two classes""",
     "eval": """\
   danlu eval runs/lm-1                 all of its validation text
-  danlu eval runs/lm-1 --batches 16    a part, spread evenly over it""",
+  danlu eval runs/lm-1 --batches 16    a part, spread evenly over it
+  danlu eval runs/digits-1 --steps 2   a generator of images: its distance from the held-out ones, too""",
     "report": """\
   danlu report runs/lm-1""",
     "recipes": """\
@@ -150,7 +153,7 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
         metavar="PATH",
         nargs="+",
         action="extend",
-        help="text to train on: files (.txt, .jsonl), folders or globs; may be given again (sets data.path)",
+        help="what to train on: text (.txt, .jsonl) or images (folders, .csv, .tar, .parquet); sets data.path",
     )
     train.add_argument(
         "--out", metavar="DIR", help="the run folder to create, never overwritten (default: runs/RECIPE-N)"
@@ -169,7 +172,17 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
         "--top-p", type=float, metavar="P", help="draw among the likeliest tokens that hold probability P (default: 1)"
     )
     sample.add_argument("--seed", type=int, metavar="S", help="draw the same text each time (default: another)")
-    sample.add_argument("--count", type=int, default=1, metavar="N", help="how many texts to write (default: 1)")
+    sample.add_argument("--count", type=int, metavar="N", help="how many to write (default: 1 text, 64 images)")
+    sample.add_argument("--out", metavar="FILE", help="images: .png, or .gif or .webp for the way to them")
+    sample.add_argument("--classes", metavar="NAME", nargs="+", help="images of these classes in turn (default: all)")
+    verbs["eval"].add_argument("--count", type=int, default=500, metavar="N", help="images to draw (default: 500)")
+    verbs["eval"].add_argument(
+        "--features", metavar="RUN", help="the classifier to compare by (default: one trained on the same images)"
+    )
+    verbs["eval"].add_argument("--seed", type=int, default=0, metavar="S", help="of the images drawn (default: 0)")
+    for verb in ("sample", "eval"):
+        verbs[verb].add_argument("--steps", type=int, metavar="N", help="images: steps of the sampler")
+        verbs[verb].add_argument("--guidance", type=float, metavar="W", help="images: scale of guidance to the class")
     verbs["show"].add_argument("recipe", metavar="RECIPE", nargs="?", default="lm", help="default: lm")
     verbs["show"].add_argument(
         "--format", choices=("both", "json", "options"), default="both", help="what to print (default: both)"

@@ -46,22 +46,31 @@ def resume(arguments: argparse.Namespace) -> int:
 def _finish(folder: Path, code: int) -> int:
     """Write the samples and the report of a run that is complete; return ``code``."""
     if code == 0 and os.environ.get("RANK", "0") == "0":
-        if not (folder / "samples.txt").exists():
-            _write_samples(folder)
+        more = _write_samples(folder)
         from danlu.report import write
 
         print(f"Report: {write(folder)}")
-        print(f'Write more: danlu sample {shlex.quote(str(folder))} --prompt "..."')
+        if more:
+            print(f"More: danlu sample {shlex.quote(str(folder))} {more}")
     return code
 
 
-def _write_samples(folder: Path) -> None:
+def _write_samples(folder: Path) -> str:
+    """Write what a complete run generates into its folder, unless it is there; return options that write more."""
+    from danlu.cli import images
+
+    if not _is_text(folder):
+        return images.write_samples(folder)
+    if not (folder / "samples.txt").exists():
+        _write_texts(folder)
+    return '--prompt "..."'
+
+
+def _write_texts(folder: Path) -> None:
     """Write a few texts, from nothing, to samples.txt and the terminal."""
     from danlu.train import run
 
     model, tokenizer, config = run.load(folder)
-    if tokenizer is None:
-        return
     with open(folder / "samples.txt", "w", encoding="utf-8") as file:
         for index in range(_SAMPLES):
             heading = f"--- sample {index + 1} of {_SAMPLES}"
@@ -70,22 +79,34 @@ def _write_samples(folder: Path) -> None:
             print(heading, text, sep="\n", file=file)
 
 
+def _is_text(folder: str | Path) -> bool:
+    """Whether a run has a vocabulary to write with."""
+    return (Path(folder) / "tokenizer.json").exists()
+
+
 def sample(arguments: argparse.Namespace) -> int:
-    """Continue a prompt and print the text while it is written."""
+    """Continue a prompt and print the text while it is written; or draw images."""
+    if arguments.count is not None:
+        integer("--count", arguments.count)
+    if arguments.seed is not None:
+        integer("--seed", arguments.seed, low=0)
+    if not _is_text(arguments.folder):
+        from danlu.cli import images
+
+        return images.sample(arguments)
+    for option in ("steps", "guidance", "out", "classes"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option} is for runs on images; {arguments.folder} is a run on text")
+    arguments.count = arguments.count or 1
     integer("--tokens", arguments.tokens)
-    integer("--count", arguments.count)
     number("--temperature", arguments.temperature, low=0)
     if arguments.top_k is not None:
         integer("--top-k", arguments.top_k)
     if arguments.top_p is not None:
         number("--top-p", arguments.top_p, low=0, high=1, low_open=True)
-    if arguments.seed is not None:
-        integer("--seed", arguments.seed, low=0)
     from danlu.train import run
 
     model, tokenizer, _ = run.load(arguments.folder)
-    if tokenizer is None:
-        raise ValueError(f"{arguments.folder} is not a run on text: it has no tokenizer to write with")
     for index in range(arguments.count):
         if arguments.count > 1:
             print(f"--- {index + 1} of {arguments.count}")
@@ -155,8 +176,13 @@ def eval(arguments: argparse.Namespace) -> int:
         integer("--batches", arguments.batches)
     from danlu.train import run
 
-    for name, value in run.evaluate(arguments.folder, batches=arguments.batches).items():
-        print(f"{name} {value:.6g}")
+    parts = run.restore(arguments.folder)
+    for name, value in run.evaluate(parts, batches=arguments.batches).items():
+        print(f"{name} {value:.6g}", flush=True)
+    if not _is_text(arguments.folder):
+        from danlu.cli import images
+
+        images.measure(arguments, parts)
     return 0
 
 

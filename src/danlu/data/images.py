@@ -228,7 +228,7 @@ def open_images(
         "sha256": found.sha256,
         "unit": "images",
         "images": len(found.labels),
-        "train_units": loader.size,
+        "train_images": loader.size,
         "validation_images": int(held_out.sum()),
         "channels": found.pixels.shape[1],
         "size": found.pixels.shape[2],

@@ -89,6 +89,11 @@ class TextData:
         return self.tokenizer.byte_lengths
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that a network of this text must have."""
+        return {"vocab_size": self.tokenizer.vocab_size}
+
+    @property
     def length(self) -> int:
         """Tokens in a window: the one asked for, or less if the text is shorter than that."""
         return self.train.length

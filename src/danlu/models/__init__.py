@@ -1,5 +1,6 @@
 """Whole networks assembled from ``danlu.nn``."""
 
+from danlu.models.convnet import ConvNet, ConvNetConfig
 from danlu.models.dit import DiT, DiTConfig
 from danlu.models.generate import generate, sample_token
 from danlu.models.gpt import GPT, GPTConfig
@@ -9,6 +10,8 @@ from danlu.models.unet import UNet, UNetConfig
 
 __all__ = [
     "GPT",
+    "ConvNet",
+    "ConvNetConfig",
     "DiT",
     "DiTConfig",
     "GPTConfig",

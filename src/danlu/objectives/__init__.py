@@ -2,6 +2,7 @@
 
 from danlu.objectives.captioning import Captioning, CaptioningConfig
 from danlu.objectives.causal_lm import CausalLM, CausalLMConfig
+from danlu.objectives.classification import Classification, ClassificationConfig
 from danlu.objectives.cross_entropy import linear_cross_entropy
 from danlu.objectives.denoising import Denoising, DenoisingConfig, multiscale_loss
 from danlu.objectives.flow_matching import FlowMatching, FlowMatchingConfig
@@ -22,6 +23,8 @@ __all__ = [
     "CaptioningConfig",
     "CausalLM",
     "CausalLMConfig",
+    "Classification",
+    "ClassificationConfig",
     "Denoising",
     "DenoisingConfig",
     "FlowMatching",

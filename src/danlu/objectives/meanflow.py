@@ -101,6 +101,9 @@ class MeanFlow(ImageObjective):
         config: see :class:`MeanFlowConfig`.
     """
 
+    sampling_steps = 1
+    """steps that `danlu sample` takes when none are asked for"""
+
     def __init__(self, model: nn.Module, config: MeanFlowConfig | None = None) -> None:
         super().__init__(model)
         self.config = MeanFlowConfig() if config is None else config

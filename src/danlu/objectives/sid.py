@@ -75,6 +75,9 @@ class SiD(ImageObjective):
         ValueError: the teacher has another configuration or another shape.
     """
 
+    sampling_steps = 1
+    """steps that `danlu sample` takes when none are asked for"""
+
     def __init__(self, model: nn.Module, config: SiDConfig, *, teacher: Denoising | None = None) -> None:
         super().__init__(model)
         self.config = config

@@ -52,6 +52,18 @@ REGISTRY: dict[str, Recipe] = {
     "digits-caption-unscaled": Recipe(
         "the same with patches a step of one apart", "danlu.recipes.captions:digits_caption_unscaled"
     ),
+    "digits": Recipe("images of digits in one step: MeanFlow, a lean U-Net", "danlu.recipes.images:digits"),
+    "digits-flow": Recipe("the same network by flow matching, many steps", "danlu.recipes.images:digits_flow"),
+    "digits-ddpm": Recipe(
+        "the same by denoising: linear betas, ancestral sampling", "danlu.recipes.images:digits_ddpm"
+    ),
+    "digits-edm": Recipe("the same by denoising in EDM's form, Heun's method", "danlu.recipes.images:digits_edm"),
+    "digits-sid": Recipe("a digits-edm run distilled to one step by SiD", "danlu.recipes.images:digits_sid"),
+    "digits-64": Recipe("digits at 64x64, the schedule shifted to the resolution", "danlu.recipes.images:digits_64"),
+    "images": Recipe("MeanFlow on your own images at 32x32 (--data FOLDER)", "danlu.recipes.images:images"),
+    "digits-classifier": Recipe(
+        "the classifier whose features measure generated digits", "danlu.recipes.images:digits_classifier"
+    ),
 }
 
 

@@ -32,7 +32,8 @@ def write(run: str | os.PathLike[str]) -> Path:
     folder. The page needs no other file and no network.
 
     Args:
-        run: a run folder with ``metrics.jsonl``; ``config.json`` and ``samples.txt`` are shown where they are there.
+        run: a run folder with ``metrics.jsonl``; ``config.json``, ``samples.txt`` and ``samples.png`` are shown where
+            they are there.
 
     Returns:
         The page's path.
@@ -46,7 +47,7 @@ def write(run: str | os.PathLike[str]) -> Path:
     name = folder.resolve().name
     figures = {"loss": loss_figure(metrics, title=f"{name}: loss")}
     if "tokens_per_second" in metrics or ("tokens" in metrics and "time" in metrics):
-        figures["throughput"] = throughput_figure(metrics, title=f"{name}: throughput")
+        figures["throughput"] = throughput_figure(metrics, title=f"{name}: throughput", unit=_unit(folder))
     (folder / "plots").mkdir(exist_ok=True)
     images = []
     for plot, figure in figures.items():
@@ -54,8 +55,11 @@ def write(run: str | os.PathLike[str]) -> Path:
         (folder / "plots" / f"{plot}.png").write_bytes(png)
         encoded = base64.b64encode(png).decode("ascii")
         images.append(f'<h2>{plot.capitalize()}</h2>\n<img alt="{plot}" src="data:image/png;base64,{encoded}">')
-    body = [f"<h1>{html.escape(name)}</h1>", _table(summary(metrics)), *images]
-    samples, config = folder / "samples.txt", folder / "config.json"
+    body = [f"<h1>{html.escape(name)}</h1>", _table(summary(metrics, unit=_unit(folder))), *images]
+    samples, config, pictures = (folder / name for name in ("samples.txt", "config.json", "samples.png"))
+    if pictures.is_file():
+        encoded = base64.b64encode(pictures.read_bytes()).decode("ascii")
+        body.append(f'<h2>Samples</h2>\n<img alt="samples" src="data:image/png;base64,{encoded}">')
     if samples.is_file():
         body.append(
             f"<h2>Samples</h2>\n<pre>{html.escape(samples.read_text(encoding='utf-8', errors='replace'))}</pre>"
@@ -72,8 +76,8 @@ def write(run: str | os.PathLike[str]) -> Path:
     return page
 
 
-def summary(metrics: Metrics) -> dict[str, str]:
-    """Return a run's figures for a reader: last and best losses, tokens, time and the median throughput.
+def summary(metrics: Metrics, *, unit: str = "tokens") -> dict[str, str]:
+    """Return a run's figures for a reader: last and best losses, units, time and the median throughput.
 
     >>> import numpy as np
     >>> from danlu.report.metrics import Series
@@ -92,12 +96,18 @@ def summary(metrics: Metrics) -> dict[str, str]:
             best = int(values.values.argmin())
             found[words] = f"{values.values[-1]:.4f} (lowest {values.values[best]:.4f} at step {values.steps[best]:,})"
     if len(metrics["tokens"]):
-        found["tokens"] = f"{metrics['tokens'].values[-1]:,.0f}"
+        found[unit] = f"{metrics['tokens'].values[-1]:,.0f}"
     if len(metrics["time"]):
         found["training time"] = f"{metrics['time'].values[-1] / 60:.1f} minutes"
     if len(rate):
-        found["median tokens a second"] = f"{sorted(rate.values)[len(rate) // 2]:,.0f}"
+        found[f"median {unit} a second"] = f"{sorted(rate.values)[len(rate) // 2]:,.0f}"
     return found
+
+
+def _unit(folder: Path) -> str:
+    """What the run's data consist of: tokens, unless the manifest says otherwise."""
+    manifest = folder / "manifest.json"
+    return str(json.loads(manifest.read_text()).get("unit", "tokens")) if manifest.is_file() else "tokens"
 
 
 def _table(rows: dict[str, str]) -> str:

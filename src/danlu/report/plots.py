@@ -54,12 +54,13 @@ def loss_figure(metrics: Metrics, *, title: str = "") -> Figure:
     return figure
 
 
-def throughput_figure(metrics: Metrics, *, title: str = "") -> Figure:
-    """Draw the tokens trained a second over the run, and the tokens trained over the time.
+def throughput_figure(metrics: Metrics, *, title: str = "", unit: str = "tokens") -> Figure:
+    """Draw the units (tokens, images) trained a second over the run, and the units trained over the time.
 
     Args:
         metrics: a run's metrics with ``tokens_per_second``, ``tokens`` and ``time``.
         title: the figure's heading.
+        unit: what the run's data consist of.
 
     Raises:
         ValueError: the run logged neither.
@@ -74,12 +75,12 @@ def throughput_figure(metrics: Metrics, *, title: str = "") -> Figure:
         axes.plot(rate.steps, _running_median(rate.values), color=_BLUE, linewidth=1.6, label="running median")
         axes.legend(frameon=False, loc="lower right")
     axes.set_ylim(bottom=0)
-    _label(axes, "tokens a second", "linear")
+    _label(axes, f"{unit} a second", "linear")
     axes = figure.add_subplot(1, 2, 2)
     shared, left, right = np.intersect1d(tokens.steps, time.steps, assume_unique=True, return_indices=True)
     if len(shared):
         axes.plot(time.values[right] / 60, tokens.values[left] / 1e6, color=_BLUE, linewidth=1.6)
-    _label(axes, "tokens (millions)", "linear")
+    _label(axes, f"{unit} (millions)", "linear")
     axes.set_xlabel("time (minutes)")
     return figure
 

@@ -6,7 +6,18 @@
 """
 
 from danlu.train.device import Policy, Probe, Rate, choose, probe
-from danlu.train.run import Assembly, RunConfig, assemble, evaluate, load, read_config, resume, train
+from danlu.train.run import (
+    Assembly,
+    RunConfig,
+    assemble,
+    evaluate,
+    load,
+    load_objective,
+    read_config,
+    restore,
+    resume,
+    train,
+)
 from danlu.train.trainer import TrainConfig, Trainer
 
 __all__ = [
@@ -21,8 +32,10 @@ __all__ = [
     "choose",
     "evaluate",
     "load",
+    "load_objective",
     "probe",
     "read_config",
+    "restore",
     "resume",
     "train",
 ]

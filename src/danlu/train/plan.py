@@ -85,7 +85,7 @@ def sentences(
         policy: arithmetic and measured speed.
         processes: that share the work.
         flops: floating point operations of training a unit.
-        manifest: what the data are.
+        manifest: what the data are; its ``unit`` is what the objective counts (tokens, images).
     """
     said = []
     data = manifest or {}
@@ -100,8 +100,10 @@ def sentences(
     said.append(f"Model: {_count(total)} parameters{experts}.")
     a_step = int(objective.count(batch)) * config.accumulate * processes
     units = a_step * config.steps
-    passes = f", {units / data['train_tokens']:.1f} passes over the data" if data.get("train_tokens") else ""
-    said.append(f"Training: {config.steps:,} steps of {a_step:,} tokens, {_count(units)} in all{passes}.")
+    unit = data.get("unit", "tokens")
+    held = data.get(f"train_{unit}")
+    passes = f", {units / held:.1f} passes over the data" if held else ""
+    said.append(f"Training: {config.steps:,} steps of {a_step:,} {unit}, {_count(units)} in all{passes}.")
     weights = sum(p.nbytes for p in objective.parameters())
     copies = 3 if config.ema is not None else 2  # weights, gradients, average
     memory = copies * weights + state_bytes(optimizers) + activation_bytes(objective, batch)

@@ -27,8 +27,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def describe(shown: Record) -> str:
-    """Return the numbers of a record in one line, those that it has.
+def describe(shown: Record, *, unit: str = "tokens") -> str:
+    """Return the numbers of a record in one line, those that it has; ``unit`` is what the objective counts.
 
     >>> describe({"step": 5, "loss": 2.5, "val_loss": 2.75, "val_bpb": 1.2, "tokens_per_second": 12345.0, "mfu": 0.42})
     'loss 2.500  val 2.750 (1.200 bits/byte)  12.3k tokens/s  MFU 42%'
@@ -38,7 +38,8 @@ def describe(shown: Record) -> str:
         bits = f" ({shown['val_bpb']:.3f} bits/byte)" if "val_bpb" in shown else ""
         parts.append(f"val {shown['val_loss']:.3f}{bits}")
     if "tokens_per_second" in shown:
-        parts.append(f"{shown['tokens_per_second'] / 1000:.1f}k tokens/s")
+        speed = shown["tokens_per_second"]
+        parts.append(f"{speed / 1000:.1f}k {unit}/s" if speed >= 1000 else f"{speed:.0f} {unit}/s")
     if "mfu" in shown:
         parts.append(f"MFU {shown['mfu']:.0%}")
     if "max_vio" in shown:
@@ -55,10 +56,11 @@ class ProgressLine:
         steps: length of the run.
         console: where to.
         start: step that the run continues from.
+        unit: what the objective counts.
     """
 
-    def __init__(self, steps: int, console: Console, *, start: int = 0) -> None:
-        self._steps, self._console = steps, console
+    def __init__(self, steps: int, console: Console, *, start: int = 0, unit: str = "tokens") -> None:
+        self._steps, self._console, self._unit = steps, console, unit
         self._first: tuple[int, float] | None = None
         self._latest: dict[str, Any] = {}
         self._printed = time.monotonic()
@@ -77,14 +79,14 @@ class ProgressLine:
         speed = record.get("tokens_per_second", 0.0)
         smooth = 0.9 * self._latest["tokens_per_second"] + 0.1 * speed if self._latest else speed
         self._latest = {**self._latest, **record, "tokens_per_second": smooth}
-        text = describe(self._latest)
+        text = describe(self._latest, unit=self._unit)
         if step > self._first[0] and step < self._steps:
             left = (now - self._first[1]) / (step - self._first[0]) * (self._steps - step)
             text += f"  {duration(left)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
             if "val_loss" in record:
-                self._bar.console.print(f"step {step}: {describe(record)}", highlight=False)
+                self._bar.console.print(f"step {step}: {describe(record, unit=self._unit)}", highlight=False)
         elif "val_loss" in record or step == self._steps or now - self._printed > _PLAIN_EVERY:
             self._printed = now
             self._console.print(f"step {step}/{self._steps}: {text}", highlight=False, soft_wrap=True)

@@ -33,7 +33,7 @@ from danlu.train.progress import ProgressLine, duration
 from danlu.train.signals import Stop
 from danlu.train.trainer import TrainConfig, Trainer
 
-__all__ = ["RunConfig", "assemble", "evaluate", "load", "load_objective", "read_config", "resume", "train"]
+__all__ = ["RunConfig", "assemble", "evaluate", "load", "load_objective", "read_config", "restore", "resume", "train"]
 
 # What may differ from the checkpoint's configuration on resume: it changes no number of the training.
 _FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.threads", "train.tensorboard")
@@ -78,7 +78,8 @@ class Assembly:
 def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     """Open the data and make model, objective and optimizers, seeded by ``config.train.seed``.
 
-    A model's ``vocab_size`` becomes that of the data's tokenizer: one number, known only once the text was read.
+    The model's fields that the data's ``sizes`` name (a vocabulary, the size of images) take those values, known only
+    once the data were read; a field that is 0 (no classes, say) is a choice and stays.
 
     Raises:
         ValueError, TypeError, OSError: a component refuses its configuration.
@@ -87,11 +88,10 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
     policy.apply()
     data = _opener(config.data)(config.data, seed=config.train.seed, rank=world.rank, world=world.size)
-    vocab_size = getattr(getattr(data, "tokenizer", None), "vocab_size", None)
-    if vocab_size is not None and hasattr(config.model, "vocab_size"):
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    sizes = {name: size for name, size in getattr(data, "sizes", {}).items() if getattr(config.model, name, 0)}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
     rng.seed_all(config.train.seed)
-    model = _beside(config.model)(config.model)
+    model = component(config.model)(config.model)
     model.compute_dtype = policy.dtype
     objective = _objective(config, model, data).to(policy.device)
     optimizers = build_optimizers(objective, config.optim, process_group=group())
@@ -174,7 +174,7 @@ def load(path: Path | str) -> tuple[nn.Module, Any, RunConfig]:
     config = read_config(path)
     policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
     policy.apply()
-    model: nn.Module = _beside(config.model)(config.model)
+    model: nn.Module = component(config.model)(config.model)
     model.compute_dtype = policy.dtype  # type: ignore[assignment]
     model.load_state_dict(_weights(path, "model."))
     tokenizer = None
@@ -198,15 +198,15 @@ def load_objective(path: Path | str) -> tuple[Any, RunConfig]:
     config = read_config(path)
     policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
     policy.apply()
-    model = _beside(config.model)(config.model)
+    model = component(config.model)(config.model)
     model.compute_dtype = policy.dtype
-    objective = _beside(config.objective)(model, config.objective)
+    objective = component(config.objective)(model, config.objective)
     objective.load_state_dict(_weights(path, ""))
     return objective.to(policy.device).eval(), config
 
 
-def evaluate(path: Path | str, *, batches: int | None = None) -> dict[str, float]:
-    """Evaluate the model of a run on its validation data: all of them, or ``batches`` batches.
+def restore(path: Path | str) -> Assembly:
+    """Return the components of a run with the weights of :func:`load` and its data opened.
 
     Raises:
         FileNotFoundError: as :func:`load`.
@@ -216,6 +216,17 @@ def evaluate(path: Path | str, *, batches: int | None = None) -> dict[str, float
     parts = assemble(read_config(path))
     _refuse_other_data(path, parts)
     parts.objective.load_state_dict(_weights(path, ""))
+    parts.objective.eval()
+    return parts
+
+
+def evaluate(run: Path | str | Assembly, *, batches: int | None = None) -> dict[str, float]:
+    """Evaluate a run's folder, or what :func:`restore` gave, on its validation data: all, or ``batches`` batches.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`restore`.
+    """
+    parts = run if isinstance(run, Assembly) else restore(run)
     device = parts.policy.device
     moved = ({key: value.to(device) for key, value in batch.items()} for batch in parts.data.validation(batches))
     found: dict[str, float] = parts.objective.evaluate(moved)
@@ -238,8 +249,6 @@ def read_config(path: Path | str) -> RunConfig:
 
 def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkpoint.Checkpoint | None) -> int:
     config = parts.config.train
-    length = getattr(parts.data, "length", None)
-    counted = getattr(parts.model, "flops_per_token", None)
     trainer = Trainer(
         parts.objective,
         parts.optimizers,
@@ -251,14 +260,14 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
         folder=out / "checkpoints",
         described=configs.to_tree(parts.config),
         ema=None if config.ema is None else averaged(parts.objective, config.ema),
-        flops=counted(length) if counted and length else None,
+        flops=_training_flops(parts),
     )
     if saved is not None:
         trainer.load_state_dict(saved.state)
     elif parts.world.rank:
         rng.seed_all(config.seed + 1_000_003 * parts.world.rank)  # the weights are equal, what is drawn is not
     if parts.world.main:
-        trainer.reporters = _reporters(config, out, console, trainer.logged)
+        trainer.reporters = _reporters(config, out, console, trainer.logged, _unit(parts.data))
     try:
         trainer.fit(stop)
     finally:
@@ -283,17 +292,32 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
     return 0 if complete else stop.exit_code or 128 + signal.SIGTERM
 
 
-def _reporters(config: TrainConfig, out: Path, console: Console, after: int) -> list[Reporter]:
+def _reporters(config: TrainConfig, out: Path, console: Console, after: int, unit: str) -> list[Reporter]:
     reporters: list[Reporter] = [MetricsFile(out / "metrics.jsonl", after=after)]
     if config.tensorboard:
         reporters.append(TensorBoard(out / "tensorboard", after=after))
     if not console.quiet:
-        reporters.append(ProgressLine(config.steps, console, start=after))
+        reporters.append(ProgressLine(config.steps, console, start=after, unit=unit))
     return reporters
 
 
-def _beside(config: Any) -> Any:
-    """The class that a configuration is the configuration of: ``X`` beside ``XConfig``."""
+def _unit(data: Any) -> str:
+    """What the data consist of, in the plural: what an objective counts."""
+    return str(getattr(data, "manifest", {}).get("unit", "tokens"))
+
+
+def _training_flops(parts: Assembly) -> float | None:
+    """Floating-point operations of training a unit, by the network's count; None if it does not count them."""
+    length = getattr(parts.data, "length", None)
+    per_token = getattr(parts.model, "flops_per_token", None)
+    if per_token and length:
+        return float(per_token(length))
+    forward = getattr(parts.model, "flops", None)
+    return None if forward is None else 3.0 * float(forward)  # the backward pass is two more of the forward one
+
+
+def component(config: Any) -> Any:
+    """Return the class that a configuration is the configuration of: ``X`` beside ``XConfig``."""
     kind = type(config)
     found = getattr(sys.modules[kind.__module__], kind.__name__.removesuffix("Config"), None)
     if found is None or found is kind:
@@ -312,7 +336,7 @@ def _opener(config: Any) -> Any:
 
 
 def _objective(config: RunConfig, model: nn.Module, data: Any) -> Any:
-    kind = _beside(config.objective)
+    kind = component(config.objective)
     asked = list(inspect.signature(kind).parameters)[2:]
     given = {name: getattr(data, name) for name in asked if hasattr(data, name)}
     for name in asked:
@@ -361,8 +385,6 @@ def _say_plan(console: Console, parts: Assembly) -> None:
     position = loader.state_dict()
     batch = {key: value.to(device) for key, value in next(loader).items()}
     loader.load_state_dict(position)
-    length = getattr(parts.data, "length", None)
-    counted = getattr(parts.model, "flops_per_token", None)
     for line in plan.sentences(
         parts.config.train,
         model=parts.model,
@@ -371,7 +393,7 @@ def _say_plan(console: Console, parts: Assembly) -> None:
         batch=batch,
         policy=parts.policy,
         processes=parts.world.size,
-        flops=counted(length) if counted and length else None,
+        flops=_training_flops(parts),
         manifest=getattr(parts.data, "manifest", None),
     ):
         console.print(line, soft_wrap=True, highlight=False)

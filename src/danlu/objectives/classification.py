@@ -1,0 +1,78 @@
+"""Classification of images by cross-entropy."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from danlu._validate import number
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig:
+    """How the cross-entropy is computed."""
+
+    smoothing: float = 0.0
+    """share of the target's probability that is spread evenly over all classes, in training"""
+
+    def __post_init__(self) -> None:
+        number("smoothing", self.smoothing, low=0, high=1, high_open=True)
+
+
+class Classification(nn.Module):
+    """Cross-entropy of the classes of images, summed over images.
+
+    Args:
+        model: logits ``(b, classes)`` of images; held as ``self.model``.
+        config: see `ClassificationConfig`.
+
+    A batch is a mapping with ``images`` ``(b, c, h, w)`` and ``labels`` ``(b,)``, int64.
+
+    >>> from danlu.models import ConvNet, ConvNetConfig
+    >>> objective = Classification(ConvNet(ConvNetConfig(image_size=8, widths=(4,))))
+    >>> batch = {"images": torch.zeros(3, 1, 8, 8), "labels": torch.tensor([1, 2, 3])}
+    >>> objective(batch).shape, objective.count(batch).item()
+    (torch.Size([]), 3)
+    """
+
+    def __init__(self, model: nn.Module, config: ClassificationConfig | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, ClassificationConfig() if config is None else config
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Summed loss in nats, float32."""
+        smoothing = self.config.smoothing if self.training else 0.0
+        logits = self.model(batch["images"])
+        return F.cross_entropy(logits.float(), batch["labels"], reduction="sum", label_smoothing=smoothing)
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Number of images, int64."""
+        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return ``val_loss`` in nats an image and ``val_accuracy``, the share that is classified right.
+
+        Raises:
+            ValueError: there is no image.
+        """
+        was_training = self.training
+        self.eval()
+        loss, right, count = 0.0, 0, 0
+        try:
+            for batch in batches:
+                logits, labels = self.model(batch["images"]), batch["labels"]
+                loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+                right += int((logits.argmax(-1) == labels).sum())
+                count += len(labels)
+        finally:
+            self.train(was_training)
+        if not count:
+            raise ValueError("batches must hold at least one image, got none")
+        return {"val_loss": loss / count, "val_accuracy": right / count}
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing beyond the loss."""
+        return {}

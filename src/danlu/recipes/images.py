@@ -1,0 +1,107 @@
+"""Generators of images, and the classifier whose features measure them.
+
+The digits' recipes are sized for about ten minutes on two cores; all of them share one network, so that they can be
+compared by what they minimise.
+"""
+
+from dataclasses import replace
+
+from danlu.config import Pretrained
+from danlu.data import ImagesConfig
+from danlu.diffusion import EDM, Betas, Cosine, LogNormalNoise, Shifted, UniformTimes
+from danlu.models import ConvNetConfig, UNetConfig
+from danlu.objectives import ClassificationConfig, DenoisingConfig, FlowMatchingConfig, MeanFlowConfig, SiDConfig
+from danlu.optim import AdamWConfig, WarmupStableDecay
+from danlu.train import RunConfig, TrainConfig
+
+
+def digits() -> RunConfig:
+    """MeanFlow on 28x28 digits: one network evaluation draws an image."""
+    return RunConfig(
+        recipe="digits",
+        data=ImagesConfig(source="digits28", batch=64),
+        model=UNetConfig(num_classes=10, two_times=True),
+        objective=MeanFlowConfig(share=0.5, power=0.75, times=UniformTimes()),
+        optim=AdamWConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0),
+        schedule=WarmupStableDecay(warmup=100, decay=0.5),
+        # The derivative that MeanFlow learns from loses too much in bfloat16.
+        train=TrainConfig(steps=2000, eval_every=500, precision="float32", ema=0.999),
+    )
+
+
+def digits_flow() -> RunConfig:
+    """Flow matching: the same network, many steps."""
+    recipe = digits()
+    return replace(
+        recipe,
+        recipe="digits-flow",
+        model=replace(recipe.model, two_times=False),
+        objective=FlowMatchingConfig(),
+        train=replace(recipe.train, steps=3000),
+    )
+
+
+def digits_ddpm() -> RunConfig:
+    """Denoising diffusion as it began: linear betas, predicted noise, ancestral sampling."""
+    return replace(
+        digits_flow(),
+        recipe="digits-ddpm",
+        objective=DenoisingConfig(schedule=Betas(), prediction="eps", sampler="ddpm"),
+    )
+
+
+def digits_edm() -> RunConfig:
+    """Denoising in EDM's form, sampled by Heun's method: the teacher of ``digits-sid``."""
+    objective = DenoisingConfig(
+        schedule=EDM(), prediction="edm", times=LogNormalNoise(), sampler="heun", clip=False, label_dropout=0.0
+    )
+    return replace(digits_flow(), recipe="digits-edm", objective=objective)
+
+
+def digits_sid() -> RunConfig:
+    """A ``digits-edm`` run distilled to one step; name its folder by ``--objective.teacher.run``."""
+    teacher = digits_edm()
+    return replace(
+        teacher,
+        recipe="digits-sid",
+        objective=SiDConfig(teacher=Pretrained("runs/digits-edm-1"), denoising=teacher.objective),
+        optim=AdamWConfig(lr=1e-4, betas=(0.0, 0.999), weight_decay=0.0),
+        train=replace(teacher.train, steps=700),
+    )
+
+
+def digits_64() -> RunConfig:
+    """Digits at 64x64, with the noise of the 28x28 schedule scaled to the resolution."""
+    recipe = digits_flow()
+    return replace(
+        recipe,
+        recipe="digits-64",
+        data=replace(recipe.data, size=64, batch=32),
+        # Down to 16x16 pixels right after the first layer, and the depth at 8x8: simple diffusion, section 3.3.
+        model=replace(recipe.model, patch=4),
+        objective=DenoisingConfig(schedule=Shifted(base=Cosine(limit=15.0), factor=64 / 28)),
+    )
+
+
+def images() -> RunConfig:
+    """MeanFlow on your own images (``--data FOLDER``) at 32x32."""
+    recipe = digits()
+    return replace(
+        recipe,
+        recipe="images",
+        data=ImagesConfig(size=32, batch=64),
+        model=UNetConfig(num_classes=10, two_times=True, widths=(64, 128), blocks=(2, 3)),
+    )
+
+
+def digits_classifier() -> RunConfig:
+    """A classifier of the digits, whose features the distances of ``danlu eval`` are measured in."""
+    return RunConfig(
+        recipe="digits-classifier",
+        data=ImagesConfig(source="digits28", batch=64),
+        model=ConvNetConfig(),
+        objective=ClassificationConfig(smoothing=0.1),
+        optim=AdamWConfig(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1),
+        schedule=WarmupStableDecay(warmup=50, decay=0.5),
+        train=TrainConfig(steps=800, eval_every=None, eval_batches=None, checkpoint_every=None, tensorboard=False),
+    )
