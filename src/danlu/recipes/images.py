@@ -43,11 +43,8 @@ def digits_flow() -> RunConfig:
 
 def digits_ddpm() -> RunConfig:
     """Denoising diffusion as it began: linear betas, predicted noise, ancestral sampling."""
-    return replace(
-        digits_flow(),
-        recipe="digits-ddpm",
-        objective=DenoisingConfig(schedule=Betas(), prediction="eps", sampler="ddpm"),
-    )
+    objective = DenoisingConfig(schedule=Betas(), prediction="eps", sampler="ddpm")
+    return replace(digits_flow(), recipe="digits-ddpm", objective=objective)
 
 
 def digits_edm() -> RunConfig:
@@ -64,7 +61,7 @@ def digits_sid() -> RunConfig:
     return replace(
         teacher,
         recipe="digits-sid",
-        objective=SiDConfig(teacher=Pretrained("runs/digits-edm-1"), denoising=teacher.objective),
+        objective=SiDConfig(teacher=Pretrained(run="runs/digits-edm-1"), denoising=teacher.objective),
         optim=AdamWConfig(lr=1e-4, betas=(0.0, 0.999), weight_decay=0.0),
         train=replace(teacher.train, steps=700),
     )

@@ -27,7 +27,7 @@ def grid(images_bchw: Tensor, *, columns: int | None = None) -> Any:
         ValueError: another shape.
 
     >>> grid(torch.zeros(5, 1, 8, 8)).size
-    (178, 120)
+    (176, 118)
     """
     from PIL import Image
 
