@@ -8,6 +8,7 @@ a 384 x 1536 matrix to the polar factor, relative to the polar factor, for four 
 with its five steps in float32: on a processor without bfloat16 units that is the stronger contestant.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -53,6 +54,64 @@ class Float32Muon(Optimizer):
                 weight.add_(X, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
 
 
+class Refilled:
+    """A peer whose step consumes the gradients: gives them back before every step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.gradients = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+
+    def step(self) -> None:
+        """Take one step along a copy of the gradients."""
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient.clone()
+        self.optimizer.step()
+
+
+class OptaxMuon:
+    """Optax's Muon under ``jax.jit``: updates and application, on arrays of its own."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        import jax
+        import optax
+
+        self.params = list(params)
+        transform = optax.contrib.muon(lr, weight_decay=0.1, consistent_rms=0.2)
+        self.weights = {str(i): jax.numpy.asarray(p.detach().numpy()) for i, p in enumerate(self.params)}
+        self.gradients = {str(i): jax.numpy.asarray(p.grad.numpy()) for i, p in enumerate(self.params)}
+        self.state = transform.init(self.weights)
+
+        def step(weights: object, gradients: object, state: object) -> tuple[object, object]:
+            updates, state = transform.update(gradients, state, weights)
+            return optax.apply_updates(weights, updates), state
+
+        self.jitted = jax.jit(step)
+
+    def step(self) -> None:
+        """Take one step and wait for it; the parameters of torch follow, for the error."""
+        self.weights, self.state = self.jitted(self.weights, self.gradients, self.state)
+        for index, parameter in enumerate(self.params):
+            parameter.data = torch.from_dlpack(self.weights[str(index)])
+
+
+def peers() -> dict[str, Make]:
+    """Return the other implementations that are installed; their updates are judged at the scale that suits them."""
+    found: dict[str, Make] = {}
+    with contextlib.suppress(ImportError):
+        from pytorch_optimizer import Muon as KozistrMuon
+
+        found["pytorch_optimizer"] = lambda params: KozistrMuon([{"params": list(params), "use_muon": True}], lr=1e-3)
+    with contextlib.suppress(ImportError):
+        from heavyball import Muon as HeavyMuon
+
+        found["heavyball"] = lambda params: Refilled(HeavyMuon(list(params), lr=1e-3, compile_step=False))
+    with contextlib.suppress(ImportError):
+        import optax.contrib  # noqa: F401
+
+        found["optax"] = lambda params: OptaxMuon(params, lr=1e-3)
+    return found
+
+
 CONTESTANTS: dict[str, Make] = {
     "torch": lambda params: torch.optim.Muon(params, lr=1e-3, adjust_lr_fn="match_rms_adamw"),
     "torch's steps in float32": lambda params: Float32Muon(params, lr=1e-3),
@@ -60,6 +119,7 @@ CONTESTANTS: dict[str, Make] = {
     "danlu bfloat16": lambda params: Muon(params, lr=1e-3, dtype=torch.bfloat16),
     "danlu 4 steps": lambda params: Muon(params, lr=1e-3, method=optimal_composition(4.5e-3, 4, cushion=0.04)),
 }
+PEERS = peers()
 
 
 def gpt(layers: int, dim: int) -> list[Shape]:
@@ -94,8 +154,8 @@ def spectrum(name: str, m: int = 384, n: int = 1536) -> Tensor:
     return U @ torch.diag(values) @ Vh
 
 
-def errors(make: Make) -> str:
-    """Return the errors of an optimizer's first update on the four spectra, as a note."""
+def errors(make: Make, *, fitted: bool) -> str:
+    """Return the errors of an optimizer's first update on the four spectra, ``fitted``: at its best scale."""
     found = []
     for name in SPECTRA:
         gradient = spectrum(name)
@@ -104,13 +164,16 @@ def errors(make: Make) -> str:
         weight.grad = gradient.float()
         make([weight]).step()
         update = -weight.detach().double() / (1e-3 * 0.2 * max(weight.shape) ** 0.5)
+        if fitted:
+            update *= float((update * (U @ Vh)).sum() / update.square().sum())
         found.append(f"{float(torch.linalg.norm(update - U @ Vh) / torch.linalg.norm(U @ Vh)):.3f}")
     return "error " + " ".join(found)
 
 
 def steps(shapes: Sequence[Shape], names: Iterable[str]) -> dict[str, harness.Run]:
     """Return one optimizer step of each named contestant."""
-    return {name: CONTESTANTS[name](parameters(shapes, stacked=name.startswith("danlu"))).step for name in names}
+    make = CONTESTANTS | PEERS
+    return {name: make[name](parameters(shapes, stacked=name.startswith("danlu"))).step for name in names}
 
 
 def share(options: harness.Options) -> harness.Comparison:
@@ -149,7 +212,7 @@ def share(options: harness.Options) -> harness.Comparison:
 
 def main() -> None:
     options = harness.options(__doc__, parts=PARTS, rounds=5, warmup=1)
-    notes = {name: errors(make) for name, make in CONTESTANTS.items()}
+    notes = {name: errors(make, fitted=name in PEERS) for name, make in (CONTESTANTS | PEERS).items()}
     models = {
         "gpt-12x384": gpt(1 if options.quick else 12, 384),
         "gpt-4x256": gpt(1 if options.quick else 4, 256),
@@ -158,7 +221,7 @@ def main() -> None:
     items: list[harness.Comparison | harness.Sweep] = []
     for part in options.parts:
         if part in models:
-            runs = steps(models[part], CONTESTANTS)
+            runs = steps(models[part], CONTESTANTS | PEERS)
             items.append(harness.compare(part, runs, base="torch", options=options, notes=notes))
         elif part == "share":
             items.append(share(options))

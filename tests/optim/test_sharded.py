@@ -31,7 +31,7 @@ def outcomes(tmp_path_factory):
         for rank in range(4)
     ]
     try:
-        assert [worker.wait(timeout=600) for worker in workers] == [0] * 4
+        assert [worker.wait(timeout=280) for worker in workers] == [0] * 4
     finally:
         for worker in workers:
             worker.kill()

@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danlu.approx import optimal_composition
-from danlu.claims.frame import Claim, absolute, at_most, relative
+from danlu.claims.frame import Claim, absolute, at_most, exact, relative
 from danlu.optim import Muon
 from danlu.optim.muon import ADAMW_RMS
 
@@ -179,6 +180,39 @@ def _value_after_decay(decay: str) -> float:
     return float(torch.linalg.svdvals(weight.detach())[-1])
 
 
+def _collectives(make: _Make) -> float:
+    """Collectives in a step over one bucket of six matrices, each cut over four processes.
+
+    Counted on the first of them, with a backend that carries nothing: the count does not depend on values.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        params = [nn.Parameter(distribute_tensor(torch.ones(8, 12), mesh, [Shard(0)])) for _ in range(6)]
+        for parameter in params:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer = make(params)
+        with CommDebugMode() as counted:
+            optimizer.step()
+        return float(counted.get_total_counts())
+    finally:
+        dist.destroy_process_group()
+
+
+def _state_bytes(make: _Make) -> float:
+    """Bytes of an optimizer's state over the bytes of its one float32 matrix."""
+    weight = nn.Parameter(torch.zeros(31, 17))
+    weight.grad = torch.ones_like(weight)
+    optimizer = make([weight])
+    optimizer.step()
+    return sum(value.nbytes for value in optimizer.state[weight].values()) / weight.nbytes
+
+
 CLAIMS = (
     Claim(
         name="rms-of-adamw",
@@ -298,6 +332,26 @@ CLAIMS = (
         tolerance=at_most(),
         measure=lambda: _momentum_error(lambda params: Muon(params, nesterov=False, dtype=torch.bfloat16)),
         control=lambda: _momentum_error(lambda params: torch.optim.Muon(params, nesterov=False)),
+        seconds=0.1,
+    ),
+    Claim(
+        name="two-collectives-a-bucket",
+        statement="collectives in a step over six equal matrices cut over 4 processes; control: torch.optim.Muon",
+        source="design: one all-to-all brings the pieces of all matrices together, one takes the updates back",
+        expected=2,
+        tolerance=exact(),
+        measure=lambda: _collectives(_muon(dtype=torch.float32)),
+        control=lambda: _collectives(_torch),
+        seconds=1.5,
+    ),
+    Claim(
+        name="bfloat16-momentum",
+        statement="bytes of Muon's state, momentum in bfloat16, over those of a float32 matrix; control: in float32",
+        source="derivation: one momentum of 2 bytes a parameter, a quarter of AdamW's state",
+        expected=0.5,
+        tolerance=exact(),
+        measure=lambda: _state_bytes(_muon(momentum_dtype=torch.bfloat16)),
+        control=lambda: _state_bytes(_muon()),
         seconds=0.1,
     ),
 )

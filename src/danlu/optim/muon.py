@@ -114,8 +114,9 @@ class Muon(MomentumOptimizer):
         dtype: format of the iteration. None: float64 for float64 parameters, otherwise the faster of bfloat16 and
             float32 on the device. In bfloat16 the update has a relative error of about 1e-2.
         momentum_dtype: format of the momentum; None for the parameter's own.
-        chunk_bytes: bytes of one stack in the iteration, which needs about four times as much. None: 4 MiB on a CPU,
-            where a stack should stay in cache, and unlimited elsewhere.
+        chunk_bytes: bytes of one stack in the iteration, which needs up to about fifteen times as much for square
+            matrices. None: 4 MiB on a CPU, where a stack should stay in cache, and unlimited
+            elsewhere. Where it is given, each process also sends and receives about that much at a time.
         foreach: update momenta and weights by fused multi-tensor calls. None: not on a CPU, where a loop is faster.
         process_group: processes that hold replicas of the parameters and their gradients, as under
             DistributedDataParallel: each then iterates a share of the matrices. None: this process does all.

@@ -1,0 +1,80 @@
+"""Which matrices a parameter consists of: stacks, splits, kernels, and what is refused."""
+
+import pytest
+import torch
+from steps import gaussian, one_step, step
+from torch import nn
+
+from danlu.optim import Muon
+
+
+def test_a_stack_steps_as_its_matrices_apart():
+    stack = gaussian(5, 7, 11)
+    apart = torch.stack([one_step(matrix, steps=2) for matrix in stack])
+    torch.testing.assert_close(one_step(stack, steps=2), apart, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("heights", [3, (2, 7, 3)])
+def test_rows_that_belong_apart_step_as_separate_parameters(heights):
+    gradient = gaussian(12, 5)
+    sizes = [4] * 3 if heights == 3 else list(heights)
+    parameter = nn.Parameter(torch.zeros(12, 5).double())
+    optimizer = Muon([{"params": [parameter], "split": heights}], lr=1.0)
+    step(optimizer, gradient)
+    apart = torch.cat([one_step(block.contiguous()) for block in gradient.split(sizes)])
+    torch.testing.assert_close(parameter.detach(), apart, rtol=0, atol=1e-12)
+
+
+def test_a_split_declared_on_the_parameter_holds_without_a_group_option():
+    gradient = gaussian(12, 5)
+    parameter = nn.Parameter(torch.zeros(12, 5).double())
+    parameter.danlu_split = 3
+    step(Muon([parameter], lr=1.0), gradient)
+    apart = torch.cat([one_step(block.contiguous()) for block in gradient.split(4)])
+    torch.testing.assert_close(parameter.detach(), apart, rtol=0, atol=1e-12)
+
+
+def test_experts_may_be_split_too():
+    gradient = gaussian(2, 6, 5)
+    parameter = nn.Parameter(torch.zeros(2, 6, 5).double())
+    step(Muon([{"params": [parameter], "split": (2, 4)}], lr=1.0), gradient)
+    apart = torch.stack([torch.cat([one_step(expert[:2]), one_step(expert[2:])]) for expert in gradient])
+    torch.testing.assert_close(parameter.detach(), apart, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_is_flattened_whatever_its_layout(memory_format):
+    kernel = gaussian(5, 3, 2, 2)
+    parameter = nn.Parameter(torch.zeros(5, 3, 2, 2).double().to(memory_format=memory_format))
+    step(Muon([{"params": [parameter], "role": "conv"}], lr=1.0), kernel)
+    flat = one_step(kernel.flatten(1))
+    torch.testing.assert_close(parameter.detach().contiguous().flatten(1), flat, rtol=0, atol=1e-12)
+
+
+def test_a_parameter_in_transposed_layout_is_updated():
+    gradient = gaussian(7, 5)
+    parameter = nn.Parameter(torch.zeros(5, 7).double().mT)
+    step(Muon([parameter], lr=1.0), gradient)
+    torch.testing.assert_close(parameter.detach(), one_step(gradient), rtol=0, atol=1e-12)
+
+
+def test_a_vector_is_named():
+    with pytest.raises(ValueError, match=r"parameter norm\.weight of group 0 of shape \(3,\).*AdamW"):
+        Muon([("norm.weight", nn.Parameter(torch.zeros(3)))])
+
+
+def test_a_kernel_without_its_role_is_named():
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1 .*4 dimensions.*'conv'"):
+        Muon([{"params": []}, {"params": [nn.Parameter(torch.zeros(3, 2, 2, 2))]}])
+
+
+def test_a_declared_embedding_is_refused():
+    table = nn.Parameter(torch.zeros(3, 2))
+    table.danlu_role = "embedding"
+    with pytest.raises(ValueError, match="declared 'embedding'"):
+        Muon([table])
+
+
+def test_a_split_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match="split of parameter 0 of group 0 must divide its 5 rows, got 2"):
+        Muon([{"params": [nn.Parameter(torch.zeros(5, 2))], "split": 2}])
