@@ -1,5 +1,13 @@
 """Instruments: what theory says of training, measured on losses and models of your own; how good a generator is."""
 
+from danlu.analysis.attention import (
+    attention_matrix,
+    effective_rank,
+    numerical_rank,
+    rank_collapse,
+    token_spread,
+    triangular_logdet,
+)
 from danlu.analysis.generation import (
     copied_share,
     frechet_distance,
@@ -45,6 +53,7 @@ __all__ = [
     "NormSummary",
     "RegretReport",
     "Trajectory",
+    "attention_matrix",
     "average_loss_report",
     "best_fixed",
     "constant_rates",
@@ -52,6 +61,7 @@ __all__ = [
     "data_loss",
     "descend",
     "drop_ratio",
+    "effective_rank",
     "entropy_tail",
     "exponents",
     "frechet_distance",
@@ -62,12 +72,16 @@ __all__ = [
     "log_log_slope",
     "nearest_distances",
     "norm_summary",
+    "numerical_rank",
     "precision_recall",
     "project_to_ball",
     "quanta_frequencies",
     "quanta_loss",
     "quanta_loss_power_law",
+    "rank_collapse",
     "rate_for_size",
     "regret_bound",
     "step_terms",
+    "token_spread",
+    "triangular_logdet",
 ]

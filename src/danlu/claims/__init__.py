@@ -51,6 +51,7 @@ __all__ = [
 
 # method -> room
 REGISTRY: dict[str, str] = {
+    "attention": "analysis",
     "activation": "nn",
     "auxiliary_loss": "nn",
     "balance": "nn",
@@ -63,6 +64,7 @@ REGISTRY: dict[str, str] = {
     "lion": "optim",
     "loraplus": "optim",
     "lowrank": "linalg",
+    "masks": "nn",
     "mclip": "linalg",
     "minimax": "approx",
     "mla": "nn",

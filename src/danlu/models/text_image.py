@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danlu._validate import choice, integer
-from danlu.models.transformer import Transformer, TransformerConfig
-from danlu.nn import LayerCache, Linear, grid_coordinates
+from danlu.models.transformer import Cache, Transformer, TransformerConfig
+from danlu.nn import Linear, grid_coordinates
 from danlu.nn.rotary import SCHEMES, Scheme
 
 
@@ -50,7 +50,7 @@ class TextImage(Transformer):
         self.patch_out = Linear(config.dim, config.patch_values, std=0.5 * config.dim**-0.5, role="head")
 
     def read(
-        self, tokens_bt: Tensor, patches_btp: Tensor, grid_btg: Tensor, *, cache: list[LayerCache] | None = None
+        self, tokens_bt: Tensor, patches_btp: Tensor, grid_btg: Tensor, *, cache: list[Cache] | None = None
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``, for ``head_weight`` and for ``patch_out``.
 

@@ -24,7 +24,8 @@ Shape suffixes: b batch, t time, d model size, v vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,10 @@ class Block(nn.Module):
         depth = (2 * c.layers) ** -0.5
         self.attention_norm = RMSNorm(c.dim, eps=c.norm_eps)
         self.feed_forward_norm = RMSNorm(c.dim, eps=c.norm_eps)
-        self.attention: Mixer = mixer(c.dim, c.mixers[index % len(c.mixers)] or c.attention, gain=depth)
+        kind = c.mixers[index % len(c.mixers)] or c.attention
+        if isinstance(kind, MLAConfig | GQAConfig) and kind.mask == "mixed-layers":
+            kind = replace(kind, mask="anti-causal" if index % 2 else "causal")
+        self.attention: Mixer = mixer(c.dim, kind, gain=depth)
         self.feed_forward: MoE | FeedForward
         if c.experts is not None and index >= c.dense_layers:
             self.feed_forward = MoE(c.dim, c.experts, out_std=depth / math.sqrt(c.experts.hidden))
@@ -120,9 +124,17 @@ class Block(nn.Module):
                 c.dim, c.hidden, out_std=depth / math.sqrt(c.hidden), activation=c.activation
             )
 
-    def forward(self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        x_btd: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        prefix: int | None = None,
+    ) -> Tensor:
         """``(batch, time, dim)`` to the same."""
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask=mask, cache=cache)
+        more = {} if prefix is None or getattr(self.attention, "mask", None) != "prefix" else {"prefix": prefix}
+        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask=mask, cache=cache, **more)
         y: Tensor = x_btd + self.feed_forward(self.feed_forward_norm(x_btd))
         return y
 
@@ -178,6 +190,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         cache: list[Cache] | None = None,
         positions: Tensor | None = None,
+        prefix: int | Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``, before the head.
 
@@ -189,10 +202,12 @@ class Transformer(nn.Module):
             cache: from `new_cache`; the tokens continue those stored in it.
             positions: rotary coordinates of these tokens, ``(time, axes)`` or ``(batch, time, axes)``, several axes in
                 the interleaved layout of `danlu.nn.rotary_angles_nd`. None: the tokens are counted from zero.
+            prefix: for layers with the mask "prefix", how many first tokens (of each document) all tokens see, or
+                booleans ``(batch, time)`` that are True for such tokens; booleans and documents need a mask in memory.
 
         Raises:
-            ValueError: documents together with a cache, a shape that does not match, or positions where no layer
-                takes any.
+            ValueError: documents together with a cache, a shape that does not match, or positions or a prefix where
+                no layer takes any.
         """
         given = tokens_bt.is_floating_point()
         if tokens_bt.dim() != 2 + given or (given and tokens_bt.shape[-1] != self.config.dim):
@@ -218,11 +233,36 @@ class Transformer(nn.Module):
             else:
                 cos, sin = rotary_angles_nd(positions.double(), size, base=base)
                 ropes[size] = (cos.to(x_btd.dtype), sin.to(x_btd.dtype))
-        mask = None if documents is None else document_mask(documents)
+        masks = self._masks(tokens_bt, documents, prefix, cached=cache is not None)
+        inner = None if isinstance(prefix, Tensor) else prefix
         for index, block in enumerate(self.blocks):
-            x_btd = block(x_btd, ropes[sizes[index]], mask, None if cache is None else cache[index])
+            x_btd = block(
+                x_btd, ropes[sizes[index]], masks[index], None if cache is None else cache[index], prefix=inner
+            )
         y: Tensor = self.norm(x_btd)
         return y
+
+    def _masks(
+        self, tokens_bt: Tensor, documents: Tensor | None, prefix: int | Tensor | None, *, cached: bool
+    ) -> list[Tensor | None]:
+        """The mask of each block, made once for each kind; None where the kernels need none."""
+        layers = [block.attention for block in self.blocks]
+        kinds: list[Any] = [(getattr(a, "mask", "causal"), getattr(a, "heads", 0)) for a in layers]
+        if prefix is not None and "prefix" not in [kind for kind, _ in kinds]:
+            raise ValueError("prefix was given, and no layer of this model has the mask 'prefix'")
+        if isinstance(prefix, Tensor) and cached:
+            raise ValueError("prefix must be a number of tokens when there is a cache")
+        if documents is None and not isinstance(prefix, Tensor):
+            return [None] * len(layers)
+        if documents is None:
+            documents = torch.zeros(tokens_bt.shape[:2], dtype=torch.int64, device=tokens_bt.device)
+        made: dict[Any, Tensor] = {}
+        for kind, heads in kinds:
+            key = (kind, heads) if kind == "mixed-heads" else kind
+            if key not in made:
+                own = prefix if kind == "prefix" else None
+                made[key] = document_mask(documents, kind, heads=heads, prefix=own)
+        return [made[(kind, heads) if kind == "mixed-heads" else kind] for kind, heads in kinds]
 
     def forward(
         self,
@@ -231,9 +271,10 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         cache: list[Cache] | None = None,
         positions: Tensor | None = None,
+        prefix: int | Tensor | None = None,
     ) -> Tensor:
         """Logits ``(batch, time, vocab)``; arguments as in `hidden`."""
-        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache, positions=positions)
+        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache, positions=positions, prefix=prefix)
         return nn.functional.linear(x_btd, self.head_weight.to(x_btd.dtype))
 
     def new_cache(self, batch: int, capacity: int) -> list[Cache]:

@@ -13,6 +13,7 @@ from danlu.nn.attention import (
     attend,
     causal_mask,
     document_mask,
+    masked_attention,
     recurrent_attention,
 )
 from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
@@ -66,6 +67,7 @@ __all__ = [
     "document_mask",
     "grid_coordinates",
     "lora_state_dict",
+    "masked_attention",
     "merge_lora",
     "recurrent_attention",
     "rotary_angles",

@@ -4,7 +4,7 @@ from danlu.nn.attention.cache import LayerCache
 from danlu.nn.attention.full import FullAttention, attend
 from danlu.nn.attention.gqa import GQA, GQAConfig
 from danlu.nn.attention.kv_shared import KVShared, KVSharedConfig
-from danlu.nn.attention.masks import causal_mask, document_mask
+from danlu.nn.attention.masks import causal_mask, document_mask, masked_attention
 from danlu.nn.attention.mla import MLA, MLAConfig
 from danlu.nn.attention.recurrent import recurrent_attention
 
@@ -20,5 +20,6 @@ __all__ = [
     "attend",
     "causal_mask",
     "document_mask",
+    "masked_attention",
     "recurrent_attention",
 ]

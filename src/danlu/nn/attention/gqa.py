@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.nn.attention.cache import LayerCache
-from danlu.nn.attention.masks import causal_mask
+from danlu.nn.attention.masks import (
+    LayeredMask,
+    causal_mask,
+    check_cached,
+    check_mask,
+    check_start,
+    keys_seen,
+    masked_attention,
+)
 from danlu.nn.linear import Linear
 from danlu.nn.rotary import rotate
 
@@ -32,10 +40,12 @@ class GQAConfig:
     """size of a head; None: dim / heads"""
     rope_dim: int | None = None
     """rotated coordinates of each head (the last ones); None: all of them, 0: no positions"""
+    mask: LayeredMask = "causal"
+    """which tokens a query sees, see `danlu.nn.attention.masks`"""
 
 
 class GQA(nn.Module):
-    """Causal attention of ``heads`` queries over ``groups`` keys and values.
+    """Attention of ``heads`` queries over ``groups`` keys and values, causal unless ``config.mask`` says otherwise.
 
     Args:
         dim: model size D.
@@ -67,18 +77,20 @@ class GQA(nn.Module):
         integer("rope_dim", self.rope_dim, low=0, high=self.head_dim)
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {self.rope_dim}")
+        self.mask = check_mask(config.mask, self.heads, self.groups)
         rows = (self.heads * self.head_dim, self.groups * self.head_dim, self.groups * self.head_dim)
         self.qkv = Linear(dim, sum(rows), split=rows)
         self.out = Linear(rows[0], dim, std=out_std)
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Room for ``capacity`` tokens: ``2 * groups * head_dim`` elements each."""
+        check_cached(self.mask)
         shape = (batch, self.groups, capacity, self.head_dim)
         return LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
 
     def flops_per_token(self, length: int) -> float:
-        """Multiply-adds times two of the score and value products a token, causal, at ``length`` tokens."""
-        return 2 * self.heads * 2 * self.head_dim * (length + 1) / 2
+        """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
+        return 2 * self.heads * 2 * self.head_dim * keys_seen(self.mask, length)
 
     def forward(
         self,
@@ -87,14 +99,17 @@ class GQA(nn.Module):
         *,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        prefix: int | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             x_btd: ``(batch, time, dim)``.
             rope: tables of `danlu.nn.rotary.rotary_angles` for these tokens, ``(time, rope_dim)``.
-            mask: True where a query may look, broadcastable to ``(batch, heads, time, keys)``; None is causal.
+            mask: True where a query may look, broadcastable to ``(batch, heads, time, keys)``, in place of the
+                layer's own; None is the layer's own.
             cache: what earlier calls stored; the new keys and values are appended to it.
+            prefix: first tokens that all see, for the mask "prefix"; with a cache, of the first call.
 
         Returns:
             ``(batch, time, dim)``.
@@ -108,9 +123,13 @@ class GQA(nn.Module):
         k_bglk, v_bglk = qk[:, :, H:].transpose(1, 2), qkv[:, :, H + G :].transpose(1, 2)
         if cache is not None:
             k_bglk, v_bglk = cache.append(k_bglk, v_bglk)
-            if mask is None and 1 < T < k_bglk.shape[-2]:
-                mask = causal_mask(T, k_bglk.shape[-2], device=x_btd.device)
-        causal = mask is None and T > 1
-        o = F.scaled_dot_product_attention(q_bhtk, k_bglk, v_bglk, attn_mask=mask, is_causal=causal, enable_gqa=G != H)
+        L = k_bglk.shape[-2]
+        if mask is None and T == L:
+            o = masked_attention(q_bhtk, k_bglk, v_bglk, self.mask, prefix=prefix)
+        else:
+            check_start(prefix, L - T)
+            if mask is None and T > 1:
+                mask = causal_mask(T, L, device=x_btd.device)
+            o = F.scaled_dot_product_attention(q_bhtk, k_bglk, v_bglk, attn_mask=mask, enable_gqa=G != H)
         y: Tensor = self.out(o.transpose(1, 2).reshape(B, T, H * self.head_dim))
         return y

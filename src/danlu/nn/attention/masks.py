@@ -1,7 +1,33 @@
-"""Boolean attention masks: True where a query may look."""
+"""Which tokens a query may look at: the masks of decoder-only, encoder and mixed models, and attention under them.
+
+==============  ===============================================================================================
+mask            the query ``i`` sees the key ``j``
+==============  ===============================================================================================
+causal          ``j <= i`` (GPT)
+anti-causal     ``j >= i``
+bidirectional   always (BERT)
+prefix          ``j <= i`` or ``j < m``: the first ``m`` tokens see one another (UniLM, prefix-LM; Raffel 1910.10683)
+mixed-heads     causal in the first half of the heads, anti-causal in the others (kexue.fm 9529)
+mixed-layers    causal and anti-causal in turn from layer to layer: for a whole model, not for one layer
+==============  ===============================================================================================
+
+Boolean masks are True where a query may look. `masked_attention` needs none of them: an anti-causal head is a causal
+one read backwards, and a prefix is two fused calls. A mask of time x time booleans is made for packed documents, for
+prefixes that differ within a batch, and for a cached chunk behind others: the fused kernels have no other way to be
+told.
+"""
+
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from danlu._validate import choice, integer
+
+Mask = Literal["causal", "anti-causal", "bidirectional", "prefix", "mixed-heads"]
+LayeredMask = Literal["causal", "anti-causal", "bidirectional", "prefix", "mixed-heads", "mixed-layers"]
+MASKS: tuple[Mask, ...] = ("causal", "anti-causal", "bidirectional", "prefix", "mixed-heads")
 
 
 def causal_mask(queries: int, keys: int, *, device: torch.device | None = None) -> Tensor:
@@ -13,17 +39,152 @@ def causal_mask(queries: int, keys: int, *, device: torch.device | None = None) 
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def document_mask(documents_bt: Tensor) -> Tensor:
-    """Causal mask ``(batch, 1, time, time)`` that also keeps packed documents apart.
+def document_mask(
+    documents_bt: Tensor, mask: Mask = "causal", *, heads: int = 2, prefix: int | Tensor | None = None
+) -> Tensor:
+    """Mask ``(batch, 1 or heads, time, time)`` that keeps packed documents apart.
 
     Args:
-        documents_bt: integer document number of each token, ``(batch, time)``.
+        documents_bt: integer document number of each token, ``(batch, time)``; a document is a run of equal numbers.
+        mask: what a token sees of its own document.
+        heads: number of heads, even; only mixed heads differ.
+        prefix: for "prefix" the number of first tokens of each document that all of it sees, or booleans
+            ``(batch, time)`` that are True for such tokens.
+
+    Raises:
+        ValueError: a shape or a prefix that does not fit the mask.
 
     >>> document_mask(torch.tensor([[0, 0, 1]]))[0, 0].int().tolist()
     [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     """
     if documents_bt.dim() != 2:
         raise ValueError(f"documents must be (batch, time), got shape {tuple(documents_bt.shape)}")
-    time = documents_bt.shape[1]
+    choice("mask", mask, MASKS)
+    check_prefix(prefix, mask)
+    time, device = documents_bt.shape[1], documents_bt.device
     same = documents_bt[:, None, :, None] == documents_bt[:, None, None, :]
-    return same & causal_mask(time, time, device=documents_bt.device)
+    if mask == "bidirectional":
+        return same
+    causal = causal_mask(time, time, device=device)
+    if mask == "anti-causal":
+        return same & causal.T
+    if mask == "mixed-heads":
+        split_heads(heads, heads)
+        return same & torch.stack((causal, causal.T)).repeat_interleave(heads // 2, dim=0)
+    if mask == "prefix" and prefix is not None:
+        if not isinstance(prefix, Tensor):
+            index = torch.arange(time, device=device)
+            opens = documents_bt != documents_bt.roll(1, 1)
+            opens[:, :1] = True
+            prefix = index - (index * opens).cummax(1).values < prefix
+        elif prefix.shape != documents_bt.shape or prefix.dtype != torch.bool:
+            raise ValueError(f"prefix must be booleans {tuple(documents_bt.shape)}, got {tuple(prefix.shape)}")
+        return same & (causal | prefix[:, None, None, :])
+    return same & causal
+
+
+def masked_attention(
+    q_bhtk: Tensor,
+    k_bgtk: Tensor,
+    v_bgte: Tensor,
+    mask: Mask = "causal",
+    *,
+    prefix: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention under a mask, by fused kernels alone: nothing of size time x time is made.
+
+    Args:
+        q_bhtk: queries ``(batch, heads, time, size)``.
+        k_bgtk: keys ``(batch, groups, time, size)``, groups dividing heads.
+        v_bgte: values ``(batch, groups, time, value size)``.
+        mask: which keys a query sees.
+        prefix: for "prefix", how many first tokens all see; None and 0 are causal, ``time`` is bidirectional, exactly.
+        scale: factor of the scores; None is ``1 / sqrt(size)``.
+
+    Returns:
+        ``(batch, heads, time, value size)``.
+
+    Raises:
+        ValueError: an unknown mask, a prefix that does not fit, or heads that cannot be halved.
+
+    >>> q = torch.randn(2, 4, 7, 6)
+    >>> masked_attention(q, q, q, "mixed-heads").shape
+    torch.Size([2, 4, 7, 6])
+    """
+    choice("mask", mask, MASKS)
+    check_prefix(prefix, mask)
+    H, G, T = q_bhtk.shape[1], k_bgtk.shape[1], q_bhtk.shape[2]
+    if k_bgtk.shape[2] != T:
+        raise ValueError(f"keys must be as many as queries, {T}, got {k_bgtk.shape[2]}")
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)
+
+    def backwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fused(q.flip(2), k.flip(2), v.flip(2), causal=True).flip(2)
+
+    if mask == "anti-causal":
+        return backwards(q_bhtk, k_bgtk, v_bgte)
+    if mask == "mixed-heads":
+        split_heads(H, G)
+        first, second = ((t, t) if t.shape[1] == 1 else t.chunk(2, dim=1) for t in (k_bgtk, v_bgte))
+        (q_one, q_two), (k_one, k_two), (v_one, v_two) = q_bhtk.chunk(2, dim=1), first, second
+        return torch.cat((fused(q_one, k_one, v_one, causal=True), backwards(q_two, k_two, v_two)), dim=1)
+    whole = fused(q_bhtk, k_bgtk, v_bgte, causal=mask != "bidirectional" and prefix != T)
+    if prefix and prefix < T:
+        inner = fused(*(t[:, :, :prefix] for t in (q_bhtk, k_bgtk, v_bgte)), causal=False)
+        return torch.cat((inner, whole[:, :, prefix:]), dim=2)
+    if prefix and prefix > T:
+        raise ValueError(f"prefix must be at most the {T} tokens, got {prefix}")
+    return whole
+
+
+def check_mask(mask: LayeredMask, heads: int, groups: int) -> Mask:
+    """Return the mask of one layer, if it has these heads and groups.
+
+    Raises:
+        ValueError: an unknown mask, one for whole models, or heads that cannot be halved.
+    """
+    if mask == "mixed-layers":
+        raise ValueError("mask 'mixed-layers' is for a model of several layers; one is 'causal' or 'anti-causal'")
+    choice("mask", mask, MASKS)
+    if mask == "mixed-heads":
+        split_heads(heads, groups)
+    return mask
+
+
+def check_prefix(prefix: int | Tensor | None, mask: Mask) -> None:
+    """Raise unless ``prefix`` can go with ``mask``."""
+    if prefix is None:
+        return
+    if mask != "prefix":
+        raise ValueError(f"prefix is for mask 'prefix', got it with {mask!r}")
+    if not isinstance(prefix, Tensor):
+        integer("prefix", prefix, low=0)
+
+
+def check_cached(mask: Mask) -> None:
+    """Raise unless a layer with this mask can go on token by token."""
+    if mask not in ("causal", "prefix"):
+        raise ValueError(f"a layer with mask {mask!r} keeps no cache: later tokens change what earlier ones gave")
+
+
+def check_start(prefix: int | None, seen: int) -> None:
+    """Raise unless a prefix, if there is one, comes before everything else."""
+    if prefix and seen:
+        raise ValueError(f"prefix must be given with the first tokens, {seen} are in the cache already")
+
+
+def split_heads(heads: int, groups: int) -> None:
+    """Raise unless the heads, and their groups, fall into halves."""
+    if heads % 2:
+        raise ValueError(f"heads must be even for mask 'mixed-heads', got {heads}")
+    if groups % 2 and groups != 1:
+        raise ValueError(f"groups must be even or 1 for mask 'mixed-heads', got {groups}")
+
+
+def keys_seen(mask: Mask, length: int) -> float:
+    """Keys that a token sees on average among ``length`` (a prefix is counted as causal)."""
+    return length if mask == "bidirectional" else (length + 1) / 2

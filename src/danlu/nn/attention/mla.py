@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.nn.attention.cache import LayerCache
-from danlu.nn.attention.masks import causal_mask
+from danlu.nn.attention.masks import (
+    LayeredMask,
+    causal_mask,
+    check_cached,
+    check_mask,
+    check_start,
+    keys_seen,
+    masked_attention,
+)
 from danlu.nn.linear import Linear
 from danlu.nn.norm import RMSNorm
 from danlu.nn.rotary import rotate
@@ -40,10 +48,12 @@ class MLAConfig:
     """coordinates with rotary position; the key's are shared by all heads, cached"""
     value_dim: int = 48
     """size of a value head; equal to nope_dim + rope_dim, the CPU's fused attention kernel applies"""
+    mask: LayeredMask = "causal"
+    """which tokens a query sees, see `danlu.nn.attention.masks`"""
 
 
 class MLA(nn.Module):
-    """Causal multi-head latent attention.
+    """Multi-head latent attention, causal unless ``config.mask`` says otherwise.
 
     Args:
         dim: model size D.
@@ -68,6 +78,7 @@ class MLA(nn.Module):
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
         self.heads, self.kv_rank = config.heads, config.kv_rank
         self.nope_dim, self.rope_dim, self.value_dim = config.nope_dim, config.rope_dim, config.value_dim
+        self.mask = check_mask(config.mask, config.heads, config.heads)
         self.scale = 1 / math.sqrt(config.nope_dim + config.rope_dim)
         q_out = config.heads * (config.nope_dim + config.rope_dim)
         # The maps that read x share one product. Queries come first: compressed, or whole.
@@ -85,12 +96,13 @@ class MLA(nn.Module):
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Room for ``capacity`` tokens: ``kv_rank + rope_dim`` elements each, whatever the number of heads."""
+        check_cached(self.mask)
         shape = (batch, capacity, self.kv_rank + self.rope_dim)
         return LayerCache(torch.empty(shape, dtype=dtype, device=device))
 
     def flops_per_token(self, length: int) -> float:
-        """Multiply-adds times two of the score and value products a token, causal, at ``length`` tokens."""
-        return 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim) * (length + 1) / 2
+        """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
+        return 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim) * keys_seen(self.mask, length)
 
     def forward(
         self,
@@ -99,14 +111,17 @@ class MLA(nn.Module):
         *,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        prefix: int | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             x_btd: ``(batch, time, dim)``.
             rope: tables of `danlu.nn.rotary.rotary_angles` for these tokens, ``(time, rope_dim)``.
-            mask: True where a query may look, broadcastable to ``(batch, 1, time, keys)``; None is causal.
+            mask: True where a query may look, broadcastable to ``(batch, heads, time, keys)`` (with a cache to
+                ``(batch, 1, time, keys)``), in place of the layer's own; None is the layer's own.
             cache: latents of earlier calls; the new ones are appended.
+            prefix: first tokens that all see, for the mask "prefix"; with a cache, of the first call.
 
         Returns:
             ``(batch, time, dim)``.
@@ -119,32 +134,35 @@ class MLA(nn.Module):
         q_bthk = rotate(q.view(B, T, self.heads, -1), cos.unsqueeze(-2), sin.unsqueeze(-2))
         c_btc, k_btr = self.kv_norm(c_btc), rotate(k_btr, cos, sin)
         if cache is None:
-            o_bthv = self._expanded(q_bthk, c_btc, k_btr, mask)
+            o_bthv = self._expanded(q_bthk, c_btc, k_btr, mask, prefix)
         else:
             (seen,) = cache.append(torch.cat((c_btc, k_btr), dim=-1))
             L = seen.shape[1]
+            check_start(prefix, L - T)
             if mask is None and 1 < T < L:
                 mask = causal_mask(T, L, device=x_btd.device)
             # Expanding costs the products with kv_up for the whole history, absorbing makes the scores wider.
             expanded = L * self.kv_rank + T * L
             absorbed = T * self.kv_rank + T * L * (2 * self.kv_rank + self.rope_dim) / (self.nope_dim + self.value_dim)
-            if absorbed < expanded:
+            if absorbed < expanded and (T < L or T == 1):
                 o_bthv = self._absorbed(q_bthk, seen, mask)
             else:
-                o_bthv = self._expanded(q_bthk, seen[..., : self.kv_rank], seen[..., self.kv_rank :], mask)
+                o_bthv = self._expanded(q_bthk, seen[..., : self.kv_rank], seen[..., self.kv_rank :], mask, prefix)
         y: Tensor = self.out(o_bthv.reshape(B, T, self.heads * self.value_dim))
         return y
 
-    def _expanded(self, q_bthk: Tensor, c_blc: Tensor, k_blr: Tensor, mask: Tensor | None) -> Tensor:
+    def _expanded(
+        self, q_bthk: Tensor, c_blc: Tensor, k_blr: Tensor, mask: Tensor | None, prefix: int | None = None
+    ) -> Tensor:
         """Multi-head form: every head's keys and values are formed from the latent."""
         B, L, _ = c_blc.shape
         kv = self.kv_up(c_blc).view(B, L, self.heads, self.nope_dim + self.value_dim)
         k_rope = k_blr[:, :, None, :].expand(B, L, self.heads, self.rope_dim)
         k_blhk = torch.cat((kv[..., : self.nope_dim], k_rope), dim=-1)
         q, k, v = (t.transpose(1, 2) for t in (q_bthk, k_blhk, kv[..., self.nope_dim :]))
-        causal = mask is None and q.shape[-2] > 1
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
-        return o.transpose(1, 2)
+        if mask is None and q.shape[2] == L:
+            return masked_attention(q, k, v, self.mask, prefix=prefix, scale=self.scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale).transpose(1, 2)
 
     def _absorbed(self, q_bthk: Tensor, seen_blm: Tensor, mask: Tensor | None) -> Tensor:
         """Multi-query form: heads look at the latent itself, as so many queries of one key."""
