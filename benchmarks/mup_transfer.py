@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--write", action="store_true", help="write results/mup_transfer.json and .png")
+    parser.add_argument(
+        "--write", action="store_true", help="write results/mup_transfer.json and the picture in docs/images"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.runs.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def main() -> None:
     if arguments.write:
         report = {"machine": describe(), "runs": done}
         (RESULTS / "mup_transfer.json").write_text(json.dumps(report, indent=1) + "\n")
-        draw(done, RESULTS / "mup_transfer.png")
+        draw(done, RESULTS.parents[1] / "docs" / "images" / "mup-transfer.png")
 
 
 if __name__ == "__main__":
