@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from danlu.nn import SSM, SSMConfig, causal_mask, document_mask
-from danlu.nn.ssm import S4DConfig
+from danlu.nn.ssm import RTFConfig, S4Config, S4DConfig
 
 DIM = 29
 KINDS: dict[str, Callable[[], SSM]] = {
     "s4d": lambda: SSM(DIM, SSMConfig(kernel=S4DConfig(state=10), channels=31)),
+    "s4": lambda: SSM(DIM, SSMConfig(kernel=S4Config(state=8), channels=13)),
+    "rtf": lambda: SSM(DIM, SSMConfig(kernel=RTFConfig(state=7, length=37))),
     "s4d inverse": lambda: SSM(DIM, SSMConfig(kernel=S4DConfig(state=6, init="inv"))),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -20,7 +22,10 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def build(kind: str) -> SSM:
     torch.manual_seed(3)
-    return KINDS[kind]().double()
+    layer = KINDS[kind]().double()
+    if kind == "rtf":
+        torch.nn.init.uniform_(layer.space.a, -0.1, 0.1)  # away from the shift register that it starts as
+    return layer
 
 
 def random(*shape: int) -> Tensor:
@@ -155,16 +160,20 @@ def test_second_derivatives_are_those_of_differences(kind: str) -> None:
 @every_kind
 def test_output_has_the_inputs_size_within_a_factor_of_a_few_at_the_start(kind: str) -> None:
     torch.manual_seed(0)
-    layer = SSM(64, SSMConfig(kernel=S4DConfig(state=64, init="inv" if "inverse" in kind else "lin")))
+    kernels = {"s4d": S4DConfig(), "s4": S4Config(), "rtf": RTFConfig(), "s4d inverse": S4DConfig(init="inv")}
+    layer = SSM(64, SSMConfig(kernel=kernels[kind]))
     y = layer(torch.randn(4, 257, 64))
     assert 0.1 < y.square().mean().sqrt().item() < 3
 
 
-def test_the_training_forward_compiles_as_one_graph() -> None:
+@pytest.mark.parametrize("kernel", [S4DConfig(state=4), S4Config(state=4), RTFConfig(state=4, length=16)])
+def test_the_training_forward_compiles_as_one_graph(kernel: S4DConfig | S4Config | RTFConfig) -> None:
     torch.manual_seed(0)
-    layer = SSM(12, SSMConfig(kernel=S4DConfig(state=4)))
+    layer = SSM(12, SSMConfig(kernel=kernel))
     x = torch.randn(2, 16, 12)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    # One kind is enough for the compiler of backward passes, which is slow.
+    backend = "aot_eager" if isinstance(kernel, S4DConfig) else "eager"
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     y, expected = compiled(x), layer(x)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
@@ -177,6 +186,9 @@ def test_impossible_sizes_are_refused_by_name() -> None:
     for config, message in [
         (SSMConfig(channels=0), "channels"),
         (SSMConfig(kernel=S4DConfig(state=5)), "state must be even"),
+        (SSMConfig(kernel=S4Config(state=5)), "state must be even"),
+        (SSMConfig(kernel=S4Config(dt_max=-1.0)), "dt_max"),
+        (SSMConfig(kernel=RTFConfig(state=8, length=8)), "length must be an integer of at least 9"),
         (SSMConfig(kernel=S4DConfig(state=0)), "state"),
         (SSMConfig(kernel=S4DConfig(dt_min=0.2)), "dt_min must be at most"),
         (SSMConfig(kernel=S4DConfig(dt_max=math.inf)), "dt_max"),

@@ -18,6 +18,8 @@ from danlu._validate import integer
 from danlu.nn.attention.masks import document_mask
 from danlu.nn.linear import Linear, declare
 from danlu.nn.ssm.convolution import causal_convolution, fast_length
+from danlu.nn.ssm.rtf import RTF, RTFConfig
+from danlu.nn.ssm.s4 import S4, S4Config
 from danlu.nn.ssm.s4d import S4D, S4DConfig
 
 
@@ -25,7 +27,7 @@ from danlu.nn.ssm.s4d import S4D, S4DConfig
 class SSMConfig:
     """Sizes of an `SSM` layer."""
 
-    kernel: S4DConfig = S4DConfig()
+    kernel: S4DConfig | S4Config | RTFConfig = S4DConfig()
     """kind of the state space, and its sizes"""
     channels: int | None = None
     """independent state spaces, one a coordinate; None: as many as the model has dimensions"""
@@ -104,7 +106,14 @@ class SSM(nn.Module):
         self.channels = dim if config.channels is None else config.channels
         integer("channels", self.channels)
         self.project = Linear(dim, 2 * self.channels, split=(self.channels, self.channels))
-        self.space = S4D(self.channels, config.kernel)
+        self.space: S4D | S4 | RTF
+        match config.kernel:
+            case S4DConfig():
+                self.space = S4D(self.channels, config.kernel)
+            case S4Config():
+                self.space = S4(self.channels, config.kernel)
+            case RTFConfig():
+                self.space = RTF(self.channels, config.kernel)
         self.skip = declare(nn.Parameter(torch.ones(self.channels)), "gain")
         self.out = Linear(self.channels, dim, std=out_std)
 
