@@ -1,9 +1,10 @@
 """State-space layers forward and backward, batch 8, 64 channels, 64 states: danlu beside the published formulas.
 
-Parts: ``1024`` and ``4096`` (that length), ``growth`` (danlu's two convolutions over the length). Every contestant maps 8 x 64 x L float32 numbers to as many and takes the gradients of its parameters and
-input; the FFT convolution is part of it. ``S4D formula`` is the exponentials of a channels x 32 x L Vandermonde matrix,
-``DPLR formula`` the Cauchy matrices of channels x 32 x (L/2 + 1), both in complex arithmetic as published, written anew
-here. The note of a kernel is its largest difference from the same kernel in float64, relative to the largest entry.
+Parts: ``1024`` and ``4096`` (that length), ``growth`` (danlu's two convolutions over the length). Every contestant maps
+8 x 64 x L float32 numbers to as many and takes the gradients of its parameters and input; the FFT convolution is part
+of it. ``S4D formula`` is the exponentials of a channels x 32 x L Vandermonde matrix, ``DPLR formula`` the Cauchy
+matrices of channels x 32 x (L/2 + 1), both in complex arithmetic as published, written anew here. The note of a kernel
+is its largest difference from the same kernel in float64, relative to the largest entry.
 """
 
 import math

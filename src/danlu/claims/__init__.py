@@ -82,6 +82,7 @@ REGISTRY: dict[str, str] = {
     "sgd": "analysis",
     "sid": "objectives",
     "spectral": "linalg",
+    "ssm": "nn",
     "tiger": "optim",
 }
 
