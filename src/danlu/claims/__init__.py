@@ -84,6 +84,7 @@ REGISTRY: dict[str, str] = {
     "spectral": "linalg",
     "ssm": "nn",
     "tiger": "optim",
+    "upsample_guidance": "diffusion",
 }
 
 _EXAMPLES = """examples:

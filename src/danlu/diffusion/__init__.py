@@ -35,6 +35,7 @@ from danlu.diffusion.schedule import (
     broadcast,
 )
 from danlu.diffusion.times import LogitNormalTimes, LogNormalNoise, TimesConfig, UniformTimes
+from danlu.diffusion.upsample_guidance import upsample_guidance
 
 __all__ = [
     "EDM",
@@ -69,4 +70,5 @@ __all__ = [
     "prior",
     "time_grid",
     "to_x0_eps",
+    "upsample_guidance",
 ]
