@@ -126,6 +126,8 @@ def test_a_folder_of_ones_own_images_trains_and_without_classes_cannot_be_measur
         (["--prompt", "a"], "--prompt is for runs on text"),
         (["--count", "0"], "--count must be an integer of at least 1, got 0"),
         (["--guidance", "2"], "guidance is learned in training by MeanFlow"),
+        (["--upsample", "2"], "--upsample is for runs that denoise or follow a velocity, not for one of MeanFlow"),
+        (["--upsample", "0"], "--upsample must be an integer of at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(run, options, message, capsys):

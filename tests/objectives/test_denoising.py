@@ -170,3 +170,13 @@ def test_the_multiscale_loss_is_the_sum_over_resolutions():
 def test_what_makes_no_sense_is_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_an_upsampled_image_is_clipped_behind_its_guidance():
+    model = Given()
+    objective = Denoising(model, DenoisingConfig(schedule=Cosine(limit=15.0), prediction="x0", sampler="ddim"))
+    with torch.no_grad():
+        model.value.fill_(0.9)
+    images = objective.sample((2, 1, 4, 4), steps=3, generator=torch.Generator().manual_seed(0), upsample=2)
+    torch.testing.assert_close(images, torch.full((2, 1, 4, 4), 0.9))
+    assert {given[0].shape[-1] for given in model.given} == {2, 4}

@@ -148,3 +148,15 @@ def test_what_cannot_be_sampled_is_refused(options, said):
 def test_labels_for_a_model_without_classes_are_refused():
     with pytest.raises(ValueError, match="without classes"):
         FlowMatching(Exact()).sample((1, 1, 1, 1), steps=1, labels=torch.tensor([0]))
+
+
+def test_upsampled_images_vary_in_their_averages_as_the_small_images_do():
+    objective, generator = FlowMatching(Exact()), torch.Generator().manual_seed(2)
+
+    def spread(upsample):
+        images = objective.sample((512, 1, 6, 6), steps=40, generator=generator, upsample=upsample)
+        return float(torch.nn.functional.avg_pool2d(images, 3).std())
+
+    # Independent pixels: unguided, an average of nine has a third of their deviation.
+    assert spread(1) == pytest.approx(STD / 3, rel=0.1)
+    assert spread(3) == pytest.approx(STD, rel=0.3)

@@ -1,6 +1,7 @@
 """What the verbs do with a run that generates images: draw them, and measure them."""
 
 import argparse
+import inspect
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,14 @@ def sample(arguments: argparse.Namespace) -> int:
         for name in arguments.classes:
             choice("--classes", name, names)
         chosen = torch.tensor([names.index(name) for name in arguments.classes])
+    larger = {}
+    if arguments.upsample is not None:
+        integer("--upsample", arguments.upsample)
+        if "upsample" not in inspect.signature(kind.sample).parameters:
+            raise ValueError(
+                f"--upsample is for runs that denoise or follow a velocity, not for one of {kind.__name__}"
+            )
+        larger = {"upsample": arguments.upsample}
     images = _draw(
         objective,
         config.model,
@@ -77,6 +86,7 @@ def sample(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         guidance=arguments.guidance,
         trajectory=moving,
+        **larger,
     )
     print(write_images(out, images))
     return 0
@@ -99,10 +109,9 @@ def _draw(
     *,
     steps: int,
     seed: int | None,
-    guidance: float | None = None,
-    trajectory: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """Draw images of ``classes`` in turn (None: of all)."""
+    """Draw images of ``classes`` in turn (None: of all); ``options`` are those of the objective's own ``sample``."""
     device = next(objective.parameters()).device
     generator = torch.Generator(device)
     if seed is None:
@@ -113,10 +122,9 @@ def _draw(
     if model.num_classes:
         labels = torch.arange(model.num_classes) if classes is None else classes
         labels = labels[torch.arange(count) % len(labels)].to(device)
-    shape = (count, model.channels, model.image_size, model.image_size)
-    drawn: Tensor = objective.sample(
-        shape, steps=steps, generator=generator, labels=labels, guidance=guidance, trajectory=trajectory
-    )
+    side = model.image_size * options.get("upsample", 1)
+    shape = (count, model.channels, side, side)
+    drawn: Tensor = objective.sample(shape, steps=steps, generator=generator, labels=labels, **options)
     return drawn
 
 

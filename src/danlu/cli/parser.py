@@ -175,6 +175,12 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     sample.add_argument("--count", type=int, metavar="N", help="how many to write (default: 1 text, 64 images)")
     sample.add_argument("--out", metavar="FILE", help="images: .png, or .gif or .webp for the way to them")
     sample.add_argument("--classes", metavar="NAME", nargs="+", help="images of these classes in turn (default: all)")
+    sample.add_argument(
+        "--upsample",
+        type=int,
+        metavar="S",
+        help="images S times as high and wide as those trained on, without training",
+    )
     verbs["eval"].add_argument("--count", type=int, default=500, metavar="N", help="images to draw (default: 500)")
     verbs["eval"].add_argument(
         "--features", metavar="RUN", help="the classifier to compare by (default: one trained on the same images)"

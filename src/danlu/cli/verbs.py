@@ -94,7 +94,7 @@ def sample(arguments: argparse.Namespace) -> int:
         from danlu.cli import images
 
         return images.sample(arguments)
-    for option in ("steps", "guidance", "out", "classes"):
+    for option in ("steps", "guidance", "out", "classes", "upsample"):
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option} is for runs on images; {arguments.folder} is a run on text")
     arguments.count = arguments.count or 1

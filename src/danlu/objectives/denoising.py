@@ -30,6 +30,7 @@ from danlu.diffusion import (
     prior,
     time_grid,
     to_x0_eps,
+    upsample_guidance,
 )
 from danlu.objectives._images import Batch, ImageObjective, check_sampling, guided_call, mean_square, told_classes
 
@@ -112,6 +113,7 @@ class Denoising(ImageObjective):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
         guidance: float | None = None,
+        upsample: int = 1,
         trajectory: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -124,8 +126,13 @@ class Denoising(ImageObjective):
         device, classes = check_sampling(self.model, tuple(shape), labels, guidance)
         output = guided_call(lambda x, t, told: predict(self.model, config, x, t, told), self.model, classes, guidance)
 
+        def unbounded(x: Tensor, t: Tensor) -> Tensor:
+            return to_x0_eps(output(x, t), x, t, config.schedule, config.prediction, data_std=config.data_std)[0]
+
+        guided = upsample_guidance(unbounded, config.schedule, upsample)
+
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            x0, _ = to_x0_eps(output(x, t), x, t, config.schedule, config.prediction, data_std=config.data_std)
+            x0 = guided(x, t)
             return x0.clamp(-1, 1) if config.clip else x0
 
         x = prior(shape, config.schedule, generator=generator, device=device)

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from danlu._validate import choice, number
-from danlu.diffusion import Flow, Progress, TimesConfig, UniformTimes, euler, heun, prior, time_grid
+from danlu.diffusion import (
+    Flow,
+    Progress,
+    TimesConfig,
+    UniformTimes,
+    euler,
+    heun,
+    prior,
+    time_grid,
+    upsample_guidance,
+)
 from danlu.objectives._images import Batch, ImageObjective, check_sampling, guided_call, mean_square, told_classes
 
 __all__ = ["FlowMatching", "FlowMatchingConfig"]
@@ -71,6 +81,7 @@ class FlowMatching(ImageObjective):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
         guidance: float | None = None,
+        upsample: int = 1,
         trajectory: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -82,6 +93,8 @@ class FlowMatching(ImageObjective):
             generator: on the model's device; the same seed draws the same images.
             labels: int64 ``(n,)``; None draws without classes.
             guidance: scale of classifier-free guidance; None and 1 are the conditional model itself.
+            upsample: ``shape`` is this many times as high and wide as the images trained on
+                (:func:`danlu.diffusion.upsample_guidance`).
             trajectory: return all states, ``(steps + 1, n, c, h, w)``, the images last.
             progress: called with the steps done and their number.
 
@@ -96,4 +109,5 @@ class FlowMatching(ImageObjective):
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             return x - t.view(-1, 1, 1, 1) * velocity(x, t)
 
-        return method(denoise, x, FLOW, time_grid(FLOW, steps), trajectory=trajectory, progress=progress)
+        guided = upsample_guidance(denoise, FLOW, upsample)
+        return method(guided, x, FLOW, time_grid(FLOW, steps), trajectory=trajectory, progress=progress)
