@@ -4,7 +4,11 @@ The whole layer is one autograd function. Rows are gathered by expert, each expe
 results are added back to their tokens; the backward pass does the same in reverse with the gate folded into the
 hidden activation, so that nothing of size (choices, dim) is kept except the gathered input.
 
-Shape suffixes: N tokens, K choices a token, S = N K sorted choices, E experts, D model size, H hidden size.
+In bfloat16 torch's grouped product takes all experts at once. Elsewhere it gains nothing over a loop, and the loop goes
+through a whole expert before the next: what lies between its products never leaves the processor's cache.
+
+Shape suffixes: N tokens, K choices a token, S = N K sorted choices, E experts, R rows of one expert, D model size,
+H hidden size.
 """
 
 from typing import Any
@@ -19,50 +23,21 @@ _FEW = 16
 """Choices up to which a CPU loses more by sorting the tokens than by taking them one by one."""
 
 
-def _fused_products(x: Tensor, *sizes: int) -> bool:
-    """Whether torch's grouped product serves: bfloat16 with rows that are multiples of 16 bytes."""
-    return x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+class _Fused(torch.autograd.Function):
+    """All experts at once, for bfloat16 with sizes that are multiples of 8 (rows of 16 bytes)."""
 
-
-def _rows_by_expert(x_si: Tensor, w_eoi: Tensor, ends_e: Tensor) -> Tensor:
-    """``y_s = W_e(s) x_s``, ``(S, I) -> (S, O)``."""
-    if _fused_products(x_si, *w_eoi.shape[1:]):
-        return F.grouped_mm(x_si, w_eoi.transpose(1, 2), offs=ends_e)
-    y_so = x_si.new_empty(x_si.shape[0], w_eoi.shape[1])
-    start = 0
-    for w_oi, end in zip(w_eoi, ends_e.tolist()):
-        if end > start:
-            torch.mm(x_si[start:end], w_oi.T, out=y_so[start:end])
-        start = end
-    return y_so
-
-
-def _weight_gradient(grad_so: Tensor, x_si: Tensor, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dW_e = sum of grad_s x_s^T`` over the rows of expert ``e``: ``(E, O, I)``."""
-    if _fused_products(x_si, grad_so.shape[1], x_si.shape[1]):
-        return F.grouped_mm(grad_so.transpose(0, 1), x_si, offs=ends_e).to(dtype)
-    grad_eoi = x_si.new_empty(ends_e.shape[0], grad_so.shape[1], x_si.shape[1])
-    start = 0
-    for grad_oi, end in zip(grad_eoi, ends_e.tolist()):
-        # An expert without a token gets a zero gradient: the product over no rows.
-        torch.mm(grad_so[start:end].T, x_si[start:end], out=grad_oi)
-        start = end
-    return grad_eoi.to(dtype)
-
-
-class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, gate_nk: Tensor, plan: tuple[Tensor, ...], *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x_nd: Tensor, gate: Tensor, plan: tuple[Tensor, ...], *weights: Tensor) -> Tensor:
         order_s, token_s, ends_e = plan
-        ctx.gates = gate_nk.shape
         up_ehd, down_edh = (w.to(x_nd.dtype) for w in weights)
         x_sd = x_nd.index_select(0, token_s)
-        gate_up = _rows_by_expert(x_sd, up_ehd, ends_e)
-        gate_s1 = gate_nk.flatten().index_select(0, order_s)[:, None].to(x_nd.dtype)
+        gate_up = F.grouped_mm(x_sd, up_ehd.transpose(1, 2), offs=ends_e)
+        gate_s1 = gate.flatten().index_select(0, order_s)[:, None].to(x_nd.dtype)
         first, second = gate_up.chunk(2, dim=-1)
         hidden_sh = F.silu(first).mul_(second)
         gated_sh = hidden_sh * gate_s1
-        y_sd = _rows_by_expert(gated_sh, down_edh, ends_e)
+        y_sd = F.grouped_mm(gated_sh, down_edh.transpose(1, 2), offs=ends_e)
+        ctx.gates = gate.shape
         ctx.save_for_backward(x_sd, gate_up, hidden_sh, gated_sh, gate_s1, order_s, token_s, ends_e, *weights)
         return torch.zeros_like(x_nd).index_add_(0, token_s, y_sd)
 
@@ -72,15 +47,66 @@ class _Experts(torch.autograd.Function):
         x_sd, gate_up, hidden_sh, gated_sh, gate_s1, order_s, token_s, ends_e, *weights = ctx.saved_tensors
         up_ehd, down_edh = (w.to(x_sd.dtype) for w in weights)
         grad_sd = grad_nd.contiguous().index_select(0, token_s)
-        grad_down = _weight_gradient(grad_sd, gated_sh, ends_e, weights[1].dtype)
-        grad_sh = _rows_by_expert(grad_sd, down_edh.transpose(1, 2), ends_e)
+        grad_down = F.grouped_mm(grad_sd.T, gated_sh, offs=ends_e).to(weights[1].dtype)
+        grad_sh = F.grouped_mm(grad_sd, down_edh, offs=ends_e)
         grad_gate_s = torch.linalg.vecdot(grad_sh, hidden_sh)
         grad_gate_up = swiglu_backward(grad_sh.mul_(gate_s1), gate_up)
-        grad_up = _weight_gradient(grad_gate_up, x_sd, ends_e, weights[0].dtype)
+        grad_up = F.grouped_mm(grad_gate_up.T, x_sd, offs=ends_e).to(weights[0].dtype)
         grad_x = torch.zeros_like(grad_nd, memory_format=torch.contiguous_format)
-        grad_x.index_add_(0, token_s, _rows_by_expert(grad_gate_up, up_ehd.transpose(1, 2), ends_e))
-        grad_gate = grad_gate_s.new_zeros(ctx.gates).view(-1).index_copy_(0, order_s, grad_gate_s)
-        return grad_x, grad_gate.view(ctx.gates), None, grad_up, grad_down
+        grad_x.index_add_(0, token_s, F.grouped_mm(grad_gate_up, up_ehd, offs=ends_e))
+        return grad_x, _at_gates(grad_gate_s, order_s, ctx.gates), None, grad_up, grad_down
+
+
+class _Loop(torch.autograd.Function):
+    """Expert after expert, for every format."""
+
+    @staticmethod
+    def forward(ctx: Any, x_nd: Tensor, gate: Tensor, plan: tuple[Tensor, ...], *weights: Tensor) -> Tensor:
+        order_s, token_s, ends_e = plan
+        up_ehd, down_edh = (w.to(x_nd.dtype) for w in weights)
+        ctx.sizes = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
+        x_sd = x_nd.index_select(0, token_s)
+        gate_s1 = gate.flatten().index_select(0, order_s)[:, None].to(x_nd.dtype)
+        gate_up = x_nd.new_empty(x_sd.shape[0], up_ehd.shape[1])
+        y_nd = torch.zeros_like(x_nd)
+        by_expert = zip(*(t.split(ctx.sizes) for t in (x_sd, gate_s1, gate_up, token_s)), up_ehd, down_edh)
+        for x_rd, gate_r1, gate_up_r, token_r, up_hd, down_dh in by_expert:
+            torch.mm(x_rd, up_hd.T, out=gate_up_r)
+            first, second = gate_up_r.chunk(2, dim=-1)
+            y_nd.index_add_(0, token_r, torch.mm(F.silu(first).mul_(second).mul_(gate_r1), down_dh.T))
+        ctx.gates = gate.shape
+        ctx.save_for_backward(x_sd, gate_up, gate_s1, order_s, token_s, *weights)
+        return y_nd
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor | None, ...]:
+        x_sd, gate_up, gate_s1, order_s, token_s, *weights = ctx.saved_tensors
+        up_ehd, down_edh = (w.to(x_sd.dtype) for w in weights)
+        grad_nd = grad_nd.contiguous()
+        grad_x, grad_gate_s = torch.zeros_like(grad_nd), gate_s1.new_empty(gate_s1.shape[0])
+        grad_up, grad_down = torch.empty_like(up_ehd), torch.empty_like(down_edh)
+        rows = (t.split(ctx.sizes) for t in (x_sd, gate_up, gate_s1, grad_gate_s, token_s))
+        for x_rd, gate_up_r, gate_r1, grad_gate_r, token_r, up_hd, down_dh, grad_up_hd, grad_down_dh in zip(
+            *rows, up_ehd, down_edh, grad_up, grad_down
+        ):
+            grad_rd = grad_nd.index_select(0, token_r)
+            first, second = gate_up_r.chunk(2, dim=-1)
+            hidden_rh = F.silu(first).mul_(second)
+            grad_rh = torch.mm(grad_rd, down_dh)
+            torch.linalg.vecdot(grad_rh, hidden_rh, out=grad_gate_r)
+            # An expert without a token gets a zero gradient: the product over no rows.
+            torch.mm(grad_rd.T, hidden_rh.mul_(gate_r1), out=grad_down_dh)
+            grad_gate_up = swiglu_backward(grad_rh.mul_(gate_r1), gate_up_r)
+            torch.mm(grad_gate_up.T, x_rd, out=grad_up_hd)
+            grad_x.index_add_(0, token_r, torch.mm(grad_gate_up, up_hd))
+        grad_weights = (grad_up.to(weights[0].dtype), grad_down.to(weights[1].dtype))
+        return grad_x, _at_gates(grad_gate_s, order_s, ctx.gates), None, *grad_weights
+
+
+def _at_gates(grad_s: Tensor, order_s: Tensor, shape: torch.Size) -> Tensor:
+    """Gradients of the sorted choices at their places in the gates, zero elsewhere."""
+    return grad_s.new_zeros(shape.numel()).index_copy_(0, order_s, grad_s).view(shape)
 
 
 def _few_choices(x_nd: Tensor, gate_nk: Tensor, chosen_nk: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -130,13 +156,14 @@ def routed_experts(
     if few and rms is None and not torch.is_grad_enabled():
         return _few_choices(x_nd, gate, chosen, w_up, w_down)
     order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
-    y: Tensor
+    fused = x_nd.dtype == torch.bfloat16 and w_down.shape[1] % 8 == 0 and w_down.shape[2] % 8 == 0
+    experts = _Fused if fused else _Loop
     if rms is None:
-        y = _Experts.apply(x_nd, gate, (order_s, token_s, ends_e), w_up, w_down)
+        y: Tensor = experts.apply(x_nd, gate, (order_s, token_s, ends_e), w_up, w_down)
         return y
     rows = torch.arange(token_s.numel(), device=x_nd.device)
     # Sorted rows of their own: each choice is a token with one expert, whose output can be seen before the gate.
-    y_sd = _Experts.apply(x_nd[token_s], x_nd.new_ones(rows.numel(), 1), (rows, rows, ends_e), w_up, w_down)
+    y_sd = experts.apply(x_nd[token_s], x_nd.new_ones(rows.numel(), 1), (rows, rows, ends_e), w_up, w_down)
     # The eps only keeps a dead expert's zero from being divided by zero.
     gated_sd = F.rms_norm(y_sd, y_sd.shape[-1:], eps=1e-12) * (rms * gate.flatten()[order_s, None]).to(x_nd.dtype)
     return torch.zeros_like(x_nd).index_add(0, token_s, gated_sd)
