@@ -210,7 +210,8 @@ def _state_bytes(make: _Make) -> float:
     weight.grad = torch.ones_like(weight)
     optimizer = make([weight])
     optimizer.step()
-    return sum(value.nbytes for value in optimizer.state[weight].values()) / weight.nbytes
+    held: int = sum(value.nbytes for value in optimizer.state[weight].values())
+    return held / weight.nbytes
 
 
 CLAIMS = (
