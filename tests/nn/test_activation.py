@@ -147,9 +147,19 @@ def test_learnable_b_trains_and_stays_positive() -> None:
     assert set(layer.state_dict()) == {"root"}
 
 
-def test_vmap_and_compiled_forms_agree() -> None:
+def test_function_transforms_and_the_compiled_form_agree() -> None:
     x = torch.linspace(-2, 2, 12).view(3, 4)
     torch.testing.assert_close(torch.vmap(squareplus)(x), squareplus(x))
+    each = torch.func.vmap(torch.func.grad(squareplus))(x.flatten())
+    torch.testing.assert_close(each.view(3, 4), squareplus_derivative(x))
+    b = torch.tensor([0.5, 1.0, 2.0])
+    by_b = torch.func.vmap(torch.func.grad(lambda t, c: squareplus(t, c).sum(), argnums=1))(x, b)
+    torch.testing.assert_close(by_b, (1 / (4 * torch.sqrt(x * x + b[:, None]))).sum(-1))
+    leaf = torch.tensor([-2.0, 0.0, 3.0], requires_grad=True)
+    traced = torch.compile(squareplus, fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(leaf), squareplus(leaf))
+    (grad,) = torch.autograd.grad(traced(leaf).sum(), leaf)
+    torch.testing.assert_close(grad, squareplus_derivative(leaf.detach()))  # 1/2 at 0 as well
 
 
 @pytest.mark.parametrize(

@@ -65,18 +65,29 @@ class _SquarePlus(torch.autograd.Function):
     """Keeps the derivative, so that the backward pass is a single product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, b: Tensor) -> Tensor:
+    def forward(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         blocks = x.device.type == "cpu" and x.is_contiguous() and b.dim() == 0 and x.numel() > 0
         if blocks:
-            y, slope = _blockwise(x, b)
-        else:
-            y, root = _with_root(x, b)
-            slope = y / root
-        ctx.save_for_backward(x, b, slope)
-        return y
+            return _blockwise(x, b)
+        y, root = _with_root(x, b)
+        return y, y / root
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def vmap(_: Any, in_dims: tuple[int | None, int | None], x: Tensor, b: Tensor) -> tuple[Any, Any]:
+        x = x[None] if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        if in_dims[1] is not None:  # line the batch up with that of x, the rest with its last dimensions
+            b = b.movedim(in_dims[1], 0)
+            b = b.reshape(b.shape[0], *(1,) * (x.dim() - b.dim()), *b.shape[1:])
+            x = x.expand(b.shape[0], *x.shape[1:])
+        return _SquarePlus.apply(x, b), (0, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None]:
         x, b, slope = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of this derivative is asked for
             slope = squareplus_derivative(x, b)
@@ -122,7 +133,7 @@ def squareplus(x: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and (wide.requires_grad or b.requires_grad)):
         y, _ = _with_root(wide, b)
     else:
-        y = _SquarePlus.apply(wide, b)
+        y, _ = _SquarePlus.apply(wide, b)
     return y.to(x.dtype)
 
 
