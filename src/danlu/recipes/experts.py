@@ -24,10 +24,10 @@ def lm_moe_aux() -> RunConfig:
 
 
 def lm_moe_lossfree() -> RunConfig:
-    """Selection biases moved by the sign of the excess, held for the last tenth of the run."""
-    return balanced("lm-moe-lossfree", LossFreeConfig(rate=1e-3, freeze_after=340))
+    """Selection biases moved by the sign of the excess; ``balance.freeze_after`` holds them near the end of a long run."""
+    return balanced("lm-moe-lossfree", LossFreeConfig(rate=1e-3))
 
 
 def lm_moe_dynamic() -> RunConfig:
     """A threshold for each expert: four experts a token on average."""
-    return balanced("lm-moe-dynamic", DynamicConfig(rate=1e-3, freeze_after=340))
+    return balanced("lm-moe-dynamic", DynamicConfig(rate=1e-3))
