@@ -24,7 +24,7 @@ def lm_moe_aux() -> RunConfig:
 
 
 def lm_moe_lossfree() -> RunConfig:
-    """Selection biases moved by the sign of the excess; ``balance.freeze_after`` holds them near the end of a long run."""
+    """Selection biases moved by the sign of the excess; ``freeze_after`` would hold them near the end of a long run."""
     return balanced("lm-moe-lossfree", LossFreeConfig(rate=1e-3))
 
 
