@@ -186,6 +186,13 @@ def test_bad_options_are_refused_by_name(options, message):
         ImagesConfig(**options)
 
 
+def test_colours_of_gray_images_cannot_be_changed():
+    pytest.importorskip("kornia")
+    needs("digits8")
+    with pytest.raises(ValueError, match=r"augment: 'color' changes colours, and the images of .* are gray"):
+        open_images(ImagesConfig(source="digits8", augment=("color",)))
+
+
 def test_too_few_and_undecodable_images_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder is called"):
         open_images(ImagesConfig(path=(str(tmp_path / "absent"),), size=4), cache_dir=str(tmp_path))

