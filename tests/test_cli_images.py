@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 def test_training_ends_with_a_picture_and_a_page_that_shows_it(run):
     with Image.open(run / "samples.png") as picture:
-        assert picture.size == (10 * 58 + 2, 7 * 58 + 2)
+        assert picture.size == (10 * 58 + 2, 6 * 58 + 2)
     page = (run / "report.html").read_text()
     assert 'alt="samples"' in page
     assert "<td>images</td><td>60</td>" in page

@@ -30,7 +30,7 @@ def steps_of(objective: Any, asked: int | None) -> int:
 def write_samples(folder: Path) -> str:
     """Write samples.png into a run's folder unless it is there; return options that draw more, or "" if it draws none.
 
-    The images are in the order of their classes, column by column.
+    Of few classes each has a column.
     """
     from danlu.report import write_images
     from danlu.train import run
@@ -41,9 +41,10 @@ def write_samples(folder: Path) -> str:
     steps = steps_of(objective, None)
     path = folder / "samples.png"
     if not path.exists():
-        count = max(_COUNT, config.model.num_classes)
+        columns = config.model.num_classes if 1 < config.model.num_classes <= 16 else 8
+        count = _COUNT // columns * columns
         images = _draw(objective, config.model, None, count, steps=steps, seed=config.train.seed)
-        print(f"Samples: {write_images(path, images, columns=config.model.num_classes or None)}")
+        print(f"Samples: {write_images(path, images, columns=columns)}")
     return f"--steps {steps} --out samples.png"
 
 
