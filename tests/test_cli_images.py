@@ -13,6 +13,8 @@ from danlu.report.metrics import read_metrics
 
 TINY = {
     "--train.steps": "3",
+    "--optim.lr": "0.05",
+    "--schedule.warmup": "1",
     "--train.eval_every": "3",
     "--train.threads": "1",
     "--train.tensorboard": "False",
