@@ -66,6 +66,7 @@ REGISTRY: dict[str, str] = {
     "lowrank": "linalg",
     "masks": "nn",
     "mclip": "linalg",
+    "meanflow": "objectives",
     "minimax": "approx",
     "mla": "nn",
     "moe": "nn",

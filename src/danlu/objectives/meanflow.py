@@ -136,7 +136,7 @@ class MeanFlow(ImageObjective):
 
     @torch.no_grad()
     def _guided(self, x: Tensor, t: Tensor, classes: Tensor, velocity: Tensor) -> Tensor:
-        """``omega v + kappa u(x, t, t | c) + (1 - omega - kappa) u(x, t, t)`` for rows with a class in time."""
+        """``omega v + kappa u(x, t, t | c) + (1 - omega - kappa) u(x, t, t)``; v without a class or out of time."""
         config, none = self.config, int(self.model.num_classes)  # type: ignore[arg-type]
         mixed = config.omega * velocity
         if config.kappa:
@@ -157,7 +157,8 @@ class MeanFlow(ImageObjective):
         x_r, t_r, r_r, tangent = x[rows], t[rows], r[rows], velocity[rows]
         form = self.config.form
         if form != "meanflow":
-            tangent = self.model(x_r, t_r, some, t_r)
+            with torch.set_grad_enabled(form == "full" and torch.is_grad_enabled()):
+                tangent = self.model(x_r, t_r, some, t_r)
 
         def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return self.model(x, t, some, r)  # type: ignore[no-any-return]
@@ -168,7 +169,7 @@ class MeanFlow(ImageObjective):
             value = torch.cat([near, far])
         else:
             with torch.no_grad():
-                _, slope = total_derivative(u, x_r, t_r, r_r, tangent.detach())
+                _, slope = total_derivative(u, x_r, t_r, r_r, tangent)
             value = self.model(x, t, classes, r)
         correction = (t_r - r_r).view(-1, 1, 1, 1).to(slope.dtype) * slope
         return torch.cat([(value - velocity)[:apart] + correction, (value - velocity)[apart:]])

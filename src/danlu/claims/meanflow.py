@@ -1,0 +1,193 @@
+"""MeanFlow: the identity on normal data, the derivative of a share of the batch, and one step of a trained toy.
+
+The toy is a ring of eight normal modes in the plane, learned by a small network; what is measured is the energy
+distance of samples drawn in one step, with the rule as it is and with one part of it wrong.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from danlu.claims.frame import Claim, at_most
+from danlu.diffusion import UniformTimes
+from danlu.objectives import MeanFlow, MeanFlowConfig, total_derivative
+
+_MEAN, _STD = 0.3, 0.7
+
+
+def _spread(t: Tensor) -> Tensor:
+    return torch.sqrt((1 - t) ** 2 * _STD**2 + t**2)
+
+
+def _average(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """The average velocity of normal data."""
+    return -_MEAN + (_spread(t) - _spread(r)) / (t - r) * (x - (1 - t) * _MEAN) / _spread(t)
+
+
+def _residual(*, time: float) -> float:
+    """Largest residual of the identity on normal data; the derivative moves t by ``time``: 1 is right."""
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(997, generator=generator, dtype=torch.float64)
+    t, r = torch.rand(2, 997, generator=generator, dtype=torch.float64).sort(0, descending=True).values
+    slope = (t - (1 - t) * _STD**2) / _spread(t) ** 2
+    v = -_MEAN + slope * (x - (1 - t) * _MEAN)
+    if time == 1:
+        u, change = total_derivative(_average, x, t, r, v)
+    else:
+        u, change, *_ = torch.func.jvp(_average, (x, t, r), (v, time * torch.ones_like(t), torch.zeros_like(r)))
+    return float((u + (t - r) * change - v).abs().max())
+
+
+class Plane(nn.Module):
+    """A network ``net(x, t, classes, r)`` of points in the plane, as images of two channels and one pixel."""
+
+    num_classes = 0
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(2 + 16, width), nn.Linear(width, 2)
+        self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor, classes: Tensor | None = None, r: Tensor | None = None) -> Tensor:
+        """Return a velocity like ``x`` ``(b, 2, 1, 1)``."""
+        assert r is not None
+        times = torch.stack([t, t - r], dim=1)[..., None] * (math.pi * 2.0 ** torch.arange(-1, 3, dtype=x.dtype))
+        hidden = F.silu(self.into(torch.cat([x.flatten(1), times.sin().flatten(1), times.cos().flatten(1)], dim=1)))
+        for layer in self.inner:
+            hidden = F.silu(layer(hidden))
+        velocity: Tensor = self.out(hidden).view_as(x)
+        return velocity
+
+
+class _Wrong(MeanFlow):
+    """The rule for every row at once, with the stop of gradients left out or another tangent in t."""
+
+    def __init__(self, model: nn.Module, config: MeanFlowConfig, *, hold: bool = True, time: float = 1.0) -> None:
+        super().__init__(model, config)
+        self.hold, self.time = hold, time
+
+    def _error(self, draw: Any) -> Tensor:
+        tangents = (draw.velocity, self.time * torch.ones_like(draw.t), torch.zeros_like(draw.r))
+        u, slope, *_ = torch.func.jvp(lambda x, t, r: self.model(x, t, None, r), (draw.x, draw.t, draw.r), tangents)
+        slope = slope.detach() if self.hold else slope
+        error: Tensor = u + (draw.t - draw.r).view(-1, 1, 1, 1) * slope - draw.velocity
+        return error
+
+
+def ring(count: int, generator: torch.Generator) -> Tensor:
+    """Return points of eight normal modes of deviation 0.1 on a circle of radius 2, ``(count, 2, 1, 1)``."""
+    angle = torch.randint(8, (count,), generator=generator) * (math.pi / 4)
+    centres = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return (centres + 0.1 * torch.randn(count, 2, generator=generator)).view(-1, 2, 1, 1)
+
+
+def energy_distance(one: Tensor, other: Tensor) -> float:
+    """Return ``2 E|x - y| - E|x - x'| - E|y - y'|`` of two samples."""
+    one, other = one.flatten(1), other.flatten(1)
+    within = [torch.cdist(s, s).sum() / (len(s) * (len(s) - 1)) for s in (one, other)]
+    return float(2 * torch.cdist(one, other).mean() - within[0] - within[1])
+
+
+@lru_cache
+def one_step_distance(variant: str, steps: int = 1500, seed: int = 0) -> float:
+    """Train the toy and return the energy distance of 2000 samples drawn in one step.
+
+    ``variant``: ``right``, ``no stop`` (gradients through the target), ``tangent`` (t does not move in the derivative)
+    or ``flow`` (no row has two times, and the step is along the velocity).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, averaged = Plane(), Plane()
+        averaged.load_state_dict(model.state_dict())
+        config = MeanFlowConfig(share=0.0 if variant == "flow" else 0.5, times=UniformTimes())
+        objective = {
+            "no stop": lambda: _Wrong(model, config, hold=False),
+            "tangent": lambda: _Wrong(model, config, time=0.0),
+        }.get(variant, lambda: MeanFlow(model, config))()
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * (1 - step / steps))
+            optimizer.zero_grad()
+            (objective({"images": ring(256, generator)}) / 256).backward()
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 0.02)
+        noise = torch.randn(2000, 2, 1, 1, generator=generator)
+        ones = torch.ones(2000)
+        with torch.no_grad():  # flow matching has learned nothing about two times: its one step is Euler's
+            drawn = noise - averaged(noise, ones, None, ones if variant == "flow" else 0 * ones)
+    return energy_distance(drawn, ring(2000, generator))
+
+
+def _split_error(*, derivative: bool) -> float:
+    """Distance of the gradient of a quarter's derivative from that of the whole batch's, relative, float64."""
+    found = []
+    for whole in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Plane().double()
+            share = 0.25 if derivative or whole else 0.0
+            config = MeanFlowConfig(share=share, times=UniformTimes())
+            objective = _Wrong(model, config) if whole else MeanFlow(model, config)
+            loss = objective({"images": torch.randn(64, 2, 1, 1, dtype=torch.float64)})
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+CLAIMS = (
+    Claim(
+        name="identity",
+        statement="residual of u = v - (t - r) du/dt on normal data; control: the derivative does not move t",
+        source="Geng et al., arXiv 2505.13447, equation 6",
+        expected=1e-8,
+        tolerance=at_most(),
+        measure=lambda: _residual(time=1.0),
+        control=lambda: _residual(time=0.0),
+        seconds=0.1,
+    ),
+    Claim(
+        name="share-is-exact",
+        statement="distance of the gradient with the derivative of a quarter from that of all rows; control: of none",
+        source="derivation: where r = t the derivative is multiplied by zero",
+        expected=1e-10,
+        tolerance=at_most(),
+        measure=lambda: _split_error(derivative=True),
+        control=lambda: _split_error(derivative=False),
+        seconds=0.2,
+    ),
+    Claim(
+        name="two-times-make-one-step",
+        statement="energy distance of a ring of modes drawn in one step, half r != t; control: flow matching",
+        source="toy measurement: 0.028 and 0.28 (floor 0.002)",
+        expected=0.1,
+        tolerance=at_most(),
+        measure=lambda: one_step_distance("right"),
+        control=lambda: one_step_distance("flow"),
+        seconds=40,
+    ),
+    Claim(
+        name="stop-gradient",
+        statement="the same; control: gradients through the target",
+        source="toy measurement: 0.028 and 1.46; kexue.fm 10958",
+        expected=0.1,
+        tolerance=at_most(),
+        measure=lambda: one_step_distance("right"),
+        control=lambda: one_step_distance("no stop"),
+        seconds=40,
+    ),
+    Claim(
+        name="tangent",
+        statement="the same; control: t does not move in the derivative",
+        source="toy measurement: 0.028 and 0.245; Geng et al., table 1b",
+        expected=0.1,
+        tolerance=at_most(),
+        measure=lambda: one_step_distance("right"),
+        control=lambda: one_step_distance("tangent"),
+        seconds=40,
+    ),
+)
