@@ -51,14 +51,16 @@ __all__ = [
 
 # method -> room
 REGISTRY: dict[str, str] = {
-    "attention": "analysis",
     "activation": "nn",
+    "attention": "analysis",
     "auxiliary_loss": "nn",
     "balance": "nn",
     "bounds": "approx",
     "clip": "optim",
     "composition": "approx",
+    "denoising": "objectives",
     "dynamic_experts": "nn",
+    "flow_matching": "objectives",
     "gradients": "analysis",
     "kv_shared": "nn",
     "lion": "optim",
