@@ -34,7 +34,7 @@ def _plain(u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """Keeps the spectra of both inputs, so that the backward pass costs three transforms instead of seven."""
+    """Keeps both spectra: three real transforms backward, where torch takes complex ones of full length."""
 
     @staticmethod
     def forward(ctx: Any, u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
