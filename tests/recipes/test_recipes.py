@@ -1,6 +1,7 @@
 """Every recipe is a complete configuration that builds, and the registry names the nearest one."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from danlu import config as configs
 from danlu.models import GPT, Transformer, UNet
 from danlu.recipes import REGISTRY, load
-from danlu.train import RunConfig, assemble
+from danlu.train import RunConfig, run
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -60,3 +61,17 @@ def test_a_recipe_of_images_takes_the_sizes_of_its_data(name: str) -> None:
     assert batch["images"].shape[1:] == (1, parts.model.config.image_size, parts.model.config.image_size)
     few = {key: value[:2] for key, value in batch.items()}
     assert torch.isfinite(parts.objective(few))
+
+
+def test_a_caption_recipe_trains_and_is_evaluated_from_its_folder(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    config = load("digits-caption")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch=4, validation_examples=8),
+        train=dataclasses.replace(config.train, steps=2, threads=1, precision="float32", tensorboard=False),
+    )
+    assert run.train(config, tmp_path / "run", quiet=True) == 0
+    found = run.evaluate(tmp_path / "run")
+    assert set(found) == {"val_loss", "val_caption_accuracy", "val_word_accuracy", "val_patch_error"}
+    assert 0 < found["val_patch_error"] < 10

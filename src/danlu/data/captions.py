@@ -248,8 +248,8 @@ def open_captions(config: CaptionsConfig, *, seed: int = 0, rank: int = 0, world
         "source": f"sentences around {images.manifest['source']}",
         "sha256": images.manifest["sha256"],
         "unit": "words and patches",
-        "train_images": images.manifest["train_units"],
-        "validation_images": images.manifest["validation_images"],
+        "train_images": len(digits["labels"]),
+        "validation_images": len(kept["labels"]),
         "patch": config.patch,
         "length": train.length,
     }
