@@ -9,7 +9,7 @@ import torch
 from danlu import config as configs
 from danlu.models import GPT, Transformer, UNet
 from danlu.recipes import REGISTRY, load
-from danlu.train import RunConfig, run
+from danlu.train import RunConfig, assemble, run
 
 
 @pytest.mark.parametrize("name", REGISTRY)
