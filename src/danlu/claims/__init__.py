@@ -57,6 +57,7 @@ REGISTRY: dict[str, str] = {
     "balance": "nn",
     "bounds": "approx",
     "clip": "optim",
+    "codec": "diffusion",
     "composition": "approx",
     "denoising": "objectives",
     "dynamic_experts": "nn",

@@ -15,6 +15,8 @@ VERBS = {
     "resume": "continue an interrupted run exactly where its last checkpoint left it",
     "sample": "write text or images from a trained run",
     "eval": "measure a run on its validation data",
+    "encode": "write images as the few bits that a trained generator needs to draw them again",
+    "decode": "draw the images of such files",
     "report": "draw a run's loss and throughput and write its page",
     "recipes": "list the recipes",
     "show": "print a recipe's whole configuration",
@@ -51,6 +53,12 @@ _EXAMPLES = {
   danlu eval runs/lm-1                 all of its validation text
   danlu eval runs/lm-1 --batches 16    a part, spread evenly over it
   danlu eval runs/digits-1 --steps 2   a generator of images: its distance from the held-out ones, too""",
+    "encode": """\
+  danlu encode runs/digits-ddpm-1 photos/ --out codes              an image a file: codes/NAME.ddcm
+  danlu encode runs/digits-flow-1 a.png b.png --steps 200 --codewords 1024
+  danlu encode runs/digits-flow-1 photos/ --atoms 4 --gain-bits 3   more bits a step, less distortion""",
+    "decode": """\
+  danlu decode runs/digits-ddpm-1 codes --out pictures             codes/NAME.ddcm to pictures/NAME.png""",
     "report": """\
   danlu report runs/lm-1""",
     "recipes": """\
@@ -158,7 +166,7 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     train.add_argument(
         "--out", metavar="DIR", help="the run folder to create, never overwritten (default: runs/RECIPE-N)"
     )
-    for verb in ("resume", "sample", "eval", "report"):
+    for verb in ("resume", "sample", "eval", "report", "encode", "decode"):
         verbs[verb].add_argument("folder", metavar="RUN", help="a run folder, e.g. runs/lm-1")
     verbs["eval"].add_argument("--batches", type=int, metavar="N", help="validation batches to measure (default: all)")
     sample = verbs["sample"]
@@ -189,6 +197,30 @@ def _options(verbs: dict[str, argparse.ArgumentParser]) -> None:
     for verb in ("sample", "eval"):
         verbs[verb].add_argument("--steps", type=int, metavar="N", help="images: steps of the sampler")
         verbs[verb].add_argument("--guidance", type=float, metavar="W", help="images: scale of guidance to the class")
+    encode = verbs["encode"]
+    encode.add_argument(
+        "images", metavar="PATH", nargs="+", help="image files, folders, globs, .csv tables, .tar shards"
+    )
+    encode.add_argument("--steps", type=int, default=100, metavar="T", help="evaluations of the network (default: 100)")
+    encode.add_argument(
+        "--codewords",
+        type=int,
+        default=256,
+        metavar="K",
+        help="to choose from in each step, a power of two (default: 256)",
+    )
+    encode.add_argument("--atoms", type=int, default=1, metavar="M", help="codewords mixed in each step (default: 1)")
+    encode.add_argument(
+        "--gain-bits",
+        type=int,
+        default=2,
+        metavar="C",
+        help="bits of the weight of each atom after the first (default: 2)",
+    )
+    encode.add_argument("--seed", type=int, default=0, metavar="S", help="of the codebooks (default: 0)")
+    verbs["decode"].add_argument("files", metavar="FILE", nargs="+", help=".ddcm files, or folders of them")
+    for verb in ("encode", "decode"):
+        verbs[verb].add_argument("--out", metavar="DIR", required=True, help="where to write; nothing is overwritten")
     verbs["show"].add_argument("recipe", metavar="RECIPE", nargs="?", default="lm", help="default: lm")
     verbs["show"].add_argument(
         "--format", choices=("both", "json", "options"), default="both", help="what to print (default: both)"

@@ -10,7 +10,7 @@ from typing import Any
 
 from danlu._validate import integer, number
 
-__all__ = ["doctor", "eval", "recipes", "report", "resume", "sample", "show", "train", "verify"]
+__all__ = ["decode", "doctor", "encode", "eval", "recipes", "report", "resume", "sample", "show", "train", "verify"]
 
 # The recipe's name says where a configuration comes from; the first word of `danlu train` chooses it.
 _FIXED = ("recipe",)
@@ -249,3 +249,17 @@ def _free_folder(recipe: str) -> Path:
     while (folder := Path("runs") / f"{recipe}-{number}").exists():
         number += 1
     return folder
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Write images as codes."""
+    from danlu.cli import codec
+
+    return codec.encode(arguments)
+
+
+def decode(arguments: argparse.Namespace) -> int:
+    """Draw the images of codes."""
+    from danlu.cli import codec
+
+    return codec.decode(arguments)

@@ -1,5 +1,8 @@
-"""Noise processes and the ways back from noise: schedules, predictions, samplers. No networks in this room."""
+"""Noise processes and the ways back from noise: schedules, predictions, samplers, codes. No networks in this room."""
 
+from danlu.diffusion.codebook import Codebook
+from danlu.diffusion.codec import CodecConfig, Codes, decode, encode, generate, restore
+from danlu.diffusion.codec_file import CodecFile, image_digest, model_digest, pack, unpack
 from danlu.diffusion.prediction import (
     PREDICTIONS,
     Prediction,
@@ -41,6 +44,10 @@ __all__ = [
     "EDM",
     "PREDICTIONS",
     "Betas",
+    "Codebook",
+    "CodecConfig",
+    "CodecFile",
+    "Codes",
     "Cosine",
     "Denoiser",
     "Flow",
@@ -61,14 +68,22 @@ __all__ = [
     "convert",
     "ddim",
     "ddpm",
+    "decode",
+    "encode",
     "euler",
     "from_x0_eps",
+    "generate",
     "heun",
+    "image_digest",
     "input_scale",
+    "model_digest",
+    "pack",
     "posterior",
     "preconditioning",
     "prior",
+    "restore",
     "time_grid",
     "to_x0_eps",
+    "unpack",
     "upsample_guidance",
 ]

@@ -17,6 +17,7 @@ from danlu._validate import choice, integer, number, positive
 from danlu.diffusion import (
     PREDICTIONS,
     Cosine,
+    Denoiser,
     Prediction,
     Progress,
     ScheduleConfig,
@@ -104,6 +105,25 @@ class Denoising(ImageObjective):
             return multiscale_loss(error, config.resolutions).sum()
         return mean_square(error).sum()
 
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """The schedule of :meth:`denoiser`."""
+        return self.config.schedule
+
+    def denoiser(
+        self, shape: Sequence[int], *, labels: Tensor | None = None, guidance: float | None = None, upsample: int = 1
+    ) -> Denoiser:
+        """Return the model as a function ``(x, t) -> x0`` of images ``shape``; arguments as in :meth:`sample`."""
+        config = self.config
+        _, classes = check_sampling(self.model, tuple(shape), labels, guidance)
+        output = guided_call(lambda x, t, told: predict(self.model, config, x, t, told), self.model, classes, guidance)
+
+        def unbounded(x: Tensor, t: Tensor) -> Tensor:
+            return to_x0_eps(output(x, t), x, t, config.schedule, config.prediction, data_std=config.data_std)[0]
+
+        guided = upsample_guidance(unbounded, config.schedule, upsample)
+        return (lambda x, t: guided(x, t).clamp(-1, 1)) if config.clip else guided
+
     @torch.no_grad()
     def sample(
         self,
@@ -123,18 +143,8 @@ class Denoising(ImageObjective):
             ValueError: an argument is out of range, or the labels do not fit the model.
         """
         config = self.config
-        device, classes = check_sampling(self.model, tuple(shape), labels, guidance)
-        output = guided_call(lambda x, t, told: predict(self.model, config, x, t, told), self.model, classes, guidance)
-
-        def unbounded(x: Tensor, t: Tensor) -> Tensor:
-            return to_x0_eps(output(x, t), x, t, config.schedule, config.prediction, data_std=config.data_std)[0]
-
-        guided = upsample_guidance(unbounded, config.schedule, upsample)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            x0 = guided(x, t)
-            return x0.clamp(-1, 1) if config.clip else x0
-
+        denoise = self.denoiser(shape, labels=labels, guidance=guidance, upsample=upsample)
+        device = next(self.model.parameters()).device
         x = prior(shape, config.schedule, generator=generator, device=device)
         times = time_grid(config.schedule, steps)
         if config.sampler == "heun":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from danlu._validate import choice, number
 from danlu.diffusion import (
+    Denoiser,
     Flow,
     Progress,
     TimesConfig,
@@ -72,6 +73,19 @@ class FlowMatching(ImageObjective):
         )
         return mean_square(self.model(FLOW.noised(x0, eps, t), t, classes) - (eps - x0)).sum()
 
+    @property
+    def schedule(self) -> Flow:
+        """The schedule of :meth:`denoiser`."""
+        return FLOW
+
+    def denoiser(
+        self, shape: Sequence[int], *, labels: Tensor | None = None, guidance: float | None = None, upsample: int = 1
+    ) -> Denoiser:
+        """Return the model as a function ``(x, t) -> x0`` of images ``shape``; arguments as in :meth:`sample`."""
+        _, classes = check_sampling(self.model, tuple(shape), labels, guidance)
+        velocity = guided_call(self.model, self.model, classes, guidance)
+        return upsample_guidance(lambda x, t: x - t.view(-1, 1, 1, 1) * velocity(x, t), FLOW, upsample)
+
     @torch.no_grad()
     def sample(
         self,
@@ -101,13 +115,7 @@ class FlowMatching(ImageObjective):
         Raises:
             ValueError: an argument is out of range, or the labels do not fit the model.
         """
-        device, classes = check_sampling(self.model, tuple(shape), labels, guidance)
-        velocity = guided_call(self.model, self.model, classes, guidance)
-        x = prior(shape, FLOW, generator=generator, device=device)
+        denoise = self.denoiser(shape, labels=labels, guidance=guidance, upsample=upsample)
+        x = prior(shape, FLOW, generator=generator, device=next(self.model.parameters()).device)
         method = euler if self.config.sampler == "euler" else heun
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return x - t.view(-1, 1, 1, 1) * velocity(x, t)
-
-        guided = upsample_guidance(denoise, FLOW, upsample)
-        return method(guided, x, FLOW, time_grid(FLOW, steps), trajectory=trajectory, progress=progress)
+        return method(denoise, x, FLOW, time_grid(FLOW, steps), trajectory=trajectory, progress=progress)
