@@ -77,7 +77,9 @@ def measure(generated: Tensor, data: ImagesData, features: Features) -> dict[str
     # Through bytes, as they would be stored: no distance for what no file could hold.
     drawn = to_bytes(generated)
     vectors = {name: _vectors(images, features) for name, images in (("drawn", drawn), ("held", held_out))}
-    floor = _vectors(train[: len(drawn)], features)
+    # Spread evenly: a data set may be sorted by class.
+    chosen = torch.arange(min(len(drawn), len(train))) * len(train) // min(len(drawn), len(train))
+    floor = _vectors(train[chosen], features)
     precision, recall = precision_recall(vectors["drawn"], vectors["held"])
     return {
         "frechet_distance": frechet_distance(vectors["drawn"], vectors["held"]),
