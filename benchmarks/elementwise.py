@@ -1,11 +1,14 @@
 """Steps of the elementwise optimizers and of gradient clipping over the 21 M weights of a 12-layer GPT of width 384.
 
-Parts: ``step`` (torch's fused AdamW, Lion and Tiger), ``clip`` (the global norm when there is nothing to clip),
+Parts: ``step`` (torch's fused AdamW, Lion, Tiger and Amos, and pytorch_optimizer's Lion where it is installed),
+``clip`` (the global norm when there is nothing to clip),
 ``growth`` (over the number of weights). The note of a step is its state in bytes for each byte of weights, and for
-danlu's the largest distance of the weights from the published program after five steps in float64.
+danlu's Lion and Tiger the largest distance of the weights from the published program after five steps in float64.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +16,7 @@ from torch.optim import Optimizer
 
 from benchmarks import harness
 from benchmarks.muon import Shape, gpt, parameters
-from danlu.optim import Lion, Tiger, clip_grad_norm_
+from danlu.optim import Amos, Lion, Tiger, clip_grad_norm_
 
 PARTS = ("step", "clip", "growth")
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -24,7 +27,20 @@ CONTESTANTS: dict[str, Make] = {
     "danlu Lion": lambda params: Lion(params, lr=1e-4, weight_decay=0.1),
     "danlu Lion foreach": lambda params: Lion(params, lr=1e-4, weight_decay=0.1, foreach=True),
     "danlu Tiger": lambda params: Tiger(params, lr=1e-3),
+    "danlu Amos": lambda params: Amos(params, lr=0.01, momentum=0.9),
+    "danlu Amos without momentum": lambda params: Amos(params, lr=0.01),
 }
+
+
+def _peer(params: Iterable[nn.Parameter]) -> Optimizer:
+    import pytorch_optimizer
+
+    peer: Any = pytorch_optimizer.Lion
+    return peer(params, lr=1e-4, weight_decay=0.1)  # type: ignore[no-any-return]
+
+
+if importlib.util.find_spec("pytorch_optimizer"):
+    CONTESTANTS["pytorch_optimizer Lion"] = _peer
 
 
 def made(name: str, shapes: Sequence[Shape]) -> Optimizer:
@@ -64,7 +80,9 @@ def distance(name: str) -> float:
 
 def note(name: str, optimizer: Optimizer) -> str:
     """Return what stands beside a step."""
-    return state_ratio(optimizer) + (f", distance {distance(name):.1e}" if name.startswith("danlu") else "")
+    return state_ratio(optimizer) + (
+        f", distance {distance(name):.1e}" if name.startswith(("danlu Lion", "danlu Tiger")) else ""
+    )
 
 
 def clipping(shapes: Sequence[Shape]) -> dict[str, harness.Run]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.optim import AdamWConfig, Muon, MuonConfig, build_optimizers
+from danlu.optim import AdamWConfig, AmosConfig, LionConfig, Muon, MuonConfig, TigerConfig, build_optimizers
 
 
 def model():
@@ -47,6 +47,46 @@ def test_roles_without_decay_have_none(config):
 def test_adamw_is_torchs_fused_adamw():
     (optimizer,) = build_optimizers(model(), AdamWConfig(lr=0.1))
     assert optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize("config", [LionConfig(lr=1e-2), TigerConfig(lr=3e-2), AmosConfig(lr=0.03, embedding_eta=1.0)])
+def test_one_optimizer_takes_every_parameter_with_its_role(config):
+    network = model()
+    (optimizer,) = build_optimizers(network, config)
+    assert type(config).__name__ == f"{type(optimizer).__name__}Config"
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in network.parameters()}
+    roles = {g["role"]: g for g in optimizer.param_groups}
+    assert set(roles) == {"matrix", "embedding", "gain", "bias"}
+    if isinstance(config, AmosConfig):
+        assert roles["embedding"]["eta"] == 1.0
+        assert roles["matrix"]["eta"] is None
+    if isinstance(config, LionConfig):
+        assert {role: g["weight_decay"] for role, g in roles.items()}["gain"] == 0
+    tokens, targets = torch.arange(11), torch.arange(11) % 3
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network(tokens), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        (LionConfig, {"betas": (0.9, 1.0)}, r"betas\[1\] must be in"),
+        (LionConfig, {"momentum_dtype": "float16"}, "momentum_dtype must be one of"),
+        (LionConfig, {"no_decay": ("gains",)}, "did you mean 'gain'"),
+        (TigerConfig, {"beta": 1.0}, "beta must be in"),
+        (AmosConfig, {"clip": -1.0}, "clip must be in"),
+        (AmosConfig, {"embedding_eta": 0.0}, "embedding_eta must be in"),
+    ],
+)
+def test_configs_name_what_is_out_of_range(kind, options, says):
+    with pytest.raises(ValueError, match=says):
+        kind(**options)
 
 
 def test_a_model_of_linear_maps_alone_needs_no_adamw():
@@ -92,5 +132,5 @@ def test_bad_values_are_named(make, says):
 
 
 def test_another_config_is_refused():
-    with pytest.raises(TypeError, match="config must be AdamWConfig or MuonConfig, got str"):
+    with pytest.raises(TypeError, match=r"config must be AdamWConfig, MuonConfig, .* or AmosConfig, got str"):
         build_optimizers(model(), "muon")

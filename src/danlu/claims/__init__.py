@@ -53,6 +53,7 @@ __all__ = [
 REGISTRY: dict[str, str] = {
     "activation": "nn",
     "attention": "analysis",
+    "amos": "optim",
     "auxiliary_loss": "nn",
     "balance": "nn",
     "bounds": "approx",

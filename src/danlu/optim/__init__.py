@@ -1,6 +1,15 @@
 """Optimizers, the groups their parameters belong in, learning-rate schedules, and clipping."""
 
-from danlu.optim.build import AdamWConfig, MuonConfig, OptimizerConfig, build_optimizers
+from danlu.optim.amos import Amos, AmosHyperparameters, amos_hyperparameters, amos_scale
+from danlu.optim.build import (
+    AdamWConfig,
+    AmosConfig,
+    LionConfig,
+    MuonConfig,
+    OptimizerConfig,
+    TigerConfig,
+    build_optimizers,
+)
 from danlu.optim.clip import (
     NonFiniteGuard,
     clip_grad_norm_,
@@ -23,18 +32,25 @@ __all__ = [
     "MATRIX_ROLES",
     "ROLES",
     "AdamWConfig",
+    "Amos",
+    "AmosConfig",
+    "AmosHyperparameters",
     "Constant",
     "Cosine",
     "InverseTime",
     "Lion",
+    "LionConfig",
     "Muon",
     "MuonConfig",
     "NonFiniteGuard",
     "OptimizerConfig",
     "ScheduleConfig",
     "Tiger",
+    "TigerConfig",
     "Update",
     "WarmupStableDecay",
+    "amos_hyperparameters",
+    "amos_scale",
     "balanced_ratio",
     "build_optimizers",
     "check_partition",

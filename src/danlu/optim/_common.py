@@ -20,6 +20,10 @@ def label(position: int, group: Mapping[str, Any], index: int) -> str:
     return f"parameter {names[index] if names else index} of group {position}"
 
 
+def _of(position: int, group: Mapping[str, Any]) -> str:
+    return f" (of {label(position, group, 0)})" if group["params"] else ""
+
+
 def check_rate(where: str, lr: Any) -> None:
     """Raise unless ``lr`` is a number of at least zero or a one-element tensor."""
     if not isinstance(lr, Tensor):
@@ -46,13 +50,13 @@ def placed_like(tensor: Any, parameter: Any) -> Tensor:
 
 
 class MomentumOptimizer(Optimizer):
-    """An optimizer whose only state is one momentum a parameter, in a format of its own choice.
+    """An optimizer whose state is named tensors of fixed shape for each parameter: one momentum, unless it says else.
 
-    A subclass sets ``slot``, what its momentum is called in the state, and ``own``, the attributes that a copy has to
-    keep, and implements :meth:`check_options` and :meth:`update`.
+    A subclass sets ``slot``, what its momentum is called in the state, or :meth:`slots` for another state, and
+    ``own``, the attributes that a copy has to keep, and implements :meth:`check_options` and :meth:`update`.
     """
 
-    slot: ClassVar[str]
+    slot: ClassVar[str] = ""
     own: ClassVar[tuple[str, ...]] = ()
     momentum_dtype: torch.dtype | None = None
 
@@ -63,8 +67,16 @@ class MomentumOptimizer(Optimizer):
     def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
         """Raise if the optimizer cannot update a parameter."""
 
-    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
-        """Update parameters and momenta of a group in place."""
+    def slots(self, parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first step."""
+        kept = self.momentum_dtype or parameter.dtype
+        return {self.slot: torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format)}
+
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
+        """Update parameters and state of a group in place.
+
+        ``slots`` are lists in the order of :meth:`slots`; there are none where no parameter has a gradient.
+        """
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,39 +102,43 @@ class MomentumOptimizer(Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore momenta, in their own format, and options.
+        """Restore state, in its own format, and options.
 
         Raises:
-            ValueError: the state is of another optimizer, or a momentum has another shape than its parameter.
+            ValueError: the state is of another optimizer, or of parameters of other shapes.
         """
-        members = [
-            (parameter, label(position, group, index))
-            for position, group in enumerate(self.param_groups)
-            for index, parameter in enumerate(group["params"])
-        ]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        momenta: dict[Tensor, Tensor] = {}
-        for key, (parameter, name) in zip(keys, members):
-            if key not in state_dict["state"]:
-                continue
-            held = state_dict["state"][key]
-            if set(held) != {self.slot} or not isinstance(held[self.slot], Tensor):
-                found, kind = ", ".join(held) or "nothing", type(self).__name__
-                raise ValueError(f"state_dict is not of {kind}: for {name} it holds {found}, expected {self.slot}")
-            if held[self.slot].shape != parameter.shape:
-                shapes = f"{tuple(held[self.slot].shape)}, the parameter has {tuple(parameter.shape)}"
-                raise ValueError(f"{self.slot} of {name} in state_dict has shape {shapes}")
-            momenta[parameter] = held[self.slot]
+        kind = f"state_dict is not of {type(self).__name__}"
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for position, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
+            for index, (parameter, key) in enumerate(zip(group["params"], saved["params"])):
+                if key not in state_dict["state"]:
+                    continue
+                held, name = state_dict["state"][key], label(position, group, index)
+                fresh = self.slots(parameter, {**group, **saved})
+                if set(held) != set(fresh) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
+                    names = f"it holds {', '.join(held) or 'nothing'}, expected {', '.join(fresh)}"
+                    raise ValueError(f"{kind}: for {name} {names}")
+                for slot, tensor in fresh.items():
+                    if held[slot].shape != tensor.shape:
+                        shapes = f"{tuple(held[slot].shape)}, expected {tuple(tensor.shape)}"
+                        raise ValueError(f"{slot} of {name} in state_dict has shape {shapes}")
+                found[parameter] = {slot: held[slot].to(t.device, t.dtype, copy=True) for slot, t in fresh.items()}
+            # Fewer options are those of an earlier version, more those of a scheduler or a later one.
+            lost, strange = set(self.defaults) - set(saved), set(saved) - set(group) - {"initial_lr"}
+            if lost and strange:
+                options = f"has {', '.join(sorted(strange))}, expected {', '.join(sorted(lost))}"
+                raise ValueError(f"{kind}: group {position}{_of(position, group)} {options}")
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
         # torch casts state to the parameter's format on loading, which would round a wider momentum.
-        for parameter, momentum in momenta.items():
-            kept = self.momentum_dtype or parameter.dtype
-            moved = momentum.to(parameter.device, kept, copy=True)
-            self.state[parameter][self.slot] = placed_like(moved, parameter)
+        for parameter, state in found.items():
+            self.state[parameter].update({slot: placed_like(tensor, parameter) for slot, tensor in state.items()})
 
     # torch.compile runs a method of this name outside the graph, so that making the state does not count as a change.
     def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]
     ) -> None:
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
@@ -131,12 +147,11 @@ class MomentumOptimizer(Optimizer):
                 name = label(self.param_groups.index(group), group, index)
                 raise TypeError(f"{name} has a sparse gradient; accepted are dense gradients")
             state = self.state[parameter]
-            if self.slot not in state:
-                kept = self.momentum_dtype or parameter.dtype
-                state[self.slot] = torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format)
+            if not state:
+                state.update(self.slots(parameter, group))
             params.append(parameter)
             grads.append(parameter.grad)
-            momenta.append(state[self.slot])
+            states.append(state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -148,9 +163,10 @@ class MomentumOptimizer(Optimizer):
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
-            momenta: list[Tensor] = []
-            self._init_group(group, params, grads, momenta)
-            self.update(group, params, grads, momenta)
+            states: list[dict[str, Tensor]] = []
+            self._init_group(group, params, grads, states)
+            names = list(states[0]) if states else []
+            self.update(group, params, grads, *([state[name] for state in states] for name in names))
         return loss
 
 
@@ -166,3 +182,48 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     flat = [t.view(-1) for t in tensors]
     for start in range(0, first.numel(), PIECE):
         yield tuple(t[start : start + PIECE] for t in flat)
+
+
+def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors cut alike into views of a few rows; one that has a single row comes whole with every piece."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= PIECE or first.ndim == 0:
+        yield tensors
+        return
+    rows = max(1, PIECE * first.shape[0] // first.numel())
+    for start in range(0, first.shape[0], rows):
+        yield tuple(t if t.shape[0] == 1 else t[start : start + rows] for t in tensors)
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Say whether a tensor is whole, in the host's memory, and updated now rather than compiled."""
+    return tensor.device.type == "cpu" and not is_dtensor(tensor) and not torch.compiler.is_compiling()
+
+
+def descend_(parameter: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    """Subtract ``lr * (direction + weight_decay * parameter)`` in place; ``direction`` may be overwritten.
+
+    On a CPU one pass of the kernel behind ``torch.optim.SGD(fused=True)`` where it applies: a decay and a step by
+    themselves read and write the weights twice.
+    """
+    if isinstance(lr, Tensor):
+        if weight_decay:
+            parameter.mul_(1.0 - lr * weight_decay)
+        parameter.sub_(direction.mul_(lr))
+    elif not on_cpu(parameter) or parameter.dtype != direction.dtype:
+        if weight_decay:
+            parameter.mul_(1.0 - lr * weight_decay)
+        parameter.add_(direction, alpha=-lr)
+    else:
+        torch._fused_sgd_(
+            [parameter],
+            [direction],
+            [],
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=0.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )

@@ -8,8 +8,11 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from danlu._validate import choice, number, positive
+from danlu.optim.amos import Amos
 from danlu.optim.groups import MATRIX_ROLES, ROLES, Group, param_groups
+from danlu.optim.lion import Lion
 from danlu.optim.muon import Muon
+from danlu.optim.tiger import Tiger
 
 
 def _check_betas(name: str, betas: tuple[float, float]) -> None:
@@ -95,7 +98,7 @@ class MuonConfig:
     no_decay: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        Muon([nn.Parameter(torch.zeros(1, 1))], **self.muon_options())  # the optimizer checks its own options
+        Muon(_probe(), **self.muon_options())
         for name in ("adamw_lr", "embedding_lr"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), low=0)
@@ -116,11 +119,110 @@ class MuonConfig:
         }
 
 
-OptimizerConfig = AdamWConfig | MuonConfig
+@dataclass(frozen=True, kw_only=True)
+class LionConfig:
+    """Lion for every parameter.
+
+    Attributes:
+        lr: learning rate, AdamW's divided by 3 to 10.
+        betas: weight of the momentum inside the sign, and decay of the momentum.
+        weight_decay: decoupled decay, AdamW's times what the learning rate was divided by.
+        momentum_dtype: format of the momentum; ``auto`` is the parameter's own.
+        no_decay: roles without decay.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.95, 0.98)
+    weight_decay: float = 0.3
+    momentum_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    no_decay: tuple[str, ...] = ("gain", "bias")
+
+    def __post_init__(self) -> None:
+        Lion(_probe(), **self.options())
+        _check_roles("no_decay", self.no_decay)
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of :class:`danlu.optim.Lion`."""
+        choice("momentum_dtype", self.momentum_dtype, ("auto", "float32", "bfloat16"))
+        kept = None if self.momentum_dtype == "auto" else getattr(torch, self.momentum_dtype)
+        return {**_arguments(self, "lr", "betas", "weight_decay"), "momentum_dtype": kept}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TigerConfig:
+    """Tiger for every parameter, each by the size that its role gives it.
+
+    Attributes:
+        lr: relative learning rate.
+        beta: decay of the momentum.
+        weight_decay: decoupled decay, not for gains and biases.
+    """
+
+    lr: float = 2e-3
+    beta: float = 0.965
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        Tiger(_probe(), **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of :class:`danlu.optim.Tiger`."""
+        return _arguments(self, "lr", "beta", "weight_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmosConfig:
+    """Amos for every parameter, each by the scale that its role gives it.
+
+    Attributes:
+        lr: relative step, about one over the root of the number of batches in the data.
+        beta: decay of the second moment.
+        momentum: decay of the average over updates; None for none.
+        clip: largest size of an entry of a gradient; None for no limit.
+        extra_l2: fraction of the weights that goes each step besides Amos' own decay.
+        c_coef: how fast the decay slows down.
+        d_coef: how fast the steps become smaller.
+        embedding_eta: scale expected of embeddings; None for sqrt(2 / width).
+    """
+
+    lr: float = 0.01
+    beta: float = 0.99
+    momentum: float | None = 0.9
+    clip: float | None = None
+    extra_l2: float = 0.0
+    c_coef: float = 0.25
+    d_coef: float = 0.25
+    embedding_eta: float | None = None
+
+    def __post_init__(self) -> None:
+        Amos(_probe(), **self.options())
+        if self.embedding_eta is not None:
+            positive("embedding_eta", self.embedding_eta)
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of :class:`danlu.optim.Amos`."""
+        return _arguments(self, "lr", "beta", "momentum", "clip", "extra_l2", "c_coef", "d_coef")
+
+
+OptimizerConfig = AdamWConfig | MuonConfig | LionConfig | TigerConfig | AmosConfig
+_ACCEPTED = "AdamWConfig, MuonConfig, LionConfig, TigerConfig or AmosConfig"
+
+
+def _probe() -> list[nn.Parameter]:
+    """Return a parameter on which an optimizer checks its own options."""
+    return [nn.Parameter(torch.zeros(1, 1))]
+
+
+def _arguments(config: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 def _without_decay(groups: list[Group], no_decay: tuple[str, ...]) -> list[Group]:
     return [{**group, "weight_decay": 0.0} if group["role"] in no_decay else group for group in groups]
+
+
+def _expected(group: Group, config: AmosConfig) -> Group:
+    return {**group, "eta": config.embedding_eta} if group["role"] == "embedding" else group
 
 
 def _adamw(groups: list[Group], config: AdamWConfig) -> AdamW:
@@ -136,7 +238,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, *, process_group
 
     Args:
         model: any module; its parameters are sorted by :func:`danlu.optim.param_groups`.
-        config: ``AdamWConfig`` or ``MuonConfig``.
+        config: one of the configs of this module.
         process_group: processes that hold replicas of the model, among which Muon shares its work; None for none.
 
     Returns:
@@ -153,8 +255,14 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, *, process_group
     groups = param_groups(model)
     if isinstance(config, AdamWConfig):
         return [_adamw(groups, config)]
+    if isinstance(config, LionConfig):
+        return [Lion(_without_decay(groups, config.no_decay), **config.options())]
+    if isinstance(config, TigerConfig):
+        return [Tiger(groups, **config.options())]
+    if isinstance(config, AmosConfig):
+        return [Amos([_expected(group, config) for group in groups], **config.options())]
     if not isinstance(config, MuonConfig):
-        raise TypeError(f"config must be AdamWConfig or MuonConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be {_ACCEPTED}, got {type(config).__name__}")
     maps = [group for group in groups if group["role"] in MATRIX_ROLES]
     rest = [group for group in groups if group["role"] not in MATRIX_ROLES]
     optimizers: list[Optimizer] = []

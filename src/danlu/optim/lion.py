@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, number
-from danlu.optim._common import MomentumOptimizer, check_rate, pieces
+from danlu.optim._common import MomentumOptimizer, check_rate, descend_, pieces
 
 
 class Lion(MomentumOptimizer):
@@ -76,10 +76,11 @@ class Lion(MomentumOptimizer):
         number(f"{where}betas[1]", betas[1], low=0, high=1, high_open=True)
         number(f"{where}weight_decay", options["weight_decay"], low=0)
 
-    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
         """Update parameters and momenta of a group in place."""
         if not params:
             return
+        (momenta,) = slots
         if group["maximize"]:
             grads = [-grad for grad in grads]
         foreach = self.foreach if self.foreach is not None else params[0].device.type != "cpu"
@@ -99,13 +100,11 @@ def _loop(
     for tensors in zip(P, G, M):
         for parameter, grad, momentum in pieces(*tensors):
             direction = _mixed(momentum, grad, betas[0]).sign_()
-            if weight_decay:
-                parameter.mul_(1.0 - lr * weight_decay)
-            if isinstance(lr, Tensor):
-                parameter.sub_(direction.mul_(lr))
+            descend_(parameter, direction, lr, weight_decay)
+            if momentum.dtype == grad.dtype:
+                momentum.lerp_(grad, 1.0 - betas[1])
             else:
-                parameter.add_(direction, alpha=-lr)
-            momentum.mul_(betas[1]).add_(grad, alpha=1.0 - betas[1])
+                momentum.mul_(betas[1]).add_(grad, alpha=1.0 - betas[1])
 
 
 def _foreach(
@@ -134,6 +133,6 @@ def _foreach(
 def _mixed(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
     """Return ``beta * momentum + (1 - beta) * grad`` in a new tensor, in the wider format of the two."""
     if momentum.dtype == grad.dtype:
-        return momentum.mul(beta).add_(grad, alpha=1.0 - beta)
+        return torch.lerp(momentum, grad, 1.0 - beta)
     wide = torch.promote_types(momentum.dtype, grad.dtype)
     return momentum.to(wide).mul_(beta).add_(grad, alpha=1.0 - beta)

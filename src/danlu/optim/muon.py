@@ -205,8 +205,11 @@ class Muon(MomentumOptimizer):
         if any(view.numel() and view.untyped_storage().data_ptr() != storage for view in views):
             raise ValueError(f"{name} has strides {parameter.stride()} without a view as a stack of matrices")
 
-    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
         """Update parameters and momenta of a group in place."""
+        if not params:
+            return
+        (momenta,) = slots
         options = {key: value for key, value in group.items() if key in _OPTIONS}
         if group.get("decay", "decoupled") != "decoupled":  # a state saved before there was a choice has no key
             self._decay(group, params)

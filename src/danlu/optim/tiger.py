@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number
-from danlu.optim._common import MomentumOptimizer, check_rate
+from danlu.optim._common import PIECE, MomentumOptimizer, check_rate, descend_, on_cpu, pieces, row_pieces
 from danlu.optim.groups import ROLES, declared
 
 SCALES = ("rms", "none")
@@ -92,16 +92,17 @@ class Tiger(MomentumOptimizer):
         if options["role"] is not None:
             choice(f"{where}role", options["role"], ROLES)
 
-    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
         """Take one micro-step for the parameters and momenta of a group, in place."""
         first, last = group["micro_step"] == 0, group["micro_step"] == group["accumulate"] - 1
         if group["accumulate"] > 1:  # torch.compile takes any write to a group for a change of the program
             group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
-        for index, (parameter, grad, momentum) in enumerate(zip(params, grads, momenta)):
+        for index, (parameter, grad, momentum) in enumerate(zip(params, grads, *slots)):
             role = group["role"] or declared(f"parameter {index}", parameter)[0]
             role = role or ("gain" if parameter.ndim <= 1 else "matrix")
             grad = -grad if group["maximize"] else grad
-            _update(parameter, grad, momentum, group, role, first=first, last=last)
+            rule = _update_on_cpu if on_cpu(parameter) else _update
+            rule(parameter, grad, momentum, group, role, first=first, last=last)
 
 
 def _size(parameter: Tensor, role: str) -> Tensor | float:
@@ -109,9 +110,51 @@ def _size(parameter: Tensor, role: str) -> Tensor | float:
     if role in ("gain", "bias"):
         return 0.5
     wide = torch.promote_types(parameter.dtype, torch.float32)
-    if role == "embedding" and parameter.ndim >= 2:
-        return parameter.to(wide).square().mean(dim=-1, keepdim=True).sqrt()
-    return parameter.to(wide).square().mean().sqrt()
+    axes = -1 if role == "embedding" and parameter.ndim >= 2 else tuple(range(parameter.ndim))
+    count = parameter.shape[-1] if axes == -1 else parameter.numel()
+    norm: Tensor = torch.linalg.vector_norm(parameter, dim=axes, keepdim=axes == -1, dtype=wide)
+    return norm.div_(max(1, count) ** 0.5)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Say whether every entry of a tensor on a CPU is finite: what is not becomes NaN when multiplied by zero."""
+    zeros = torch.zeros(min(PIECE, tensor.numel()), dtype=tensor.dtype)
+    if not tensor.is_contiguous():
+        return bool(torch.isfinite(tensor).all())
+    return all(float(torch.dot(piece.view(-1), zeros[: piece.numel()])) == 0.0 for (piece,) in pieces(tensor))
+
+
+def _update_on_cpu(
+    parameter: Tensor, grad: Tensor, momentum: Tensor, group: dict[str, Any], role: str, *, first: bool, last: bool
+) -> None:
+    """Take one micro-step for one parameter in memory that the host may look at."""
+    if not _all_finite(grad):
+        neutral = 1.0 if role == "gain" else 0.0
+        parameter.sub_(neutral).mul_(group["shrink"]).add_(neutral)
+        return
+    relative = group["scale"] == "rms"
+    decay = 0.0 if relative and role in ("gain", "bias") else group["weight_decay"]
+    size = _size(parameter, role) if relative and last else 1.0
+    kept, weight = group["beta"] if first else 1.0, (1.0 - group["beta"]) / group["accumulate"]
+    averaging = group["accumulate"] == 1
+    if isinstance(size, Tensor) and size.ndim:  # one for each row
+        _accumulate(momentum, grad, kept, weight, averaging=averaging)
+        for p, m, rate in row_pieces(parameter, momentum, group["lr"] * size):
+            p.mul_(1.0 - rate * decay).sub_(m.sign().mul_(rate))
+        return
+    rate = group["lr"] * (size if isinstance(group["lr"], Tensor) else float(size))
+    for p, g, m in pieces(parameter, grad, momentum):
+        _accumulate(m, g, kept, weight, averaging=averaging)
+        if last:
+            descend_(p, m.sign(), rate, decay)
+
+
+def _accumulate(momentum: Tensor, grad: Tensor, kept: float, weight: float, *, averaging: bool) -> None:
+    """Set the momentum to ``kept * momentum + weight * grad``; ``averaging`` says that the two sum to one."""
+    if averaging:
+        momentum.lerp_(grad, weight)
+    else:
+        momentum.mul_(kept).add_(grad, alpha=weight)
 
 
 def _update(

@@ -30,6 +30,9 @@ REGISTRY: dict[str, Recipe] = {
     "lm-dense-adamw": Recipe("lm-dense trained by AdamW instead", "danlu.recipes.lm:lm_dense_adamw"),
     "lm-ssm": Recipe("lm-dense with state spaces in attention's place", "danlu.recipes.ssm:lm_ssm"),
     "lm-hybrid": Recipe("lm-dense with state spaces in three of four blocks", "danlu.recipes.ssm:lm_hybrid"),
+    "lm-dense-lion": Recipe("lm-dense trained by Lion instead", "danlu.recipes.lm:lm_dense_lion"),
+    "lm-dense-tiger": Recipe("lm-dense trained by Tiger instead", "danlu.recipes.lm:lm_dense_tiger"),
+    "lm-dense-amos": Recipe("lm-dense trained by Amos instead", "danlu.recipes.lm:lm_dense_amos"),
     "lm-baseline": Recipe(
         "dense GPT of the same active size with AdamW, to compare with", "danlu.recipes.lm:lm_baseline"
     ),

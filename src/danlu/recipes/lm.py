@@ -10,7 +10,7 @@ from danlu.data import TextConfig
 from danlu.models import GPTConfig, TransformerConfig
 from danlu.nn import GQAConfig, MLAConfig, MoEConfig
 from danlu.objectives import CausalLMConfig
-from danlu.optim import AdamWConfig, MuonConfig, WarmupStableDecay
+from danlu.optim import AdamWConfig, AmosConfig, Constant, LionConfig, MuonConfig, TigerConfig, WarmupStableDecay
 from danlu.train import RunConfig, TrainConfig
 
 
@@ -55,6 +55,26 @@ def lm_dense_adamw() -> RunConfig:
         optim=AdamWConfig(lr=3e-3),
         schedule=WarmupStableDecay(warmup=20, decay=0.4),
         train=TrainConfig(steps=800, eval_every=200),
+    )
+
+
+def lm_dense_lion() -> RunConfig:
+    """The dense model trained by Lion: AdamW's recipe at a third of its rate and three times its decay."""
+    return replace(lm_dense_adamw(), recipe="lm-dense-lion", optim=LionConfig(lr=1e-3, weight_decay=0.3))
+
+
+def lm_dense_tiger() -> RunConfig:
+    """The dense model trained by Tiger, whose steps are relative to the size of what they move."""
+    return replace(lm_dense_adamw(), recipe="lm-dense-tiger", optim=TigerConfig(lr=1e-2))
+
+
+def lm_dense_amos() -> RunConfig:
+    """The dense model trained by Amos: no schedule and no decay to choose, half of AdamW's memory."""
+    return replace(
+        lm_dense_adamw(),
+        recipe="lm-dense-amos",
+        optim=AmosConfig(lr=0.03, embedding_eta=1.0),
+        schedule=Constant(warmup=20),
     )
 
 

@@ -1,0 +1,298 @@
+"""Amos: steps of the size that weights are expected to have, slowing down and decaying by themselves.
+
+With the expected scale eta of a parameter, and one number v and one number b for each row of it, both from 0:
+
+    q <- mean of g^2 over the row
+    v <- beta v + (1 - beta) q                       r = (1 - beta^t) / max(v, eps)
+    c = (1 + c_coef sqrt(lr) b)^(-1/2)               d = 1 / (1 + d_coef sqrt(lr eta) b)
+    gamma = c lr^2 r q
+    W <- W - d ((gamma / 2 + extra_l2) W + lr eta sqrt(r) g)
+    b <- b + gamma (1 + b)                           (c and d take the old b)
+
+Source: Tian & Parikh, "Amos: An Adam-style Optimizer with Adaptive Weight Decay towards Model-Oriented Scale",
+arXiv:2210.11693, algorithm 1, with the decays of the program that its authors keep (jestimator, version 0.3.2).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danlu._validate import choice, integer, number, positive
+from danlu.optim._common import MomentumOptimizer, check_rate, row_pieces
+from danlu.optim.groups import ROLES, declared
+
+#: Roles of which every row, one input of a table or one output of a map, keeps slots of its own.
+_BY_ROWS = ("matrix", "head", "embedding")
+
+
+class Amos(MomentumOptimizer):
+    """Adaptive steps whose learning rate and weight decay fall as the work is done, at half of AdamW's memory.
+
+    The learning rate is the relative change of a weight in one step, about one over the root of the number of batches
+    in the data; no schedule and no length of the run is needed, a warm-up does no harm. Second moments are kept for
+    rows, not for weights, so that with momentum the state is half of AdamW's and without it next to nothing.
+
+    Args:
+        params: parameters, named parameters or groups. A group may carry ``role``
+            (:data:`danlu.optim.ROLES`; :func:`danlu.optim.param_groups` sets it) and ``eta``, the scale that its
+            weights are expected to have, besides every option below. Without a role a parameter's ``danlu_role``
+            holds, then its shape: at most one dimension is a gain, two are a matrix, three a stack of experts, more
+            a convolution. Without eta :func:`amos_scale` gives it.
+        lr: relative step, a number or a one-element tensor.
+        beta: decay of the second moment, 1 - beta about ``lr``.
+        momentum: decay of an average over the updates; None for none, and no memory for it.
+        clip: largest size of an entry of the gradient; None for no limit.
+        extra_l2: shrinks the weights by this fraction each step, besides the decay that Amos finds.
+        c_coef: how fast the decay slows down.
+        d_coef: how fast the steps become smaller.
+        eps: smallest mean square of a gradient.
+        maximize: climb instead of descending.
+
+    Raises:
+        ValueError, TypeError: naming the argument, or the group and the parameter.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2, 4))
+    >>> optimizer = Amos([weight], lr=0.1)
+    >>> weight.grad = torch.tensor([[3.0, -3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    >>> optimizer.step()
+    >>> weight.data.mul(100).round()
+    tensor([[-5.,  5., -5., -5.],
+            [ 0.,  0.,  0.,  0.]])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.01,
+        *,
+        beta: float = 0.999,
+        momentum: float | None = None,
+        clip: float | None = None,
+        extra_l2: float = 0.0,
+        c_coef: float = 0.25,
+        d_coef: float = 0.25,
+        eps: float = 2.0**-125,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "momentum": momentum,
+            "clip": clip,
+            "extra_l2": extra_l2,
+            "c_coef": c_coef,
+            "d_coef": d_coef,
+            "eps": eps,
+            "maximize": maximize,
+            "role": None,
+            "eta": None,
+        }
+        self.check_options("", defaults)
+        super().__init__(params, defaults)
+
+    def check_options(self, where: str, options: Mapping[str, Any]) -> None:
+        """Raise unless every option of a group is in its range; ``where`` begins the message."""
+        check_rate(where, options["lr"])
+        number(f"{where}beta", options["beta"], low=0, high=1, high_open=True)
+        if options["momentum"] is not None:
+            number(f"{where}momentum", options["momentum"], low=0, high=1, high_open=True)
+        for name in ("clip", "eta"):
+            if options[name] is not None:
+                positive(f"{where}{name}", options[name])
+        for name in ("extra_l2", "c_coef", "d_coef"):
+            number(f"{where}{name}", options[name], low=0)
+        positive(f"{where}eps", options["eps"])
+        if options["role"] is not None:
+            choice(f"{where}role", options["role"], ROLES)
+
+    def slots(self, parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter before its first step."""
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        shape = _slot_shape(_role(parameter, options), parameter.shape)
+        state = {
+            "step": torch.zeros((), dtype=wide, device=parameter.device),
+            "exp_avg_sq": torch.zeros(shape, dtype=wide, device=parameter.device),
+            "decay": torch.zeros(shape, dtype=wide, device=parameter.device),
+        }
+        if options["momentum"] is not None:
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
+        """Update parameters and state of a group in place."""
+        if not params:
+            return
+        steps, second, decay, *averages = slots
+        if group["maximize"]:
+            grads = [-grad for grad in grads]
+        if group["clip"] is not None:
+            grads = [grad.clamp(-group["clip"], group["clip"]) for grad in grads]
+        etas = [group["eta"] or amos_scale(_role(p, group), p.shape) for p in params]
+        squares = [_mean_square(grad, v) for grad, v in zip(grads, second)]
+        shrinks, sizes = _factors(squares, steps, second, decay, etas, group)
+        for index, (parameter, grad) in enumerate(zip(params, grads)):
+            average = averages[0][index] if averages else None
+            _move(parameter, grad, shrinks[index], sizes[index], average, group["momentum"] or 0.0)
+
+
+def amos_scale(role: str, shape: Sequence[int]) -> float:
+    """Return the root mean square that trained weights of a parameter are expected to have: Amos' eta.
+
+    As in the paper's appendix: sqrt(2 / width) for embeddings, 1 for gains, 1/2 for biases, and 1 / sqrt(inputs) for
+    every other map. The paper's sqrt(2 / inputs) for the second matrix of a feed-forward layer, and 1/2 for relative
+    positions, are for a group's ``eta`` to say.
+
+    Args:
+        role: one of :data:`danlu.optim.ROLES`.
+        shape: of the parameter, outputs before inputs as in ``torch.nn``.
+
+    >>> amos_scale("matrix", (4096, 1024)), amos_scale("embedding", (50000, 512)), amos_scale("bias", (4096,))
+    (0.03125, 0.0625, 0.5)
+    """
+    choice("role", role, ROLES)
+    if role in ("gain", "bias"):
+        return 1.0 if role == "gain" else 0.5
+    inputs = math.prod(shape[1:]) if role == "conv" else (shape[-1] if shape else 1)
+    return math.sqrt((2.0 if role == "embedding" else 1.0) / max(1, inputs))
+
+
+def _role(parameter: Tensor, options: Mapping[str, Any]) -> str:
+    """Return the role that holds for a parameter: its group's, its own, or what its shape suggests."""
+    role: str | None = options["role"] or declared("the parameter", parameter)[0]
+    return role or {0: "gain", 1: "gain", 2: "matrix", 3: "experts"}.get(parameter.ndim, "conv")
+
+
+def _slot_shape(role: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a parameter's slots: 1 wherever the squares of the gradient are averaged."""
+    if role == "conv":
+        kept = 1
+    elif role == "experts" or (role in _BY_ROWS and len(shape) >= 2):
+        kept = len(shape) - 1
+    else:
+        kept = 0
+    return (*shape[:kept], *(1,) * (len(shape) - kept))
+
+
+def _mean_square(grad: Tensor, like: Tensor) -> Tensor:
+    """Return the mean of the squares of ``grad`` in the shape and format of the slot ``like``."""
+    axes = [axis for axis in range(grad.ndim) if like.shape[axis] == 1]
+    if not axes:
+        return grad.to(like.dtype).square()
+    count = math.prod(grad.shape[axis] for axis in axes)
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=axes, keepdim=True, dtype=like.dtype)
+    return norm.square_().div_(max(1, count))
+
+
+def _factors(
+    squares: list[Tensor],
+    steps: list[Tensor],
+    second: list[Tensor],
+    decay: list[Tensor],
+    etas: list[float],
+    group: Mapping[str, Any],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Update the slots; return what fraction of each weight goes, and how much of each gradient is subtracted.
+
+    The slots of a group are small, so that the number of calls counts: every one is made for all parameters at once.
+    """
+    lr, beta = group["lr"], group["beta"]
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+    torch._foreach_add_(steps, 1.0)
+    torch._foreach_lerp_(second, squares, 1.0 - beta)
+    # 1 - beta^t to full precision: as a difference it would lose four digits at the first step.
+    unbias = list(torch._foreach_expm1(torch._foreach_mul(steps, math.log(beta) if beta else -math.inf)))
+    inverse = list(torch._foreach_div(unbias, torch._foreach_neg(torch._foreach_clamp_min(second, group["eps"]))))
+
+    slow = list(torch._foreach_mul(decay, lr**0.5 * group["c_coef"]))
+    torch._foreach_add_(slow, 1.0)
+    torch._foreach_sqrt_(slow)
+    gamma = list(torch._foreach_mul(squares, inverse))
+    torch._foreach_mul_(gamma, lr**2)
+    torch._foreach_div_(gamma, slow)
+
+    damping = list(torch._foreach_mul(decay, [group["d_coef"] * math.sqrt(eta) for eta in etas]))
+    torch._foreach_mul_(damping, lr**0.5)
+    torch._foreach_add_(damping, 1.0)
+
+    shrinks = list(torch._foreach_mul(gamma, 0.5))
+    torch._foreach_add_(shrinks, group["extra_l2"])
+    torch._foreach_div_(shrinks, damping)
+    sizes = list(torch._foreach_sqrt(inverse))
+    torch._foreach_mul_(sizes, etas)
+    torch._foreach_mul_(sizes, lr)
+    torch._foreach_div_(sizes, damping)
+
+    torch._foreach_addcmul_(decay, gamma, decay)
+    torch._foreach_add_(decay, gamma)
+    return shrinks, sizes
+
+
+def _move(
+    parameter: Tensor, grad: Tensor, shrink: Tensor, size: Tensor, average: Tensor | None, momentum: float
+) -> None:
+    """Subtract ``shrink * parameter + size * grad``, or its average over the steps, in place."""
+    if average is None:
+        for p, g, keep, by in row_pieces(parameter, grad, 1.0 - shrink, size):
+            p.mul_(keep).addcmul_(g, by, value=-1.0)
+        return
+    weight = momentum - 1.0
+    for p, g, m, a, by in row_pieces(parameter, grad, average, shrink, size):
+        m.mul_(momentum).addcmul_(p, a, value=weight).addcmul_(g, by, value=weight)
+        p.add_(m)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmosHyperparameters:
+    """Learning rate, decay and half-life for AdamW or Lion, from Amos' balance of progress and decay.
+
+    Attributes:
+        lr: learning rate at the beginning.
+        weight_decay: decoupled decay as in AdamW, constant.
+        half_life: steps after which the learning rate has halved, for :class:`danlu.optim.InverseTime`.
+    """
+
+    lr: float
+    weight_decay: float
+    half_life: float
+
+
+def amos_hyperparameters(
+    d: int, *, step: float = 1e-3, alignment: float = 0.05, constant: bool = False, role: str = "matrix"
+) -> AmosHyperparameters:
+    """Return hyper-parameters for updates whose entries have size one (Lion, Tiger, AdamW), without a search.
+
+    A weight of expected size sigma moves by ``step * sigma``; the decay that cancels the second order of that move is
+    step^2 / 2 a step, that is ``step / (2 sigma)`` times the learning rate. With p the cosine between update and
+    remaining error, the learning rate halves after 1 / (2 step p) steps if p fades with the error, and after
+    (sqrt(2) - 1) / (step p) steps (then quadratically) if it is constant.
+
+    The decay is of the order that leaves the distance to the optimum unharmed while the weights are still far from
+    it; late in training the argument no longer holds, though the schedule does.
+
+    Args:
+        d: inputs of a matrix, or width of an embedding; unused for gains and biases.
+        step: relative change of a weight at the beginning, about 1e-3; 1e-2 for easy tasks.
+        alignment: the cosine p at the beginning.
+        constant: the cosine stays: use ``InverseTime(half_life=..., squared=True)``.
+        role: one of :data:`danlu.optim.ROLES`; sigma is 1 / sqrt(d) for maps and embeddings, 1/2 for gains and biases.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Source: Su, kexue.fm 9344.
+
+    >>> found = amos_hyperparameters(768, step=1.11e-3)
+    >>> print(f"{found.lr:.4g} {found.weight_decay:.4g} {found.half_life:.5g}")
+    4.005e-05 0.01538 9009
+    """
+    integer("d", d)
+    positive("step", step)
+    number("alignment", alignment, low=0, high=1, low_open=True)
+    choice("role", role, ROLES)
+    sigma = 0.5 if role in ("gain", "bias") else 1.0 / math.sqrt(d)
+    life = (math.sqrt(2.0) - 1.0) / (step * alignment) if constant else 1.0 / (2.0 * step * alignment)
+    return AmosHyperparameters(lr=step * sigma, weight_decay=step / (2.0 * sigma), half_life=life)
