@@ -1,6 +1,7 @@
 """Steps of the elementwise optimizers and of gradient clipping over the 21 M weights of a 12-layer GPT of width 384.
 
-Parts: ``step`` (torch's fused AdamW, Lion, Tiger and Amos, and pytorch_optimizer's Lion where it is installed),
+Parts: ``step`` (torch's fused AdamW, Lion, Tiger and Amos, as they are and by ``torch.compile(optimizer.step)``, and
+pytorch_optimizer's Lion where it is installed),
 ``clip`` (the global norm when there is nothing to clip),
 ``growth`` (over the number of weights). The note of a step is its state in bytes for each byte of weights, and for
 danlu's Lion and Tiger the largest distance of the weights from the published program after five steps in float64.
@@ -29,7 +30,16 @@ CONTESTANTS: dict[str, Make] = {
     "danlu Tiger": lambda params: Tiger(params, lr=1e-3),
     "danlu Amos": lambda params: Amos(params, lr=0.01, momentum=0.9),
     "danlu Amos without momentum": lambda params: Amos(params, lr=0.01),
+    "danlu Lion compiled": lambda params: _compiled(Lion(params, lr=torch.tensor(1e-4), weight_decay=0.1)),
+    "danlu Tiger compiled": lambda params: _compiled(Tiger(params, lr=torch.tensor(1e-3))),
+    "danlu Amos compiled": lambda params: _compiled(Amos(params, lr=torch.tensor(0.01), momentum=0.9)),
 }
+
+
+def _compiled(optimizer: Optimizer) -> Optimizer:
+    """Compile the step, with a learning rate that may change without compiling again."""
+    optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
+    return optimizer
 
 
 def _peer(params: Iterable[nn.Parameter]) -> Optimizer:

@@ -52,8 +52,8 @@ __all__ = [
 # method -> room
 REGISTRY: dict[str, str] = {
     "activation": "nn",
-    "attention": "analysis",
     "amos": "optim",
+    "attention": "analysis",
     "auxiliary_loss": "nn",
     "balance": "nn",
     "bounds": "approx",

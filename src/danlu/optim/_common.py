@@ -173,10 +173,11 @@ class MomentumOptimizer(Optimizer):
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors cut alike into short one-dimensional views, whole where they are not all contiguous.
 
-    An elementwise update of several passes over one piece reads memory once; over a whole tensor, once a pass.
+    An elementwise update of several passes over one piece reads memory once; over a whole tensor, once a pass. A
+    compiler makes one pass of them by itself, and would take a thousand pieces for a program of a thousand parts.
     """
     first = tensors[0]
-    if first.device.type != "cpu" or first.numel() <= PIECE or not all(t.is_contiguous() for t in tensors):
+    if not on_cpu(first) or first.numel() <= PIECE or not all(t.is_contiguous() for t in tensors):
         yield tensors
         return
     flat = [t.view(-1) for t in tensors]
@@ -187,7 +188,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors cut alike into views of a few rows; one that has a single row comes whole with every piece."""
     first = tensors[0]
-    if first.device.type != "cpu" or first.numel() <= PIECE or first.ndim == 0:
+    if not on_cpu(first) or first.numel() <= PIECE or first.ndim == 0:
         yield tensors
         return
     rows = max(1, PIECE * first.shape[0] // first.numel())
