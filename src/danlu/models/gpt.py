@@ -102,14 +102,23 @@ class GPT(nn.Module):
         return self.embedding
 
     def hidden(
-        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: list[LayerCache] | None = None
+        self,
+        tokens_bt: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """Normalised hidden states ``(batch, time, dim)``; arguments as in `Transformer.hidden`."""
+        """Normalised hidden states ``(batch, time, dim)``; arguments as in `Transformer.hidden`.
+
+        ``positions`` are int64 with one axis.
+        """
         start = cache[0].length if cache is not None else 0
         end = start + tokens_bt.shape[1]
         if end > self.config.context:
             raise ValueError(f"this GPT has {self.config.context} positions (context), {end} are needed")
-        x_btd = F.embedding(tokens_bt, self.embedding) + self.positions[start:end]
+        placed = self.positions[start:end] if positions is None else F.embedding(positions[..., 0], self.positions)
+        x_btd = F.embedding(tokens_bt, self.embedding) + placed
         x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
         none = rotary_angles(torch.arange(start, end, device=tokens_bt.device), 0)
         mask = None if documents is None else document_mask(documents)

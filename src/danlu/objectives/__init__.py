@@ -5,7 +5,10 @@ from danlu.objectives.causal_lm import CausalLM, CausalLMConfig
 from danlu.objectives.classification import Classification, ClassificationConfig
 from danlu.objectives.cross_entropy import linear_cross_entropy
 from danlu.objectives.denoising import Denoising, DenoisingConfig, multiscale_loss
+from danlu.objectives.drop_token import drop_tokens, kept_tokens
 from danlu.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from danlu.objectives.masked_image import MaskedImage, MaskedImageConfig
+from danlu.objectives.masked_lm import MaskedLM, MaskedLMConfig, expected_embedding
 from danlu.objectives.meanflow import MeanFlow, MeanFlowConfig, total_derivative
 from danlu.objectives.score_matching import (
     ScoreMatching,
@@ -29,6 +32,10 @@ __all__ = [
     "DenoisingConfig",
     "FlowMatching",
     "FlowMatchingConfig",
+    "MaskedImage",
+    "MaskedImageConfig",
+    "MaskedLM",
+    "MaskedLMConfig",
     "MeanFlow",
     "MeanFlowConfig",
     "ScoreMatching",
@@ -36,9 +43,12 @@ __all__ = [
     "SiD",
     "SiDConfig",
     "conditional_loss",
+    "drop_tokens",
+    "expected_embedding",
     "explicit_loss",
     "generator_loss",
     "implicit_loss",
+    "kept_tokens",
     "linear_cross_entropy",
     "multiscale_loss",
     "ratio_score",

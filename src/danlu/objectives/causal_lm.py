@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from danlu._validate import integer
+from danlu._validate import integer, number
 from danlu.models import GPT, Transformer
+from danlu.nn import SSM
 from danlu.nn.balance import expert_load, max_violation, watching
 from danlu.objectives.cross_entropy import IGNORE, linear_cross_entropy
+from danlu.objectives.drop_token import drop_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,12 @@ class CausalLMConfig:
 
     chunk: int = 512
     """tokens whose logits are held at one time"""
+    drop_tokens: float = 0.0
+    """share of each sequence left out of a training step, see `danlu.objectives.drop_token`"""
+
+    def __post_init__(self) -> None:
+        integer("chunk", self.chunk)
+        number("drop_tokens", self.drop_tokens, low=0, high=1, high_open=True)
 
 
 class CausalLM(nn.Module):
@@ -31,7 +39,11 @@ class CausalLM(nn.Module):
         byte_lengths: int64 ``(vocab,)``, bytes of text each token stands for; with it `evaluate` gives bits per byte.
 
     A batch is a mapping with ``tokens`` and ``targets`` ``(batch, time)`` int64 and, where packed documents are to be
-    masked apart, ``documents``.
+    masked apart, ``documents``. Where tokens are dropped, the mean over the targets that stay stands for all: the sum
+    is scaled by how many there were, so that a unit weighs the same at every rate.
+
+    Raises:
+        ValueError: tokens are to be dropped from a model with state spaces, which count time by the tokens they read.
 
     >>> from danlu.models import TransformerConfig
     >>> objective = CausalLM(Transformer(TransformerConfig(vocab_size=7, dim=16, layers=1, hidden=8)))
@@ -47,14 +59,21 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         config = CausalLMConfig() if config is None else config
-        integer("chunk", config.chunk)
+        if config.drop_tokens:
+            check_drops(model)
         self.model, self.config = model, config
         # A property of the tokenizer, not of the training: it is not saved with the weights.
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Summed loss in nats, float32."""
-        x_btd = self.model.hidden(batch["tokens"], documents=batch.get("documents"))
+        if not (self.training and self.config.drop_tokens):
+            return self._loss(batch)
+        short = drop_tokens(batch, self.config.drop_tokens)
+        return self._loss(short) * (self.count(batch) / self.count(short).clamp_min(1))
+
+    def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        x_btd = self.model.hidden(batch["tokens"], documents=batch.get("documents"), positions=batch.get("positions"))
         return linear_cross_entropy(x_btd, self.model.head_weight, batch["targets"], chunk=self.config.chunk)
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -101,3 +120,9 @@ class CausalLM(nn.Module):
     def metrics(self) -> dict[str, float]:
         """Expert balance at the last optimizer step; empty for a dense model."""
         return expert_load(self.model)
+
+
+def check_drops(model: nn.Module) -> None:
+    """Raise unless leaving a token out of ``model``'s input is masking its column in every layer."""
+    if any(isinstance(module, SSM) for module in model.modules()):
+        raise ValueError("drop_tokens must be 0 for a model with state spaces: they count time by the tokens they read")

@@ -36,6 +36,7 @@ REGISTRY: dict[str, Recipe] = {
     "lm-baseline": Recipe(
         "dense GPT of the same active size with AdamW, to compare with", "danlu.recipes.lm:lm_baseline"
     ),
+    "lm-masked": Recipe("lm-dense as an encoder: hidden tokens from both sides", "danlu.recipes.lm:lm_masked"),
     "lm-mha": Recipe("lm-dense with multi-head attention of eight heads", "danlu.recipes.attention:lm_mha"),
     "lm-gqa": Recipe("lm-dense with two key/value groups, a quarter of the cache", "danlu.recipes.attention:lm_gqa"),
     "lm-mla": Recipe("lm-dense with latent attention and the cache of lm-gqa", "danlu.recipes.attention:lm_mla"),
@@ -64,6 +65,7 @@ REGISTRY: dict[str, Recipe] = {
     "digits-sid": Recipe("a digits-edm run distilled to one step by SiD", "danlu.recipes.images:digits_sid"),
     "digits-64": Recipe("digits at 64x64, the schedule shifted to the resolution", "danlu.recipes.images:digits_64"),
     "images": Recipe("MeanFlow on your own images at 32x32 (--data FOLDER)", "danlu.recipes.images:images"),
+    "digits-mae": Recipe("a masked autoencoder of digits: features without labels", "danlu.recipes.images:digits_mae"),
     "digits-classifier": Recipe(
         "the classifier whose features measure generated digits", "danlu.recipes.images:digits_classifier"
     ),

@@ -9,8 +9,15 @@ from dataclasses import replace
 from danlu.config import Pretrained
 from danlu.data import ImagesConfig
 from danlu.diffusion import EDM, Betas, Cosine, LogNormalNoise, Shifted, UniformTimes
-from danlu.models import ConvNetConfig, UNetConfig
-from danlu.objectives import ClassificationConfig, DenoisingConfig, FlowMatchingConfig, MeanFlowConfig, SiDConfig
+from danlu.models import ConvNetConfig, MAEConfig, UNetConfig
+from danlu.objectives import (
+    ClassificationConfig,
+    DenoisingConfig,
+    FlowMatchingConfig,
+    MaskedImageConfig,
+    MeanFlowConfig,
+    SiDConfig,
+)
 from danlu.optim import AdamWConfig, WarmupStableDecay
 from danlu.train import RunConfig, TrainConfig
 
@@ -101,4 +108,17 @@ def digits_classifier() -> RunConfig:
         optim=AdamWConfig(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1),
         schedule=WarmupStableDecay(warmup=50, decay=0.5),
         train=TrainConfig(steps=800, eval_every=None, eval_batches=None, checkpoint_every=None, tensorboard=False),
+    )
+
+
+def digits_mae() -> RunConfig:
+    """A masked autoencoder of the digits: no generator, an encoder whose features need no labels."""
+    return RunConfig(
+        recipe="digits-mae",
+        data=ImagesConfig(source="digits28", batch=128),
+        model=MAEConfig(patch=4, dim=128, layers=4, heads=4, decoder_dim=64, decoder_layers=1, decoder_heads=2),
+        objective=MaskedImageConfig(mask=0.75),
+        optim=AdamWConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
+        schedule=WarmupStableDecay(warmup=100, decay=0.5),
+        train=TrainConfig(steps=2000, eval_every=500, precision="float32"),
     )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from danlu.data import TextConfig
 from danlu.models import GPTConfig, TransformerConfig
 from danlu.nn import GQAConfig, MLAConfig, MoEConfig
-from danlu.objectives import CausalLMConfig
+from danlu.objectives import CausalLMConfig, MaskedLMConfig
 from danlu.optim import AdamWConfig, AmosConfig, Constant, LionConfig, MuonConfig, TigerConfig, WarmupStableDecay
 from danlu.train import RunConfig, TrainConfig
 
@@ -88,4 +88,15 @@ def lm_baseline() -> RunConfig:
         optim=AdamWConfig(lr=1e-3),
         schedule=WarmupStableDecay(warmup=20, decay=0.4),
         train=TrainConfig(steps=800, eval_every=200),
+    )
+
+
+def lm_masked() -> RunConfig:
+    """The dense model as an encoder: every token sees every token, a share of them is hidden and asked for."""
+    config = lm_dense()
+    return replace(
+        config,
+        recipe="lm-masked",
+        model=replace(config.model, attention=GQAConfig(heads=4, mask="bidirectional")),
+        objective=MaskedLMConfig(),
     )

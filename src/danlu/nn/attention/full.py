@@ -63,12 +63,16 @@ class FullAttention(nn.Module):
         return 2.0 * tokens * dim * (4 * dim + 2 * tokens)
 
     def forward(self, x_btd: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Attend over ``(batch, tokens, dim)``; ``rope`` holds cosines and sines ``(tokens, rotated size)``."""
+        """Attend over ``(batch, tokens, dim)``.
+
+        ``rope`` holds cosines and sines ``(tokens, rotated size)``, or ``(batch, tokens, rotated size)`` where the
+        tokens of each sequence stand elsewhere.
+        """
         B, T, D = x_btd.shape
         qkv = self.qkv(x_btd).view(B, T, 3 * self.heads, self.head_dim)
         qk, v = qkv[:, :, : 2 * self.heads], qkv[:, :, 2 * self.heads :]
         if rope is not None:
-            cos, sin = (table[:, None, :] for table in rope)
+            cos, sin = (table.unsqueeze(-2) for table in rope)
             qk = rotate(qk, cos, sin)
         q_bhtk, k_bhtk = qk.transpose(1, 2).chunk(2, dim=1)
         y: Tensor = self.out(attend(q_bhtk, k_bhtk, v.transpose(1, 2)).transpose(1, 2).reshape(B, T, D))

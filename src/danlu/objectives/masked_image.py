@@ -1,0 +1,74 @@
+"""Masked autoencoding: the pixels of hidden patches from those that are seen."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from danlu._validate import number
+from danlu.models.mae import MAE
+from danlu.objectives._images import Batch, ImageObjective
+from danlu.objectives.drop_token import kept_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedImageConfig:
+    """What is hidden, and what is asked about it."""
+
+    mask: float = 0.75
+    """share of the patches that are hidden"""
+    normalise: bool = True
+    """ask for the pixels of a patch less their mean and over their standard deviation"""
+
+    def __post_init__(self) -> None:
+        number("mask", self.mask, low=0, high=1, low_open=True, high_open=True)
+
+
+class MaskedImage(ImageObjective):
+    """Mean square of the error in the pixels of the hidden patches, summed over images.
+
+    Patches are hidden at random, the same number in each image; visible ones cost nothing and count for nothing.
+    With ``normalise`` each patch is asked for as ``(pixels - mean) / sqrt(variance + 1e-6)``: a mean square of 1 is to
+    know nothing about patches that are not blank (a blank one is zero, and known). Source: He et al., arXiv 2111.06377,
+    sections 3 and 4.1.
+
+    Args:
+        model: the network; held as ``self.model``.
+        config: see `MaskedImageConfig`.
+
+    A batch is a mapping with ``images`` ``(b, c, h, w)``.
+
+    >>> from danlu.models import MAEConfig
+    >>> model = MAE(MAEConfig(image_size=8, dim=16, layers=1, heads=2, decoder_dim=8, decoder_heads=1))
+    >>> objective = MaskedImage(model)
+    >>> batch = {"images": torch.randn(3, 1, 8, 8)}
+    >>> objective(batch).shape, objective.count(batch).item()
+    (torch.Size([]), 3)
+    """
+
+    model: MAE
+
+    def __init__(self, model: MAE, config: MaskedImageConfig | None = None) -> None:
+        super().__init__(model)
+        self.config = MaskedImageConfig() if config is None else config
+
+    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        images = batch["images"]
+        wanted_btp = self.targets(images)
+        b, t = wanted_btp.shape[:2]
+        if round(self.config.mask * t) in (0, t):
+            raise ValueError(f"mask must hide some of an image's {t} patches and leave some, got {self.config.mask}")
+        visible_bk = kept_tokens(b, t, self.config.mask, device=images.device, generator=generator)
+        found_btp = self.model(images, visible_bk)
+        squares_bt = (found_btp.to(wanted_btp.dtype) - wanted_btp).square().mean(-1)
+        loss: Tensor = squares_bt.scatter(1, visible_bk, 0.0).sum() / (t - visible_bk.shape[1])
+        return loss
+
+    def targets(self, images: Tensor) -> Tensor:
+        """What is asked for, ``(b, tokens, values)``, float32 or wider."""
+        x = self.model.patches(images)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if not self.config.normalise:
+            return x
+        variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+        return (x - mean) / (variance + 1e-6).sqrt()
