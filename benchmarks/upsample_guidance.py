@@ -72,7 +72,8 @@ def main() -> None:
     classifier = load("digits-classifier")
     classifier = replace(classifier, train=replace(classifier.train, threads=1))
     network: Any = feature_network(classifier, sha256=data.manifest["sha256"])
-    labels = data.held_out["labels"][torch.arange(arguments.count) % len(data.held_out["labels"])]
+    known = data.held_out["labels"]  # in the order of the classes
+    labels = known[torch.linspace(0, len(known) - 1, arguments.count).long()]
     found: dict[str, dict[int, dict[str, float]]] = {}
     for seed in arguments.seeds:
         folder = arguments.runs / f"digits14-{seed}"
@@ -91,7 +92,11 @@ def main() -> None:
             images[f"upsample guidance, weight {weight:g}"] = drawn(objective, labels, 28, arguments.sampling, weight)
         for name, picture in images.items():
             found.setdefault(name, {})[seed] = measure(picture, data, network.features)
-            write_images(folder / f"{name.replace(' ', '-').replace(',', '')}.png", picture[:40], columns=10)
+            write_images(
+                folder / f"{name.replace(' ', '-').replace(',', '')}.png",
+                picture[torch.linspace(0, len(picture) - 1, 40).long()],
+                columns=10,
+            )
     table = Table(title="Frechet distance to held-out digits, 28 x 28")
     for column in ("", *(f"seed {seed}" for seed in arguments.seeds), "precision, recall (first seed)"):
         table.add_column(column)
@@ -100,7 +105,8 @@ def main() -> None:
         distances = [f"{by_seed[seed]['frechet_distance']:.1f}" for seed in arguments.seeds]
         table.add_row(name, *distances, f"{first['precision']:.2f}, {first['recall']:.2f}")
     Console().print(table)
-    print("floor:", {seed: found["the same network at 28 pixels"][seed]["frechet_floor"] for seed in arguments.seeds})
+    floors = [found["the same network at 28 pixels"][seed]["frechet_floor"] for seed in arguments.seeds]
+    print("training images beside the held-out ones:", floors)
     RESULTS.mkdir(exist_ok=True)
     result = {"machine": describe(), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "found": found}
     (RESULTS / "upsample_guidance.json").write_text(json.dumps(result, indent=2) + "\n")
