@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number, positive
-from danlu.optim._common import MomentumOptimizer, check_rate, row_pieces
+from danlu.optim._common import MomentumOptimizer, check_rate, is_dtensor, row_pieces
 from danlu.optim.groups import ROLES, declared
 
 #: Roles of which every row, one input of a table or one output of a map, keeps slots of its own.
@@ -108,6 +108,11 @@ class Amos(MomentumOptimizer):
         positive(f"{where}eps", options["eps"])
         if options["role"] is not None:
             choice(f"{where}role", options["role"], ROLES)
+
+    def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
+        """Raise if a parameter is cut over processes: its rows' slots would need sums over them."""
+        if is_dtensor(parameter):
+            raise TypeError(f"{name} is a DTensor, which Amos does not update; replicated parameters (DDP) it does")
 
     def slots(self, parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter before its first step."""

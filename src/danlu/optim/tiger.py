@@ -113,7 +113,8 @@ def _size(parameter: Tensor, role: str) -> Tensor | float:
     axes = -1 if role == "embedding" and parameter.ndim >= 2 else tuple(range(parameter.ndim))
     count = parameter.shape[-1] if axes == -1 else parameter.numel()
     norm: Tensor = torch.linalg.vector_norm(parameter, dim=axes, keepdim=axes == -1, dtype=wide)
-    return norm / max(1, count) ** 0.5
+    scale: Tensor = norm / max(1, count) ** 0.5
+    return scale
 
 
 def _all_finite(tensor: Tensor) -> bool:

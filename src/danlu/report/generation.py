@@ -46,13 +46,17 @@ def draw(
     generator: torch.Generator,
     guidance: float | None = None,
 ) -> Tensor:
-    """Draw ``count`` images ``(count, *shape)`` in portions, of the classes ``labels_n`` in turn (None: of none)."""
+    """Draw ``count`` images ``(count, *shape)`` in portions, of classes spread over all of ``labels_n`` (or none)."""
     integer("count", count)
     device = next(objective.parameters()).device
+    if labels_n is not None:
+        # Labels may be sorted: the first of them would be of a few classes only.
+        turns = torch.arange(count)
+        labels_n = labels_n[turns * len(labels_n) // count if count < len(labels_n) else turns % len(labels_n)]
     parts = []
     for start in range(0, count, _BATCH):
         size = min(_BATCH, count - start)
-        labels = None if labels_n is None else labels_n[torch.arange(start, start + size) % len(labels_n)].to(device)
+        labels = None if labels_n is None else labels_n[start : start + size].to(device)
         parts.append(
             objective.sample((size, *shape), steps=steps, generator=generator, labels=labels, guidance=guidance).cpu()
         )
