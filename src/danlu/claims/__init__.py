@@ -64,6 +64,7 @@ REGISTRY: dict[str, str] = {
     "drop_token": "objectives",
     "dynamic_experts": "nn",
     "flow_matching": "objectives",
+    "fourier": "distributions",
     "gradients": "analysis",
     "kv_shared": "nn",
     "lion": "optim",
