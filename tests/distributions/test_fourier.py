@@ -201,7 +201,7 @@ def test_shapes_follow_torch_distributions():
     assert low.sample().dtype == torch.float32
 
 
-@pytest.mark.parametrize(("degree", "nats", "modes"), [(4, 0.42328, 3), (12, 0.08750, 8)])
+@pytest.mark.parametrize(("degree", "nats", "modes"), [(4, 0.42328, 3), (8, 0.25438, 8), (12, 0.08750, 8)])
 def test_maximum_likelihood_reaches_the_specified_divergence_and_modes(degree, nats, modes):
     weights, x = eight_bumps(1024)
     p = FourierDensity(_fit_histogram(weights, degree, 0.0))
