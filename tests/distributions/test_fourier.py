@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy import integrate, stats
 from torch.distributions import Independent
-from torch.nn.functional import logsigmoid
 
 from danlu.distributions import FourierDensity, MappedFourierDensity
 from danlu.distributions.fourier import _fit_histogram
@@ -154,35 +153,10 @@ def test_a_zero_of_the_density_has_a_finite_log_and_no_gradient():
     assert (a.grad == 0).all()
 
 
-def test_without_harmonics_it_is_uniform_and_on_the_line_logistic():
+def test_without_harmonics_it_is_uniform():
     p = FourierDensity(torch.tensor([2.5], dtype=F64), loc=1.0, scale=2.0)
     assert p.entropy().item() == pytest.approx(math.log(4))
     assert (p.mean.item(), p.variance.item()) == (1, pytest.approx(4 / 3))
-    q = MappedFourierDensity(torch.tensor([2.5], dtype=F64), loc=1.0, scale=2.0)
-    y = torch.tensor([-60.0, -7.0, 0.3, 1.0, 5.0, 40.0], dtype=F64)
-    torch.testing.assert_close(q.log_prob(y), logsigmoid(y - 1) + logsigmoid(1 - y))
-    torch.testing.assert_close(q.cdf(y), torch.sigmoid(y - 1), rtol=1e-12, atol=0)  # the left tail too
-    torch.testing.assert_close(q.mass(y + 1, y + 2), torch.sigmoid(-y) - torch.sigmoid(-y - 1), rtol=1e-5, atol=1e-15)
-    assert q.entropy().item() == pytest.approx(2, abs=1e-12)
-    assert q.variance.item() == pytest.approx(math.pi**2 / 3, abs=1e-12)
-
-
-def test_on_the_line_mass_moments_and_entropy_are_those_of_quadrature():
-    q = MappedFourierDensity(coefficients(11), loc=-1.0, scale=0.5)
-
-    def density(y):
-        return q.log_prob(y).exp()
-
-    def expected(function):
-        return integral(lambda y: function(y) * density(y), -11.0, 9.0, 199)
-
-    mean = expected(lambda y: y)
-    assert expected(torch.ones_like) == pytest.approx(1, abs=1e-9)
-    assert q.mean.item() == pytest.approx(mean, abs=1e-9)
-    assert q.variance.item() == pytest.approx(expected(lambda y: (y - mean) ** 2), abs=1e-9)
-    assert q.entropy().item() == pytest.approx(-expected(q.log_prob), abs=1e-6)
-    u = uniform(31)
-    torch.testing.assert_close(q.cdf(q.icdf(u)), u, rtol=0, atol=1e-10)
 
 
 def test_shapes_follow_torch_distributions():
@@ -201,12 +175,16 @@ def test_shapes_follow_torch_distributions():
     assert low.sample().dtype == torch.float32
 
 
-@pytest.mark.parametrize(("degree", "nats", "modes"), [(4, 0.42328, 3), (8, 0.25438, 8), (12, 0.08750, 8)])
+@pytest.mark.parametrize(
+    ("degree", "nats", "modes"),
+    [(4, 0.42328, 3), (8, 0.25438, 7), (12, 0.08750, 8), (16, 0.03346, 8), (20, 0.00630, 8), (24, 0.00123, 8)],
+)
 def test_maximum_likelihood_reaches_the_specified_divergence_and_modes(degree, nats, modes):
     weights, x = eight_bumps(1024)
     p = FourierDensity(_fit_histogram(weights, degree, 0.0))
     assert divergence(weights, x, p) == pytest.approx(nats, rel=0.02)
-    assert len(p.modes()) == modes
+    # A mode is a maximum above the uniform density, 1/2: what lies below are ripples where the target is almost zero.
+    assert (p.log_prob(p.modes()).exp() > 0.5).sum() == modes
 
 
 def test_a_few_lines_of_descent_reach_the_same_from_any_start():
@@ -237,17 +215,6 @@ def test_a_fit_finds_the_modes_of_samples_and_its_penalty_helps_where_they_are_f
     kl = [divergence(weights, x, FourierDensity(p.coefficients.to(torch.complex128))) for p in (rough, smooth)]
     assert kl[1] < 0.6 * kl[0]
     assert smooth.roughness() < rough.roughness()
-
-
-def test_a_fit_on_the_line_recovers_a_density_of_its_own_family():
-    torch.manual_seed(0)
-    true = MappedFourierDensity(coefficients(4), loc=10.0, scale=3.0)
-    y = true.sample((20000,))
-    q = MappedFourierDensity.fit(y, 3, loc=10.0, scale=3.0)
-    # Twice the gain in log-likelihood is chi-squared with 6 degrees of freedom: above 35 once in 200 000 draws.
-    assert -1 < 2 * (q.log_prob(y) - true.log_prob(y)).sum() < 35
-    free = MappedFourierDensity.fit(y, 8)
-    assert free.loc.item() == pytest.approx(y.mean().item())
 
 
 @pytest.mark.parametrize(

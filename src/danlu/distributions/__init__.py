@@ -1,5 +1,6 @@
 """Distributions in the form of ``torch.distributions``: usable wherever torch's own are."""
 
-from danlu.distributions.fourier import FourierDensity, MappedFourierDensity
+from danlu.distributions.fourier import FourierDensity
+from danlu.distributions.mapped_fourier import MappedFourierDensity
 
 __all__ = ["FourierDensity", "MappedFourierDensity"]
