@@ -1,7 +1,9 @@
 """Loss-free balancing: the update, when it happens, and that it balances."""
 
-import os
-from typing import Any
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,30 +105,33 @@ def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
     assert layer.balancer.tokens == 7
 
 
-def test_counts_are_added_over_ranks() -> None:
+_RANK = """
+import sys, torch
+from danlu.nn import LossFreeConfig
+from danlu.nn.balance import Balancer, update
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+balancer = Balancer(5, LossFreeConfig(rule="rms"))
+balancer.count(torch.tensor([[7.0, 1, 0, 3, 1], [0.0, 2, 5, 1, 4]][rank]), 6)
+update(balancer)
+print(balancer.bias.tolist())
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_counts_are_added_over_ranks(tmp_path: Path) -> None:
     """Two processes that see different tokens end with the biases of one that saw all."""
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    port = 29_500 + os.getpid() % 1000
-    workers = [context.Process(target=rank_of_two, args=(rank, port, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = dict(results.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join()
+    command = [sys.executable, "-c", _RANK]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    found = [json.loads(rank.communicate(timeout=240)[0]) for rank in ranks]
     alone = Balancer(5, LossFreeConfig(rule="rms"))
     alone.count(torch.tensor([7.0, 1, 0, 3, 1]) + torch.tensor([0.0, 2, 5, 1, 4]), 12)
     update(alone)
-    assert found[0] == found[1] == alone.bias.tolist()
-
-
-def rank_of_two(rank: int, port: int, results: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    balancer = Balancer(5, LossFreeConfig(rule="rms"))
-    balancer.count(torch.tensor([[7.0, 1, 0, 3, 1], [0.0, 2, 5, 1, 4]][rank]), 6)
-    update(balancer)
-    results.put((rank, balancer.bias.tolist()))
-    torch.distributed.destroy_process_group()
+    assert found == [alone.bias.tolist()] * 2
 
 
 def test_watching_counts_in_evaluation_and_stops_after_it() -> None:

@@ -331,6 +331,7 @@ def test_a_teacher_of_another_kind_is_refused():
 
 
 def recipe(objective, **train):
+    pytest.importorskip("sklearn")
     return RunConfig(
         recipe="test",
         model=NetConfig(),

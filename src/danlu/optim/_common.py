@@ -128,9 +128,10 @@ class MomentumOptimizer(Optimizer):
             if lost and strange:
                 options = f"has {', '.join(sorted(strange))}, expected {', '.join(sorted(lost))}"
                 raise ValueError(f"{kind}: group {position}{_of(position, group)} {options}")
+        known = dict(self.defaults)  # torch adds an option of its own to the defaults while it loads
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            for option, value in self.defaults.items():
+            for option, value in known.items():
                 group.setdefault(option, value)
         # torch casts state to the parameter's format on loading, which would round a wider momentum.
         for parameter, state in found.items():
