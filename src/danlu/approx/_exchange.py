@@ -85,7 +85,7 @@ def exchange(problem: Problem, points: Array | None = None) -> tuple[Array, Arra
         largest, points = _scan(problem, q, rounds)
         if rounds == 0 and largest < 1.2 * q.level:
             # Near the answer the places of the peaks decide, and the samples alone understate them.
-            rounds = 3
+            rounds = 2 if problem.eps == EPS else 3
             largest, points = _scan(problem, q, rounds)
         bound = max(bound, q.level)
         if rounds and largest < best_error:
