@@ -6,5 +6,5 @@ import torch
 
 @pytest.fixture(autouse=True)
 def arguments_are_validated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep torch's default for these tests: some libraries switch the validation off for the whole process."""
+    """Keep torch's default for these tests: torch.compile switches the validation off in its process."""
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
