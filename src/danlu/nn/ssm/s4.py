@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from danlu._validate import integer
 from danlu.nn.linear import declare
 from danlu.nn.ssm.hippo import legs
-from danlu.nn.ssm.s4d import check_steps, draw_log_steps, wide
+from danlu.nn.ssm.s4d import check_system, draw_log_steps, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +172,7 @@ class S4(nn.Module):
     def __init__(self, channels: int, config: S4Config | None = None) -> None:
         super().__init__()
         config = S4Config() if config is None else config
-        integer("channels", channels)
-        integer("state", config.state, low=2)
-        if config.state % 2:
-            raise ValueError(f"state must be even (eigenvalues come in conjugate pairs), got {config.state}")
-        check_steps(config.dt_min, config.dt_max)
+        check_system(channels, config.state, config.dt_min, config.dt_max)
         self.config, self.channels, self.state = config, channels, config.state
         half = config.state // 2
         self.log_dt = declare(nn.Parameter(torch.empty(channels)), "gain")

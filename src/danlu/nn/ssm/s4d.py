@@ -37,8 +37,12 @@ class S4DConfig:
     """longest step at the start"""
 
 
-def check_steps(dt_min: float, dt_max: float) -> None:
-    """Raise ValueError unless ``0 < dt_min <= dt_max``."""
+def check_system(channels: int, state: int, dt_min: float, dt_max: float) -> None:
+    """Raise ValueError unless there are channels, the state is even and ``0 < dt_min <= dt_max``."""
+    integer("channels", channels)
+    integer("state", state, low=2)
+    if state % 2:
+        raise ValueError(f"state must be even (eigenvalues come in conjugate pairs), got {state}")
     positive("dt_min", dt_min)
     positive("dt_max", dt_max)
     if dt_min > dt_max:
@@ -103,12 +107,8 @@ class S4D(nn.Module):
     def __init__(self, channels: int, config: S4DConfig | None = None) -> None:
         super().__init__()
         config = S4DConfig() if config is None else config
-        integer("channels", channels)
-        integer("state", config.state, low=2)
-        if config.state % 2:
-            raise ValueError(f"state must be even (eigenvalues come in conjugate pairs), got {config.state}")
         choice("init", config.init, ("lin", "inv"))
-        check_steps(config.dt_min, config.dt_max)
+        check_system(channels, config.state, config.dt_min, config.dt_max)
         self.config, self.channels, self.state = config, channels, config.state
         half = config.state // 2
         self.log_dt = declare(nn.Parameter(torch.empty(channels)), "gain")
