@@ -79,6 +79,15 @@ def test_codes_of_another_model_and_damaged_ones_are_left_out_and_the_rest_is_de
     assert "z.ddcm: damaged" in said.err
 
 
+def test_images_of_one_name_get_files_of_their_own_whatever_the_others_are_called(run, pictures, tmp_path, capsys):
+    (pictures / "more").mkdir()
+    for name in ("a.png", "a-2.png"):
+        (pictures / "more" / name).write_bytes((pictures / "b.png").read_bytes())
+    given = [pictures / "a.png", pictures / "more" / "a.png", pictures / "more" / "a-2.png"]
+    assert main(["encode", str(run), *map(str, given), "--out", str(tmp_path / "codes"), *SMALL]) == 0
+    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == ["a-2-2.ddcm", "a-2.ddcm", "a.ddcm"]
+
+
 def test_nothing_is_overwritten(run, pictures, tmp_path, capsys):
     given = ["encode", str(run), str(pictures / "a.png"), "--out", str(tmp_path / "codes"), *SMALL]
     assert main(given) == 0

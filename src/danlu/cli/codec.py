@@ -1,6 +1,7 @@
 """``danlu encode`` and ``danlu decode``: images as ``.ddcm`` files and back, by a run that generates images."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,15 +174,14 @@ def _ddcm_files(paths: list[str]) -> Iterator[Path]:
 
 def _targets(folder: Path, names: list[str], suffix: str) -> list[Path]:
     """A file for each name, two of one name told apart by a number; none of them exists."""
-    seen: dict[str, int] = {}
-    targets = []
+    targets = dict[Path, None]()
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        targets.append(folder / f"{name}{f'-{seen[name]}' if seen[name] > 1 else ''}{suffix}")
+        numbered = (folder / f"{name}{'' if n == 1 else f'-{n}'}{suffix}" for n in itertools.count(1))
+        targets[next(path for path in numbered if path not in targets)] = None
     for target in targets:
         if target.exists():
             raise FileExistsError(f"{target} exists and is left as it is; choose another folder with --out")
-    return targets
+    return list(targets)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -193,11 +193,10 @@ def _write(path: Path, data: bytes) -> None:
 def _png(image: Tensor) -> bytes:
     import io
 
-    from PIL import Image
+    from danlu.report.grid import picture
 
-    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
+    picture(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

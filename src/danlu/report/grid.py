@@ -29,8 +29,6 @@ def grid(images_bchw: Tensor, *, columns: int | None = None) -> Any:
     >>> grid(torch.zeros(5, 1, 8, 8)).size
     (176, 118)
     """
-    from PIL import Image
-
     if images_bchw.dim() != 4 or images_bchw.shape[1] not in (1, 3) or not len(images_bchw):
         raise ValueError(f"images must be (b, 1 or 3, height, width), got shape {tuple(images_bchw.shape)}")
     count, channels, height, width = images_bchw.shape
@@ -44,8 +42,19 @@ def grid(images_bchw: Tensor, *, columns: int | None = None) -> Any:
     for index, image in enumerate(pixels):
         top, left = index // columns * height + _MARGIN, index % columns * width + _MARGIN
         sheet[:, top : top + image.shape[1], left : left + image.shape[2]] = image
-    array = sheet[0].numpy() if channels == 1 else sheet.permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array)
+    return picture(sheet)
+
+
+def picture(pixels_chw: Tensor) -> Any:
+    """Return bytes ``(1 or 3, h, w)`` as a ``PIL.Image``.
+
+    >>> picture(torch.zeros(3, 5, 7, dtype=torch.uint8)).size
+    (7, 5)
+    """
+    from PIL import Image
+
+    gray = len(pixels_chw) == 1
+    return Image.fromarray((pixels_chw[0] if gray else pixels_chw.permute(1, 2, 0).contiguous()).numpy())
 
 
 def write_images(path: Path | str, images: Tensor, *, columns: int | None = None, seconds: float = 3.0) -> Path:
