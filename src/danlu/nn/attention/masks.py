@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danlu._validate import choice, integer
+from danlu.nn.attention.blocked import applies, blocked_attention
 
 Mask = Literal["causal", "anti-causal", "bidirectional", "prefix", "mixed-heads"]
 LayeredMask = Literal["causal", "anti-causal", "bidirectional", "prefix", "mixed-heads", "mixed-layers"]
@@ -92,7 +93,7 @@ def masked_attention(
     prefix: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention under a mask, by fused kernels alone: nothing of size time x time is made.
+    """Scaled dot-product attention under a mask, by fused kernels or in blocks: nothing of size time x time is made.
 
     Args:
         q_bhtk: queries ``(batch, heads, time, size)``.
@@ -119,6 +120,8 @@ def masked_attention(
         raise ValueError(f"keys must be as many as queries, {T}, got {k_bgtk.shape[2]}")
 
     def fused(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        if applies(q, k):
+            return blocked_attention(q, k, v, causal=causal, scale=q.shape[-1] ** -0.5 if scale is None else scale)
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)
 

@@ -1,0 +1,112 @@
+"""Attention in blocks of queries against PyTorch's own, in float64, and its rounding in bfloat16."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from danlu.nn.attention import blocked, masked_attention
+from danlu.nn.attention.blocked import blocked_attention
+
+
+def inputs(
+    batch: int, heads: int, groups: int, time: int, size: int, value: int, *, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    """Queries, keys, values and an upstream gradient in the memory order that a projection gives."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((heads, size), (groups, size), (groups, value), (heads, value))
+    return tuple(
+        torch.randn(batch, time, *shape, generator=draw, dtype=torch.float64).to(dtype).transpose(1, 2)
+        for shape in shapes
+    )
+
+
+def with_gradients(attend: object, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    y = attend(*leaves)  # type: ignore[operator]
+    return (y.detach(), *torch.autograd.grad(y, leaves, grad))
+
+
+def reference(causal: bool, scale: float) -> object:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+def ours(causal: bool, scale: float) -> object:
+    return lambda q, k, v: blocked_attention(q, k, v, causal=causal, scale=scale)
+
+
+@given(
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    time=st.sampled_from([1, 2, 63, 64, 65, 131, 577]),
+    size=st.sampled_from([1, 5, 16]),
+    causal=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_output_and_gradients_are_those_of_pytorchs_attention_whatever_the_sizes(
+    batch: int, groups: int, repeats: int, time: int, size: int, causal: bool
+) -> None:
+    given_ = inputs(batch, groups * repeats, groups, time, size, 7)
+    found = with_gradients(ours(causal, 0.3), *given_)
+    for a, b in zip(found, with_gradients(reference(causal, 0.3), *given_), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("time", [16, 17, 200])
+def test_weights_that_are_kept_and_weights_that_are_formed_again_give_the_same_gradients(time: int) -> None:
+    # Four times the head size (of one head and its group) is where they begin to be formed again: 8 * 2 = 16.
+    given_ = inputs(2, 3, 3, time, 2, 5)
+    found = with_gradients(ours(True, 0.7), *given_)
+    for a, b in zip(found, with_gradients(reference(True, 0.7), *given_), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_long_sequences_keep_nothing_of_the_size_of_their_square() -> None:
+    time = 1536
+    q, k, v, _ = inputs(1, 1, 1, time, 8, 8, dtype=torch.float32)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        blocked_attention(q.requires_grad_(), k, v, causal=True, scale=1.0)
+    assert sum(kept) == 4 * time * 8
+
+
+def test_no_query_sees_a_later_key() -> None:
+    q, k, v, _ = inputs(1, 2, 1, 150, 8, 8)
+    later = torch.zeros(150, 1, dtype=q.dtype)
+    later[100:] = 50
+    whole, changed = (blocked_attention(q, k + x, v + x, causal=True, scale=0.3) for x in (0, later))
+    assert torch.equal(whole[:, :, :100], changed[:, :, :100])
+    assert (whole[:, :, 100:] != changed[:, :, 100:]).all()
+
+
+@pytest.mark.parametrize(("size", "value"), [(64, 64), (96, 64)])
+def test_in_bfloat16_the_error_is_that_of_a_few_roundings(size: int, value: int) -> None:
+    given_ = inputs(2, 4, 2, 256, size, value, dtype=torch.bfloat16)
+    exact = with_gradients(reference(True, size**-0.5), *(t.double() for t in given_))
+    rounding = 2.0**-8 / 3**0.5  # root mean square of a rounding to eight bits, relative, at its largest
+    for a, b in zip(with_gradients(ours(True, size**-0.5), *given_), exact, strict=True):
+        assert (a.double() - b).norm() / b.norm() < 3 * rounding
+
+
+def test_the_masks_attend_in_blocks_in_bfloat16_on_a_cpu_and_through_pytorchs_kernel_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[torch.dtype] = []
+    monkeypatch.setattr(
+        "danlu.nn.attention.masks.blocked_attention",
+        lambda q, k, v, **options: (calls.append(q.dtype), blocked.blocked_attention(q, k, v, **options))[1],
+    )
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        q, k, v, _ = inputs(1, 2, 2, 9, 4, 4, dtype=dtype)
+        masked_attention(q, k, v, "mixed-heads")
+    assert calls == [torch.bfloat16] * 2
+
+
+def test_compiled_it_gives_what_it_gives_otherwise() -> None:
+    given_ = inputs(1, 2, 1, 70, 8, 8, dtype=torch.float32)
+    compiled = torch.compile(ours(True, 0.3), fullgraph=True, backend="aot_eager")
+    for a, b in zip(with_gradients(compiled, *given_), with_gradients(ours(True, 0.3), *given_), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
