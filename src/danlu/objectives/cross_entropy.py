@@ -14,6 +14,9 @@ from danlu._validate import integer
 
 IGNORE = -100
 
+_IN_CACHE = 1 << 19
+"""Logits of which a float32 copy stays in the cache of two cores."""
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -27,18 +30,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x_nd.shape[0], chunk):
             x_cd, target_c = x_nd[start : start + chunk], targets_n[start : start + chunk]
             valid_c = target_c != IGNORE
-            safe_c1 = target_c.clamp_min(0)[:, None]
-            logits_cv = (x_cd @ head_vd.T).to(wide)
-            norm_c = logits_cv.logsumexp(-1)
-            loss += ((norm_c - logits_cv.gather(1, safe_c1)[:, 0]) * valid_c).sum()
+            logits_cv = x_cd @ head_vd.T
+            loss += (_losses(logits_cv, target_c.clamp_min(0), gradient=needs_x or needs_w) * valid_c).sum()
             if not (needs_x or needs_w):
                 continue
-            grad_cv = logits_cv.sub_(norm_c[:, None]).exp_()
-            grad_cv.scatter_add_(1, safe_c1, grad_cv.new_full((), -1.0).expand(safe_c1.shape))
+            grad_cv = logits_cv  # made into it
             # Looking first saves a pass over the logits, where looking does not wait for a device.
-            if x_nd.device.type != "cpu" or not bool(valid_c.all()):
+            looks = x_nd.device.type == "cpu" and not torch.compiler.is_compiling()
+            if not (looks and bool(valid_c.all())):
                 grad_cv *= valid_c[:, None]
-            grad_cv = grad_cv.to(x_nd.dtype)
             if grad_x is not None:
                 torch.mm(grad_cv, head_vd, out=grad_x[start : start + chunk])
             if grad_w is not None:
@@ -59,6 +59,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _losses(logits_cv: Tensor, target_c: Tensor, *, gradient: bool) -> Tensor:
+    """Losses ``(C,)`` in float32 or better; the logits are turned into their gradient in place if that is asked for.
+
+    On a CPU a few rows at a time, whose float32 copies stay in the cache.
+    """
+    rows, vocab = logits_cv.shape
+    whole = torch.compiler.is_compiling() or logits_cv.device.type != "cpu"
+    step = rows if whole else max(1, _IN_CACHE // vocab)
+    wide = torch.promote_types(logits_cv.dtype, torch.float32)
+    found = []
+    for logits_rv, target_r in zip(logits_cv.split(step), target_c.split(step)):
+        target_r1 = target_r[:, None]
+        wide_rv = logits_rv.to(wide)
+        right_r = wide_rv.gather(1, target_r1)[:, 0]
+        if not gradient:
+            found.append(wide_rv.logsumexp(-1) - right_r)
+            continue
+        p_rv = wide_rv.softmax(-1)
+        # The likeliest token's probability is never small, so that the sum of exponentials comes from it unharmed.
+        found.append(wide_rv.amax(-1) - p_rv.amax(-1).log() - right_r)
+        logits_rv.copy_(p_rv.scatter_add_(1, target_r1, p_rv.new_full((), -1.0).expand(target_r1.shape)))
+    return torch.cat(found)
 
 
 def linear_cross_entropy(x: Tensor, weight_vd: Tensor, targets: Tensor, *, chunk: int = 512) -> Tensor:
