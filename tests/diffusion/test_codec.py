@@ -124,6 +124,13 @@ def test_codewords_are_the_same_in_another_process_with_other_threads():
     assert there == "a05c7b7c55e57ac4"
 
 
+@pytest.mark.parametrize(("codewords", "dim"), [(99, 3), (640, 784), (41, 30001)])
+def test_codewords_drawn_alone_are_those_of_the_whole_book(codewords, dim):
+    book = Codebook(codewords, dim, seed=3)
+    indices = torch.tensor([codewords - 1, 0, 5, 5])
+    assert torch.equal(book(2, indices), book(2)[indices])
+
+
 def test_drawing_by_the_posterior_weights_tends_to_the_posterior_and_not_to_the_nearest():
     config = CodecConfig(steps=40, codewords=256)
     drawn = distortion(config, rule="posterior", generator=torch.Generator().manual_seed(0))
@@ -236,6 +243,7 @@ def test_digests_change_with_a_weight_and_with_a_pixel():
         (lambda: CodecConfig(atoms=2, gain_bits=1), "gain_bits must be at least 2 with several atoms"),
         (lambda: CodecConfig(steps=1), "steps"),
         (lambda: Codebook(0, 3), "codewords"),
+        (lambda: Codebook(99, 3)(1, torch.tensor([4, 99])), "indices must be from 0 to 98, got 4 to 99"),
         (lambda: encode(denoise, IMAGES[0], SCHEDULE, CodecConfig()), "images must be"),
         (lambda: encode(denoise, IMAGES, SCHEDULE, CodecConfig(), rule="nearest"), "rule"),
         (lambda: encode(denoise, IMAGES, SCHEDULE, CodecConfig(atoms=2), rule="posterior"), "draws one atom"),

@@ -21,6 +21,7 @@ __all__ = ["Codebook"]
 
 # Quantiles are rounded to multiples of this, far coarser than what libraries of logarithms disagree about.
 _UNIT = 2.0**-12
+_PORTION = 2**18
 _TABLE_SHA256 = "1ea009ce409dac97d6bd609266910f809c5fb912f78e16bd89145b08174d6fc5"
 
 
@@ -63,20 +64,39 @@ class Codebook:
         integer("dim", self.dim)
         integer("seed", self.seed, low=0, high=2**64 - 1)
 
-    def __call__(self, step: int) -> Tensor:
-        """Return the codewords of a step, float32 ``(K, dim)`` on the CPU."""
-        return self._draw(1 if self.shared else step, self.codewords)
+    def __call__(self, step: int, indices: Tensor | None = None) -> Tensor:
+        """Return the codewords of a step, float32 ``(K, dim)`` on the CPU, or those of ``indices``, ``(n, dim)``.
+
+        Raises:
+            ValueError: an index is not from 0 to K - 1.
+        """
+        stream = 1 if self.shared else step
+        if indices is None:
+            return self._draw(stream, 0, self.codewords)
+        wanted = indices.tolist()
+        if not all(0 <= index < self.codewords for index in wanted):
+            raise ValueError(f"indices must be from 0 to {self.codewords - 1}, got {min(wanted)} to {max(wanted)}")
+        # A codeword drawn alone costs as much as ten among others.
+        if 10 * len(wanted) > self.codewords:
+            return self._draw(stream, 0, self.codewords)[indices.cpu()]
+        return torch.cat([self._draw(stream, index, 1) for index in wanted])
 
     def start(self) -> Tensor:
         """Return the one codeword, ``(dim,)``, that everything begins with."""
-        return self._draw(0, 1)[0]
+        return self._draw(0, 0, 1)[0]
 
-    def _draw(self, stream: int, count: int) -> Tensor:
-        # The counter of a stream starts 2^64 blocks behind that of the one before it: they never meet.
-        bits = np.random.Philox(key=self.seed, counter=[0, stream, 0, 0])
-        raw = bits.random_raw(-(-count * self.dim // 4)).astype("<u8").view("<u2")[: count * self.dim]
-        words = _quantiles()[raw].reshape(count, self.dim)
-        squares = np.einsum("kd,kd->k", words, words, dtype=np.int64)
-        # A root and a quotient are rounded correctly everywhere; a word of zeros stays one.
-        scale = np.sqrt(self.dim / np.maximum(squares, 1))
-        return torch.from_numpy((words * scale[:, None]).astype(np.float32))
+    def _draw(self, stream: int, first: int, count: int) -> Tensor:
+        # The counter of a stream starts 2^64 blocks behind that of the one before it: they never meet. A block is 16
+        # numbers.
+        block, within = divmod(first * self.dim, 16)
+        bits = np.random.Philox(key=self.seed, counter=[block, stream, 0, 0])
+        words = np.empty((count, self.dim), np.float32)
+        # Portions stay in the cache; fours of codewords take whole numbers of 64 bits.
+        rows = 4 * max(1, _PORTION // (4 * self.dim))
+        for part in (words[start : start + rows] for start in range(0, count, rows)):
+            raw = bits.random_raw(-(-(within + part.size) // 4)).astype("<u8", copy=False).view("<u2")
+            whole = _quantiles().take(raw[within : within + part.size]).reshape(part.shape)
+            squares = np.einsum("kd,kd->k", whole, whole, dtype=np.int64)
+            # A root, a quotient and a product are rounded correctly everywhere; a word of zeros stays one.
+            np.multiply(whole, np.sqrt(self.dim / np.maximum(squares, 1))[:, None], out=part, casting="same_kind")
+        return torch.from_numpy(words)

@@ -20,6 +20,7 @@ Shapes: B images, C channels, H height, W width, D = C H W, K codewords, T steps
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -93,8 +94,10 @@ class Codes:
     gains: Tensor
 
 
-# Of a step: its number, codewords (K, D), noisy images, denoised images, mean and deviation of the next.
-_Choose = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+# Codewords of a step in the images' dtype: all, (K, D), or those of some indices.
+_Draw = Callable[..., Tensor]
+# Of a step: its number, its codewords, denoised images, their weight in the mean of the next and its deviation.
+_Choose = Callable[[int, _Draw, Tensor, Tensor, float], Tensor]
 
 
 def encode(
@@ -131,8 +134,8 @@ def encode(
     target = images.flatten(1)
     kept: list[tuple[Tensor, Tensor]] = []
 
-    def choose(step: int, words: Tensor, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
-        missing = target - x0
+    def choose(step: int, draw: _Draw, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
+        missing, words = target - x0, draw()
         if rule == "posterior":
             # m = g (x_0 - x0hat) / sigma, with g the weight of x_0 in the mean of the next image.
             scores = (law_x0 / std) * (missing @ words.T)
@@ -182,12 +185,10 @@ def decode(
                 f"codes.{name} must be from 0 to {end - 1}, got {int(values.min())} to {int(values.max())}"
             )
 
-    def choose(step: int, words: Tensor, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
-        indices = codes.indices[:, step].to(words.device)
-        noise = words[indices[:, 0]]
+    def choose(step: int, draw: _Draw, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
+        noise = draw(codes.indices[:, step, 0])
         for atom in range(1, config.atoms):
-            gain = codes.gains[:, step, atom - 1].to(words.device)
-            noise = _mix(noise, words[indices[:, atom]], gain, config)
+            noise = _mix(noise, draw(codes.indices[:, step, atom]), codes.gains[:, step, atom - 1], config)
         return noise
 
     like = torch.empty(0) if like is None else like
@@ -218,10 +219,11 @@ def generate(
         progress: called with the steps done and their number.
     """
 
-    def choose(step: int, words: Tensor, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
-        if score is not None:
-            return words[(score(x0.view(*shape)).flatten(1) @ words.T).argmax(-1)]
-        return words[torch.randint(len(words), (shape[0],), generator=generator, device=words.device)]
+    def choose(step: int, draw: _Draw, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
+        if score is None:
+            return draw(torch.randint(config.codewords, (shape[0],), generator=generator, device=x0.device))
+        words = draw()
+        return words[(score(x0.view(*shape)).flatten(1) @ words.T).argmax(-1)]
 
     like = torch.empty(0) if like is None else like
     return _walk(denoise, tuple(shape), schedule, config, choose, like, progress)
@@ -251,8 +253,8 @@ def restore(
     """
     count = len(measured)
 
-    def choose(step: int, words: Tensor, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
-        wanted = (measured - measure(x0.view(count, *shape))).flatten(1)
+    def choose(step: int, draw: _Draw, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
+        words, wanted = draw(), (measured - measure(x0.view(count, *shape))).flatten(1)
         seen = measure(words.view(-1, *shape)).flatten(1) * scales[step]
         # |A z|^2 - 2 <A z, y - A x0>, the part of the squared distance that depends on the codeword.
         return words[(seen.square().sum(-1) - 2 * wanted @ seen.T).argmin(-1)]
@@ -288,9 +290,13 @@ def _walk(
             progress(step + 1, len(times))
         if step + 1 < len(times):
             law = posterior(levels[step], levels[step + 1])
-            noise = choose(step, book(step + 1).to(like), x0, law.x0, float(law.std))
+            noise = choose(step, partial(_words, book, step + 1, like), x0, law.x0, float(law.std))
             x = law.x * x + law.x0 * x0 + law.std * noise
     return x0.view(tuple(shape))
+
+
+def _words(book: Codebook, step: int, like: Tensor, indices: Tensor | None = None) -> Tensor:
+    return book(step, indices).to(like)
 
 
 def _pursue(missing: Tensor, words: Tensor, config: CodecConfig) -> tuple[Tensor, Tensor, Tensor]:
