@@ -105,11 +105,17 @@ def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=16)
-def _table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _kept_table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         positions = torch.arange(rows, device=device)
         cos, sin = rotary_angles(positions.double() if dtype == torch.float64 else positions, dim, base=base)
         return cos.to(dtype), sin.to(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    # A compiler that saw the formula would put it into every kernel that it fuses with a rotation.
+    return _kept_table(rows, dim, base, dtype, device)
 
 
 def rotary_span(start: int, end: int, dim: int, *, base: float = 10000.0, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,9 +128,7 @@ def rotary_span(start: int, end: int, dim: int, *, base: float = 10000.0, like: 
     True
     """
     rows = 1 << max(end - 1, 255).bit_length()
-    # A compiler makes its own constants, and must not write into ours.
-    table = _table.__wrapped__ if torch.compiler.is_compiling() else _table
-    cos, sin = table(rows, dim, base, like.dtype, like.device)
+    cos, sin = _table(rows, dim, base, like.dtype, like.device)
     return cos[start:end], sin[start:end]
 
 
