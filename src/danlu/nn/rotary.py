@@ -112,7 +112,7 @@ def _kept_table(rows: int, dim: int, base: float, dtype: torch.dtype, device: to
         return cos.to(dtype), sin.to(dtype)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     # A compiler that saw the formula would put it into every kernel that it fuses with a rotation.
     return _kept_table(rows, dim, base, dtype, device)
