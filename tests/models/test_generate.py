@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from danlu.models import Transformer, TransformerConfig, generate, sample_token
-from danlu.nn import GQAConfig
+from danlu.models import GPT, GPTConfig, Transformer, TransformerConfig, generate, sample_token
+from danlu.models.generate import for_single_tokens
+from danlu.nn import GQAConfig, MLAConfig, MoEConfig
 
 
 def build() -> Transformer:
@@ -19,6 +20,40 @@ def test_greedy_generation_takes_the_most_likely_token_of_the_full_forward() -> 
         assert token == model(torch.tensor([text]))[0, -1].argmax().item()
         text.append(token)
     assert len(text) == 12
+
+
+def several() -> dict[str, Transformer | GPT]:
+    torch.manual_seed(9)
+    mla = MLAConfig(heads=3, kv_rank=7, nope_dim=5, rope_dim=4, value_dim=11)
+    sizes = {"vocab_size": 31, "dim": 13, "layers": 2, "hidden": 24, "attention": mla}
+    return {
+        "dense": build(),
+        "latent, experts": Transformer(TransformerConfig(**sizes, experts=MoEConfig(experts=5, active=2, hidden=7))),
+        "plain": GPT(GPTConfig(vocab_size=31, dim=12, layers=2, heads=3)),
+    }
+
+
+@pytest.mark.parametrize("name", several())
+def test_weights_laid_out_for_single_tokens_are_the_same_model(name: str) -> None:
+    model = several()[name].eval()
+    before = {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
+    single = for_single_tokens(model)
+    for key, value in single.state_dict().items():
+        assert torch.equal(value, before[key][1])
+        if value.dim() > 1 and value.shape[-2] >= value.shape[-1] and key != "embedding" and "position" not in key:
+            assert value.stride(-2) == 1 or "router" in key
+        else:
+            assert value.data_ptr() == before[key][0]
+    assert all(value.data_ptr() == before[key][0] for key, value in model.state_dict().items())
+    tokens = torch.tensor([[3, 1, 4]])
+    torch.testing.assert_close(single(tokens), model(tokens), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", several())
+def test_a_long_text_and_its_beginning_agree_whichever_layout_wrote_them(name: str) -> None:
+    model = several()[name]
+    short, long = (list(generate(model, [3, 1], max_new_tokens=n, temperature=0)) for n in (15, 40))
+    assert long[:15] == short
 
 
 def test_a_seeded_generator_repeats_itself() -> None:

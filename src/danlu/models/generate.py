@@ -1,14 +1,51 @@
 """Sampling from a language model, one token at a time over its cache."""
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from danlu._validate import integer, number
 from danlu.models.gpt import GPT
 from danlu.models.transformer import Transformer
+from danlu.nn import Linear, MoE
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_MANY = 16
+"""Tokens from which on it pays to lay the weights out for them."""
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    """The same matrix, or matrices, with each column in one piece of memory.
+
+    >>> by_columns(torch.ones(2, 3, 5)).stride()
+    (15, 1, 3)
+    """
+    return weight.detach().mT.contiguous().mT
+
+
+def for_single_tokens(model: _Module) -> _Module:
+    """``model`` with other places in memory for its weights, the rest shared; for float32 on a CPU.
+
+    A matrix times a vector is a sum of columns. BLAS forms it at twice the speed where columns are contiguous, unless
+    they are short: a matrix with more columns than rows stays as it is.
+    """
+    own: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        match module:
+            case Linear():
+                weights = [module.weight]
+            case MoE():
+                weights = [module.w_up, module.w_down]
+            case _:
+                weights = []
+        for weight in weights:
+            if weight.shape[-2] >= weight.shape[-1]:
+                own[id(weight)] = nn.Parameter(by_columns(weight), requires_grad=False)
+    return copy.deepcopy(model, own)
 
 
 def sample_token(
@@ -61,7 +98,8 @@ def generate(
 ) -> Iterator[int]:
     """Continue ``prompt``, yielding each token number as soon as it is drawn.
 
-    The model is put into evaluation mode. The cache is allocated once for prompt and continuation.
+    The model is put into evaluation mode. The cache is allocated once for prompt and continuation. For more than a few
+    tokens on a CPU in float32 the weights are copied once, into a layout that suits products with vectors.
 
     Args:
         model: a `Transformer` or `GPT`.
@@ -93,12 +131,15 @@ def generate(
     if top_p is not None:
         number("top_p", top_p, low=0, high=1, low_open=True)
     model.eval()
-    device = model.embedding.device
+    device, head = model.embedding.device, model.head_weight
+    single = head.dtype == torch.float32 and model.compute_dtype in (None, torch.float32)
+    if single and device.type == "cpu" and max_new_tokens >= _MANY:
+        model, head = for_single_tokens(model), by_columns(head)
     cache: list[Any] = model.new_cache(1, len(prompt) + max_new_tokens)
     tokens = torch.tensor([list(prompt)], device=device)
     for _ in range(max_new_tokens):
         hidden = model.hidden(tokens, cache=cache)[0, -1]
-        logits = torch.mv(model.head_weight.to(hidden.dtype), hidden)
+        logits = torch.mv(head.to(hidden.dtype), hidden)
         token = sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         number_drawn = int(token)
         if number_drawn == stop:

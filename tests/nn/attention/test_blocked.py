@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from danlu.nn.attention import blocked, masked_attention
+from danlu.nn.attention import blocked, document_mask, masked_attention
 from danlu.nn.attention.blocked import blocked_attention
+from danlu.nn.attention.masks import attention_under
 
 
 def inputs(
@@ -65,12 +66,58 @@ def test_weights_that_are_kept_and_weights_that_are_formed_again_give_the_same_g
 
 
 def test_long_sequences_keep_nothing_of_the_size_of_their_square() -> None:
-    time = 1536
+    time, block = 1536, 192
     q, k, v, _ = inputs(1, 1, 1, time, 8, 8, dtype=torch.float32)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         blocked_attention(q.requires_grad_(), k, v, causal=True, scale=1.0)
-    assert sum(kept) == 4 * time * 8
+    assert sum(kept) == 4 * time * 8 + block**2  # queries, keys, values, output, and one block's own mask
+
+
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    repeats=st.integers(1, 2),
+    time=st.sampled_from([2, 65, 131]),
+    each_head=st.booleans(),
+    every_row=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+def test_under_any_mask_output_and_gradients_are_those_of_pytorchs_attention(
+    batch: int, groups: int, repeats: int, time: int, each_head: bool, every_row: bool, seed: int
+) -> None:
+    heads = groups * repeats
+    shape = (batch if every_row else 1, heads if each_head else 1, time, time)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.1
+    mask = (mask & torch.ones(time, time, dtype=torch.bool).tril(-1)) | torch.eye(time, dtype=torch.bool)
+    given_ = inputs(batch, heads, groups, time, 5, 7)
+    found = with_gradients(lambda q, k, v: blocked_attention(q, k, v, causal=False, scale=0.3, mask=mask), *given_)
+    expected = with_gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True), *given_
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_packed_documents_cost_no_keys_that_lie_outside_of_them() -> None:
+    documents = torch.arange(256)[None] // 128
+    assert blocked._spans(256, False, document_mask(documents)) == [
+        (0, 64, 0, 64),
+        (64, 128, 0, 128),
+        (128, 192, 128, 192),
+        (192, 256, 128, 256),
+    ]
+
+
+def test_a_query_that_may_see_nothing_goes_through_pytorchs_kernel_and_attends_to_nothing() -> None:
+    q, k, v, _ = inputs(1, 1, 1, 4, 4, 4, dtype=torch.bfloat16)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    mask[..., 2, :] = False
+    y = attention_under(q, k, v, mask)
+    assert not blocked.applies(q, k, mask)
+    assert y.isfinite().all()
+    assert not y[0, 0, 2].any()
 
 
 def test_no_query_sees_a_later_key() -> None:

@@ -10,13 +10,13 @@ Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.nn.attention.cache import LayerCache
 from danlu.nn.attention.masks import (
     LayeredMask,
+    attention_under,
     causal_mask,
     check_cached,
     check_mask,
@@ -130,6 +130,6 @@ class GQA(nn.Module):
             check_start(prefix, L - T)
             if mask is None and T > 1:
                 mask = causal_mask(T, L, device=x_btd.device)
-            o = F.scaled_dot_product_attention(q_bhtk, k_bglk, v_bglk, attn_mask=mask, enable_gqa=G != H)
+            o = attention_under(q_bhtk, k_bglk, v_bglk, mask)
         y: Tensor = self.out(o.transpose(1, 2).reshape(B, T, H * self.head_dim))
         return y

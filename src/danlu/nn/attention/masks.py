@@ -144,6 +144,25 @@ def masked_attention(
     return whole
 
 
+def attention_under(
+    q_bhtk: Tensor, k_bgsk: Tensor, v_bgse: Tensor, mask: Tensor | None, *, scale: float | None = None
+) -> Tensor:
+    """Scaled dot-product attention under a mask in memory, True where a query may look; None hides nothing.
+
+    Args:
+        q_bhtk: queries ``(batch, heads, time, size)``.
+        k_bgsk: keys ``(batch, groups, keys, size)``.
+        v_bgse: values ``(batch, groups, keys, value size)``.
+        mask: booleans, broadcastable to ``(batch, heads, time, keys)``.
+        scale: factor of the scores; None is ``1 / sqrt(size)``.
+    """
+    if mask is not None and mask.dim() == 4 and applies(q_bhtk, k_bgsk, mask):
+        scale = q_bhtk.shape[-1] ** -0.5 if scale is None else scale
+        return blocked_attention(q_bhtk, k_bgsk, v_bgse, causal=False, scale=scale, mask=mask)
+    shared = q_bhtk.shape[1] != k_bgsk.shape[1]
+    return F.scaled_dot_product_attention(q_bhtk, k_bgsk, v_bgse, attn_mask=mask, scale=scale, enable_gqa=shared)
+
+
 def check_mask(mask: LayeredMask, heads: int, groups: int) -> Mask:
     """Return the mask of one layer, if it has these heads and groups.
 

@@ -20,6 +20,7 @@ from danlu._validate import integer
 from danlu.nn.attention.cache import LayerCache
 from danlu.nn.attention.masks import (
     LayeredMask,
+    attention_under,
     causal_mask,
     check_cached,
     check_mask,
@@ -162,14 +163,14 @@ class MLA(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q_bthk, k_blhk, kv[..., self.nope_dim :]))
         if mask is None and q.shape[2] == L:
             return masked_attention(q, k, v, self.mask, prefix=prefix, scale=self.scale).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale).transpose(1, 2)
+        return attention_under(q, k, v, mask, scale=self.scale).transpose(1, 2)
 
     def _absorbed(self, q_bthk: Tensor, seen_blm: Tensor, mask: Tensor | None) -> Tensor:
         """Multi-query form: heads look at the latent itself, as so many queries of one key."""
         B, T, H, _ = q_bthk.shape
         weight: Tensor = self.kv_up.weight
         weight = weight if weight.dtype == q_bthk.dtype else weight.to(q_bthk.dtype)
-        w_k, w_v = weight.view(H, -1, self.kv_rank).split((self.nope_dim, self.value_dim), dim=1)
+        w_k, w_v = weight.unflatten(0, (H, -1)).split((self.nope_dim, self.value_dim), dim=1)
         q_nope, q_rope = q_bthk.reshape(B * T, H, -1).split((self.nope_dim, self.rope_dim), dim=2)
         # Serial products, heads as the batch: a merged W_q W_k would be larger than both factors together.
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)
