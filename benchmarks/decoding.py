@@ -1,11 +1,13 @@
 """Decoding: 256 tokens greedily for one sequence, danlu beside transformers' own generate and a bare loop.
 
 Parts: ``dense-10M``, ``dense-30M`` (Llama's shapes), ``sparse-10M``, ``sparse-30M`` (DeepseekV3's), ``growth`` (time
-and peak memory of 32 tokens after prompts of growing length). The bare loop calls the transformers model's cached
-forward one token at a time with nothing around it. Weights are random; all read the same prompt of 16 tokens.
+and peak memory of 32 tokens after prompts of growing length), ``history`` (eight tokens of the sparse model after 512
+to 4096 others that are in the cache already, reading them not counted). The bare loop calls the transformers model's
+cached forward one token at a time with nothing around it. Weights are random; all read the same prompt of 16 tokens.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -15,9 +17,10 @@ from torch import Tensor, nn
 from benchmarks import harness, ours, peers
 from benchmarks.peers import SIZES, Size, SizeName
 from danlu.models import Transformer, generate
+from danlu.models.generate import by_columns, for_single_tokens
 
 PROMPT, NEW = 16, 256
-PARTS = ("dense-10M", "dense-30M", "sparse-10M", "sparse-30M", "growth")
+PARTS = ("dense-10M", "dense-30M", "sparse-10M", "sparse-30M", "growth", "history")
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -121,6 +124,42 @@ def growth(options: harness.Options) -> harness.Sweep:
     return harness.sweep(f"prompt and {new} tokens, 10M", lengths, make, options=options, axis="prompt")
 
 
+def history(options: harness.Options) -> harness.Sweep:
+    """Sweep the tokens that stand in the cache: eight more, float32; each call begins with the same cache."""
+    size, new = replace(SIZES["10M"], context=8192), 8
+    theirs, own = peers.deepseek(size).eval(), for_single_tokens(ours.sparse(size).eval())
+    head = by_columns(own.head_weight)
+
+    def make(length: int) -> dict[str, harness.Run]:
+        tokens = prompt(size, length)
+        with torch.inference_mode():
+            theirs_cache = theirs(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+            own_cache = own.new_cache(1, length + new)
+            own.hidden(tokens, cache=own_cache)
+
+        @torch.inference_mode()
+        def peer() -> None:
+            if more := theirs_cache.get_seq_length() - length:
+                theirs_cache.crop(-more)
+            ids = tokens[:, -1:]
+            for _ in range(new):
+                out = theirs(input_ids=ids, past_key_values=theirs_cache, use_cache=True, logits_to_keep=1)
+                ids = out.logits[:, -1:].argmax(-1)
+
+        @torch.inference_mode()
+        def danlu() -> None:
+            for layer in own_cache:
+                layer.length = length
+            ids = tokens[:, -1:]
+            for _ in range(new):
+                ids = torch.mv(head, own.hidden(ids, cache=own_cache)[0, 0]).argmax().view(1, 1)
+
+        return {"DeepseekV3 bare loop": peer, "danlu MLA + MoE": danlu}
+
+    lengths = [512, 1024] if options.quick else [512, 1024, 2048, 4096]
+    return harness.sweep(f"{new} tokens after others in the cache, 10M", lengths, make, options=options, axis="history")
+
+
 def _same(run: harness.Run) -> harness.Run:
     return run
 
@@ -135,7 +174,8 @@ def main() -> None:
             continue
         print(f"== {part}", flush=True)
         torch.manual_seed(0)
-        results.append(growth(options) if part == "growth" else throughput(kind, cast(Any, name), options))
+        sweeps = {"growth": growth, "history": history}
+        results.append(sweeps[part](options) if part in sweeps else throughput(kind, cast(Any, name), options))
     harness.write("decoding", __doc__, results, options)
 
 

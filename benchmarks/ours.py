@@ -58,4 +58,5 @@ def prepare(model: Transformer, setting: Setting) -> Transformer:
 def settings(*, compile: bool) -> list[Setting]:
     """Return the settings that could be danlu's fastest; its bfloat16 is float32 weights and bfloat16 activations."""
     eager = [Setting(), Setting(precision="medium"), Setting(bfloat16="activations", precision="medium")]
-    return [*eager, Setting(precision="medium", compile=True)] if compile else eager
+    compiled = [Setting(precision="medium", compile=True), Setting(bfloat16="activations", compile=True)]
+    return [*eager, *compiled] if compile else eager
