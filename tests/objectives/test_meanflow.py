@@ -216,6 +216,29 @@ def test_times_are_ordered_pairs_and_the_rest_of_the_batch_keeps_one_time():
     assert draw.r[:2000].mean().item() == pytest.approx(1 / 3, abs=0.022)
 
 
+def test_flow_matching_comes_first_goes_on_where_it_was_saved_and_evaluation_sees_the_whole_rule(caplog):
+    def rows(objective):
+        """Of a batch of 12: how many were differentiated."""
+        objective.model.calls.clear()
+        objective(images(12))
+        return sum(count for count, _, grad in objective.model.calls if not grad)
+
+    config = MeanFlowConfig(share=0.5, flow_batches=3)
+    objective = MeanFlow(network(), config)
+    assert [rows(objective) for _ in range(2)] == [0, 0]
+    assert rows(objective.eval()) == 6
+    resumed = MeanFlow(network(), config)
+    resumed.load_state_dict(objective.state_dict())
+    with caplog.at_level("WARNING"):
+        resumed.float().sample((1, 2, 5, 7), steps=1)
+        assert "trained on 2 batches" in caplog.text
+    assert [rows(resumed.double()) for _ in range(3)] == [0, 6, 6]
+    caplog.clear()
+    resumed.float().sample((1, 2, 5, 7), steps=1)
+    assert not caplog.text
+    assert "batches" not in MeanFlow(network()).state_dict()
+
+
 class Exact(nn.Module):
     """The average velocity of normal data, the velocity itself where the times are equal; classes do nothing."""
 

@@ -151,9 +151,9 @@ def measure(arguments: argparse.Namespace, parts: Any) -> None:
     else:
         print("comparing by a classifier of the same images (trained once, then kept) ...", file=sys.stderr, flush=True)
         recipe = load("digits-classifier")
-        network = generation.feature_network(
-            replace(recipe, data=replace(parts.config.data, augment=())), sha256=data.manifest["sha256"]
-        )
+        # One classifier of these images, whatever the batches in which a generator saw them.
+        images = replace(parts.config.data, augment=(), batch=recipe.data.batch)
+        network = generation.feature_network(replace(recipe, data=images), sha256=data.manifest["sha256"])
     steps = steps_of(objective, arguments.steps)
     drawn = generation.draw(
         objective,

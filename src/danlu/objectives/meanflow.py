@@ -9,6 +9,7 @@ which forward-mode differentiation evaluates beside u itself. Where r = t it say
 Source: Geng et al., arXiv:2505.13447; the three objectives: kexue.fm 10958.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -23,6 +24,8 @@ from danlu.objectives.flow_matching import FLOW
 
 __all__ = ["MeanFlow", "MeanFlowConfig", "total_derivative"]
 
+_log = logging.getLogger(__name__)
+
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,6 +38,8 @@ class MeanFlowConfig:
             takes it along the model's own velocity ``u(x, t, t)`` and holds it constant (one more evaluation).
             ``full`` does so too and differentiates through it: second derivatives, about twice the time.
         share: part of each batch with r != t; the rest is flow matching. Only this part pays for the derivative.
+        flow_batches: training batches at the start that are flow matching alone. The derivative of an untrained network
+            is noise: velocities first are cheaper, and better in a short run.
         times: law from which t and r are drawn; the larger is t, also where r is then set to t. The default rarely
             visits t near 1 with r near 0, where one step starts: in low dimensions take UniformTimes.
         power: p of the adaptive weight ``1 / (loss + offset)^p`` of each image; 0 for none.
@@ -48,6 +53,7 @@ class MeanFlowConfig:
 
     form: Literal["meanflow", "marginal", "full"] = "meanflow"
     share: float = 0.25
+    flow_batches: int = 0
     times: TimesConfig = field(default_factory=LogitNormalTimes)
     power: float = 1.0
     offset: float = 1e-2
@@ -60,6 +66,7 @@ class MeanFlowConfig:
     def __post_init__(self) -> None:
         choice("form", self.form, ("meanflow", "marginal", "full"))
         number("share", self.share, low=0, high=1)
+        integer("flow_batches", self.flow_batches, low=0)
         number("power", self.power, low=0)
         positive("offset", self.offset)
         positive("omega", self.omega)
@@ -110,10 +117,16 @@ class MeanFlow(ImageObjective):
         if self.config.guided and not int(getattr(model, "num_classes", 0)):
             raise ValueError("omega and kappa ask for guidance, and the model has no classes to be guided to")
         self._last: dict[str, Tensor] = {}
+        self.batches: Tensor  # trained on so far, part of the state only where something depends on it
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64), persistent=self.config.flow_batches > 0)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss summed over images, float32."""
-        draw = self._draw(batch, None)
+        share = self.config.share
+        if self.training and self.config.flow_batches:
+            share = share if self._past_flow else 0.0
+            self.batches += 1
+        draw = self._draw(batch, None, share)
         error = self._error(draw)
         self._last = {name: value.detach() for name, value in _errors(error, draw.apart).items()}
         square = mean_square(error) * error[0].numel()
@@ -121,9 +134,13 @@ class MeanFlow(ImageObjective):
             square = square / (square.detach() + self.config.offset) ** self.config.power
         return square.sum()
 
-    def _draw(self, batch: Batch, generator: torch.Generator | None) -> _Draw:
+    @property
+    def _past_flow(self) -> bool:
+        return int(self.batches) >= self.config.flow_batches
+
+    def _draw(self, batch: Batch, generator: torch.Generator | None, share: float | None = None) -> _Draw:
         x0, config, labels = batch["images"], self.config, batch.get("labels")
-        size, apart = len(x0), round(config.share * len(x0))
+        size, apart = len(x0), round((config.share if share is None else share) * len(x0))
         noise = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
         one, other = (config.times.draw(size, FLOW, device=x0.device, generator=generator) for _ in range(2))
         t = torch.maximum(one, other).to(x0.dtype)
@@ -203,6 +220,13 @@ class MeanFlow(ImageObjective):
             raise ValueError("guidance is learned in training by MeanFlow (omega and kappa); sampling takes none")
         device, classes = check_sampling(self.model, tuple(shape), labels, None)
         integer("steps", steps)
+        if not self._past_flow:
+            _log.warning(
+                "this network was trained on %d batches of flow matching alone (objective.flow_batches is %d): it has "
+                "not yet learned to take large steps",
+                int(self.batches),
+                self.config.flow_batches,
+            )
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         x = prior(shape, FLOW, generator=generator, device=device)
         return average_velocity(
