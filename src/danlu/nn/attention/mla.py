@@ -48,7 +48,7 @@ class MLAConfig:
     rope_dim: int = 16
     """coordinates with rotary position; the key's are shared by all heads, cached"""
     value_dim: int = 48
-    """size of a value head; equal to nope_dim + rope_dim, the CPU's fused attention kernel applies"""
+    """size of a value head; equal to nope_dim + rope_dim, the CPU's fused float32 attention kernel applies"""
     mask: LayeredMask = "causal"
     """which tokens a query sees, see `danlu.nn.attention.masks`"""
 
