@@ -30,8 +30,11 @@ def test_both_share_rate_and_decay_unless_told_otherwise():
     assert {g["lr"] for g in apart[1].param_groups} == {0.5}
 
 
-def test_embeddings_take_their_own_rate_where_one_is_given():
-    _, adamw = build_optimizers(model(), MuonConfig(lr=0.01, adamw_lr=0.02, embedding_lr=0.3))
+@pytest.mark.parametrize(
+    "config", [MuonConfig(lr=0.01, adamw_lr=0.02, embedding_lr=0.3), AdamWConfig(lr=0.02, embedding_lr=0.3)]
+)
+def test_embeddings_take_their_own_rate_where_one_is_given(config):
+    adamw = build_optimizers(model(), config)[-1]
     rates = {group["role"]: group["lr"] for group in adamw.param_groups}
     assert rates.pop("embedding") == 0.3
     assert set(rates.values()) == {0.02}

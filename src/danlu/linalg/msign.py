@@ -2,7 +2,7 @@
 
 `msign` is the validated, differentiable entry. Code that orthogonalises stacks of equal shapes in a loop, such as an
 optimizer step, calls the bare engine instead: ``orthogonalize(stack_bmn, composition, *, short=None, gram_steps=None,
-chunk_bytes=4 MiB)``, with compositions from `default_compositions` or :mod:`danlu.approx`.
+chunk_bytes=None)``, with compositions from `default_compositions` or :mod:`danlu.approx`.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Optimizers for a whole model from one config: the right rule for every parameter, none left out."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ class AdamWConfig:
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay.
+        embedding_lr: learning rate of the embeddings; None for lr.
         no_decay: roles (see :data:`danlu.optim.ROLES`) without decay.
     """
 
@@ -43,10 +44,13 @@ class AdamWConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    embedding_lr: float | None = None
     no_decay: tuple[str, ...] = ("gain", "bias")
 
     def __post_init__(self) -> None:
         number("lr", self.lr, low=0)
+        if self.embedding_lr is not None:
+            number("embedding_lr", self.embedding_lr, low=0)
         _check_betas("betas", self.betas)
         positive("eps", self.eps)
         number("weight_decay", self.weight_decay, low=0)
@@ -229,7 +233,9 @@ def _adamw(groups: list[Group], config: AdamWConfig) -> AdamW:
     """Return torch's AdamW, with its fused kernel where every parameter has one."""
     params = [p for group in groups for p in group["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
-    options = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "no_decay"}
+    if config.embedding_lr is not None:
+        groups = [{**g, "lr": config.embedding_lr} if g["role"] == "embedding" else g for g in groups]
+    options = _arguments(config, "lr", "betas", "eps", "weight_decay")
     return AdamW(_without_decay(groups, config.no_decay), fused=fused, **options)
 
 
@@ -272,10 +278,6 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, *, process_group
         )
     if rest:
         lr = config.lr if config.adamw_lr is None else config.adamw_lr
-        adamw = AdamWConfig(
-            lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, no_decay=config.no_decay
-        )
-        if config.embedding_lr is not None:
-            rest = [{**g, "lr": config.embedding_lr} if g["role"] == "embedding" else g for g in rest]
-        optimizers.append(_adamw(rest, adamw))
+        shared = _arguments(config, "betas", "eps", "weight_decay", "embedding_lr", "no_decay")
+        optimizers.append(_adamw(rest, AdamWConfig(lr=lr, **shared)))
     return optimizers

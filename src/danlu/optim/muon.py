@@ -20,7 +20,7 @@ from torch import Tensor
 
 from danlu._validate import choice, integer, number
 from danlu.approx import Composition, optimal_composition, published
-from danlu.linalg._newton_schulz import CHUNK_BYTES, multiplications, orthogonalize
+from danlu.linalg._newton_schulz import chunk_length, multiplications, orthogonalize
 from danlu.optim._common import MomentumOptimizer, check_rate, is_dtensor
 from danlu.optim._layout import layout, parts
 from danlu.optim._sharded import (
@@ -292,14 +292,12 @@ def muon_(
 
     # A graph can hold no subscripted type, hence the quotes.
     def bucket(held: "Sequence[Part]", m: int, n: int, device: torch.device, work: torch.dtype) -> Bucket:
-        on_cpu = device.type == "cpu"
-        fused = foreach if foreach is not None else not on_cpu
-        limit = chunk_bytes if chunk_bytes is not None else (CHUNK_BYTES if on_cpu else math.inf)
+        fused = foreach if foreach is not None else device.type != "cpu"
         return Bucket(
             parts=held,
             shape=(m, n),
             dtype=work,
-            most=max(1, int(min(limit // (m * n * work.itemsize), sum(part.size for part in held)))),
+            most=max(1, min(chunk_length(m, n, work, device, chunk_bytes), sum(part.size for part in held))),
             cost=multiplications(composition.coefficients, m, n, work),
             accumulate=partial(_accumulate, momentum=momentum, nesterov=nesterov, ema=ema, foreach=fused),
             iterate=partial(_orthogonal, composition=composition, scale=scale),
@@ -358,6 +356,8 @@ def _accumulate(
             direction.copy_(buffer)
         elif ema and buffer.dtype == grad.dtype == direction.dtype:
             torch.lerp(grad, buffer, momentum, out=direction)
+        elif ema and buffer.dtype == grad.dtype:  # rounded once
+            direction.copy_(torch.lerp(grad, buffer, momentum))
         else:
             direction.copy_(buffer).mul_(momentum).add_(grad, alpha=weight)
 
