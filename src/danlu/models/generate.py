@@ -12,10 +12,7 @@ from danlu.models.gpt import GPT
 from danlu.models.transformer import Transformer
 from danlu.nn import Linear, MoE
 
-_Module = TypeVar("_Module", bound=nn.Module)
-
-_MANY = 16
-"""Tokens from which on it pays to lay the weights out for them."""
+_Model = TypeVar("_Model", bound=Transformer | GPT)
 
 
 def by_columns(weight: Tensor) -> Tensor:
@@ -27,11 +24,12 @@ def by_columns(weight: Tensor) -> Tensor:
     return weight.detach().mT.contiguous().mT
 
 
-def for_single_tokens(model: _Module) -> _Module:
-    """``model`` with other places in memory for its weights, the rest shared; for float32 on a CPU.
+def for_single_tokens(model: _Model) -> _Model:
+    """``model`` in float32 with other places in memory for its weights, the rest shared; for float32 weights on a CPU.
 
     A matrix times a vector is a sum of columns. BLAS forms it at twice the speed where columns are contiguous, unless
-    they are short: a matrix with more columns than rows stays as it is.
+    they are short: a matrix with more columns than rows stays as it is. In bfloat16 a CPU's products with vectors read
+    fewer bytes a second, not fewer seconds, and the weights would be rounded again for every token.
     """
     own: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
@@ -45,7 +43,9 @@ def for_single_tokens(model: _Module) -> _Module:
         for weight in weights:
             if weight.shape[-2] >= weight.shape[-1]:
                 own[id(weight)] = nn.Parameter(by_columns(weight), requires_grad=False)
-    return copy.deepcopy(model, own)
+    single = copy.deepcopy(model, own)
+    single.compute_dtype = None
+    return single
 
 
 def sample_token(
@@ -98,8 +98,8 @@ def generate(
 ) -> Iterator[int]:
     """Continue ``prompt``, yielding each token number as soon as it is drawn.
 
-    The model is put into evaluation mode. The cache is allocated once for prompt and continuation. For more than a few
-    tokens on a CPU in float32 the weights are copied once, into a layout that suits products with vectors.
+    The model is put into evaluation mode. The cache is allocated once for prompt and continuation. On a CPU float32
+    weights are copied once, into a layout that suits products with vectors, and decoding is in float32.
 
     Args:
         model: a `Transformer` or `GPT`.
@@ -132,8 +132,7 @@ def generate(
         number("top_p", top_p, low=0, high=1, low_open=True)
     model.eval()
     device, head = model.embedding.device, model.head_weight
-    single = head.dtype == torch.float32 and model.compute_dtype in (None, torch.float32)
-    if single and device.type == "cpu" and max_new_tokens >= _MANY:
+    if head.dtype == torch.float32 and device.type == "cpu":
         model, head = for_single_tokens(model), by_columns(head)
     cache: list[Any] = model.new_cache(1, len(prompt) + max_new_tokens)
     tokens = torch.tensor([list(prompt)], device=device)
