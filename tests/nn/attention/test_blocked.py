@@ -100,6 +100,14 @@ def test_under_any_mask_output_and_gradients_are_those_of_pytorchs_attention(
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def test_keys_that_are_padding_are_hidden_from_every_query() -> None:
+    q, k, v, _ = inputs(2, 2, 1, 70, 4, 4)
+    padding = torch.arange(70) < torch.tensor([[70], [31]])
+    y = blocked_attention(q, k, v, causal=False, scale=0.5, mask=padding[:, None, None, :])
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask=padding[:, None, None, :], scale=0.5, enable_gqa=True)
+    torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
+
+
 def test_packed_documents_cost_no_keys_that_lie_outside_of_them() -> None:
     documents = torch.arange(256)[None] // 128
     assert blocked._spans(256, False, document_mask(documents)) == [

@@ -1,9 +1,8 @@
 r"""Attention in blocks of queries by batched matrix products: for bfloat16 on a CPU.
 
-There PyTorch's fused attention reaches a tenth of the rate of a matrix product, because its inner products are small
-and its arithmetic between them is not vectorised for bfloat16. Here a block of queries of all heads meets the keys up
-to its last one in one batched product, so that a causal mask saves the work that it hides. The backward pass is
-(FlashAttention, arXiv 2205.14135, appendix B)
+There PyTorch's fused attention reaches a tenth of the rate of a matrix product. Here a block of queries of all heads
+meets the keys up to its last one in one batched product, so that a causal mask saves the work that it hides. The
+backward pass is (FlashAttention, arXiv 2205.14135, appendix B)
 
 .. math:: dV = P^T dO, \quad dS = P \circ (dO\, V^T - \mathrm{rowsum}(dO \circ O)), \quad dQ = s\, dS\, K, \quad
           dK = s\, dS^T Q
@@ -46,8 +45,8 @@ def blocked_attention(
         v_bgtv: values ``(batch, groups, time, value size)``.
         causal: whether a query sees the keys up to its own only, or all.
         scale: factor of the scores.
-        mask: True where a query may look, ``(1 or batch, 1 or heads, time, time)``, in the place of ``causal``; what
-            no query of a block may see costs nothing.
+        mask: True where a query may look, ``(1 or batch, 1 or heads, 1 or time, time)``, in the place of ``causal``;
+            what no query of a block may see costs nothing.
 
     Returns:
         ``(batch, heads, time, value size)``. Differentiable once.
@@ -66,6 +65,7 @@ def blocked_attention(
     k, v = k_bgtk.reshape(B * G, T, K), v_bgtv.reshape(B * G, T, -1)
     bias = None
     if mask is not None:
+        mask = mask.expand(-1, -1, T, T)
         bias = q.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         bias = bias.unsqueeze(2) if bias.shape[1] == 1 else bias.unflatten(1, (G, H // G))
     elif causal:
