@@ -159,8 +159,14 @@ def attention_under(
     if mask is not None and mask.dim() == 4 and applies(q_bhtk, k_bgsk, mask):
         scale = q_bhtk.shape[-1] ** -0.5 if scale is None else scale
         return blocked_attention(q_bhtk, k_bgsk, v_bgse, causal=False, scale=scale, mask=mask)
-    shared = q_bhtk.shape[1] != k_bgsk.shape[1]
-    return F.scaled_dot_product_attention(q_bhtk, k_bgsk, v_bgse, attn_mask=mask, scale=scale, enable_gqa=shared)
+    (B, H, T, K), G = q_bhtk.shape, k_bgsk.shape[1]
+    if mask is None and T == 1 and G < H and q_bhtk.device.type == "cpu":
+        # One query: the heads of a group are rows of one product, which reads the keys once, not once a head.
+        q, k, v = q_bhtk.reshape(B * G, H // G, K), k_bgsk.flatten(0, 1), v_bgse.flatten(0, 1)
+        scale = K**-0.5 if scale is None else scale
+        weights = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale).softmax(-1)
+        return torch.bmm(weights, v).view(B, H, 1, -1)
+    return F.scaled_dot_product_attention(q_bhtk, k_bgsk, v_bgse, attn_mask=mask, scale=scale, enable_gqa=G != H)
 
 
 def check_mask(mask: LayeredMask, heads: int, groups: int) -> Mask:
