@@ -44,7 +44,7 @@ class Codebook:
 
     Args:
         codewords: K, at least 1.
-        dim: numbers in a codeword: channels x height x width.
+        dim: numbers in a codeword: channels x height x width, at most 2^24.
         seed: of the whole family of codebooks, 0 to 2^64 - 1.
         shared: one and the same codebook for all steps, which needs thousands of codewords to be as good (kexue.fm
             10711); to compare with.
@@ -61,7 +61,7 @@ class Codebook:
 
     def __post_init__(self) -> None:
         integer("codewords", self.codewords)
-        integer("dim", self.dim)
+        integer("dim", self.dim, high=2**24)
         integer("seed", self.seed, low=0, high=2**64 - 1)
 
     def __call__(self, step: int, indices: Tensor | None = None) -> Tensor:
@@ -95,8 +95,9 @@ class Codebook:
         rows = 4 * max(1, _PORTION // (4 * self.dim))
         for part in (words[start : start + rows] for start in range(0, count, rows)):
             raw = bits.random_raw(-(-(within + part.size) // 4)).astype("<u8", copy=False).view("<u2")
-            whole = _quantiles().take(raw[within : within + part.size]).reshape(part.shape)
-            squares = np.einsum("kd,kd->k", whole, whole, dtype=np.int64)
-            # A root, a quotient and a product are rounded correctly everywhere; a word of zeros stays one.
+            whole = _quantiles().take(raw[within : within + part.size]).reshape(part.shape).astype(np.float64)
+            # Integers below 2^53, and so exact in any order of summation. A root, a quotient and a product are rounded
+            # correctly everywhere; a word of zeros stays one.
+            squares = np.einsum("kd,kd->k", whole, whole)
             np.multiply(whole, np.sqrt(self.dim / np.maximum(squares, 1))[:, None], out=part, casting="same_kind")
         return torch.from_numpy(words)
