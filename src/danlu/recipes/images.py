@@ -69,8 +69,8 @@ def digits_sid() -> RunConfig:
         teacher,
         recipe="digits-sid",
         objective=SiDConfig(teacher=Pretrained(run="runs/digits-edm-1"), denoising=teacher.objective),
-        optim=AdamWConfig(lr=1e-4, betas=(0.0, 0.999), weight_decay=0.0),
-        train=replace(teacher.train, steps=700),
+        optim=AdamWConfig(lr=3e-4, betas=(0.0, 0.999), weight_decay=0.0),
+        train=replace(teacher.train, steps=1400, clip=None),
     )
 
 
