@@ -99,6 +99,16 @@ def measured(folder: Path, steps: list[int], count: int) -> dict[str, dict[str, 
     return found
 
 
+def collected(runs: Path) -> dict[str, dict[str, list[float]]]:
+    """Frechet distances of all that was ever measured under ``runs``: recipe, sampling steps, seeds."""
+    results: dict[str, dict[str, list[float]]] = {}
+    for file in sorted(runs.glob("*/measures.json")):
+        by_steps = results.setdefault(file.parent.name.rpartition("-")[0], {})
+        for number, values in json.loads(file.read_text()).items():
+            by_steps.setdefault(number, []).append(values["frechet_distance"])
+    return results
+
+
 def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,7 +130,6 @@ def main() -> None:
     timed |= seconds_a_step(direct, cpu_time=True) if direct else {}
     budget.write_text(json.dumps(timed, indent=2))
 
-    results: dict[str, dict[str, list[float]]] = {}
     for seed in arguments.seeds:
         for name in arguments.recipes:
             if name not in timed:  # it could only be made once its teacher was trained
@@ -131,12 +140,11 @@ def main() -> None:
             folder = arguments.runs / f"{name}-{seed}"
             finished(folder, configuration(name, seed, steps, arguments))
             found = measured(folder, STEPS.get(name, USUAL), arguments.count)
-            for number, values in found.items():
-                results.setdefault(name, {}).setdefault(number, []).append(values["frechet_distance"])
             line = ", ".join(f"{number}: {values['frechet_distance']:.3f}" for number, values in found.items())
             floor = next(iter(found.values()))["frechet_floor"]
             console.print(f"{name} seed {seed}, {steps} steps: {line} (floor {floor:.3f})", highlight=False)
 
+    results = collected(arguments.runs)
     table = Table("recipe", "sampling steps", "Frechet distance (mean)", "seeds")
     for name, by_steps in results.items():
         for number, values in by_steps.items():
