@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks import harness
-from benchmarks.muon import Shape, gpt, parameters
+from benchmarks.muon import Shape, as_in_training, gpt, parameters
 from danlu.optim import Amos, Lion, Tiger, clip_grad_norm_
 
 PARTS = ("step", "clip", "growth")
@@ -106,6 +106,7 @@ def clipping(shapes: Sequence[Shape]) -> dict[str, harness.Run]:
 
 def main() -> None:
     options = harness.options(__doc__, parts=PARTS)
+    as_in_training()
     shapes = gpt(1 if options.quick else 12, 384)
     items: list[harness.Comparison | harness.Sweep] = []
     if "step" in options.parts:

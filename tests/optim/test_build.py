@@ -52,6 +52,19 @@ def test_adamw_is_torchs_fused_adamw():
     assert optimizer.defaults["fused"]
 
 
+def test_adamw_is_right_for_a_parameter_whose_memory_has_gaps():
+    network = nn.Linear(6, 4)
+    whole = nn.Linear(6, 4)
+    whole.load_state_dict(network.state_dict())
+    network.weight = nn.Parameter(torch.cat([network.weight, network.weight], 1).detach()[:, :6])
+    for each in (network, whole):
+        (optimizer,) = build_optimizers(each, AdamWConfig(lr=0.1))
+        for _ in range(2):
+            each(torch.ones(2, 6)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(network.weight, whole.weight)
+
+
 @pytest.mark.parametrize("config", [LionConfig(lr=1e-2), TigerConfig(lr=3e-2), AmosConfig(lr=0.03, embedding_eta=1.0)])
 def test_one_optimizer_takes_every_parameter_with_its_role(config):
     network = model()

@@ -10,6 +10,7 @@ from steps import gaussian, one_step, step
 from torch import nn
 
 from danlu.approx import optimal_composition, published
+from danlu.linalg._newton_schulz import multiplications
 from danlu.optim import Muon, shape_scale
 from danlu.optim.muon import SCALES
 
@@ -50,6 +51,26 @@ def test_jordans_five_steps_from_the_frobenius_norm_fall_short_of_the_rms_and_th
     mended = one_step(gradient, method=published("jordan", 5), scale="rms").square().mean().sqrt().item()
     assert short < 0.19
     assert mended == pytest.approx(0.2, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (64, 256)])
+def test_fast_is_less_wrong_than_jordans_five_steps_and_takes_fewer_products(shape):
+    side = min(shape)
+    spectra = [torch.logspace(0, -3, side), 1 / torch.arange(1.0, side + 1), torch.linspace(1, 0.01, side)]
+    left, right = polar(gaussian(shape[0], side)), polar(gaussian(side, shape[1], seed=1))
+    for values in spectra:
+        gradient = left * values @ right
+        wrong, jordans = (
+            (-one_step(gradient, method=method, scale="plain") - left @ right).norm() for method in ("fast", "jordan")
+        )
+        assert wrong < 0.9 * jordans
+    costs = [
+        multiplications(
+            Muon([nn.Parameter(torch.zeros(shape))], method=m).composition.coefficients, *shape, torch.bfloat16
+        )
+        for m in ("fast", "auto", "jordan")
+    ]
+    assert costs[0] < 0.92 * costs[1] <= 0.92 * costs[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -119,34 +119,35 @@ def power_of_two_scale(M: Tensor) -> Tensor:
 
 
 def default_gram_steps(steps: Sequence[Sequence[float]], m: int, n: int, dtype: torch.dtype) -> int:
-    """Return the number of last steps that are cheapest in Gram space, within what the dtype bears.
-
-    In units of ``min(m, n)**3`` and with aspect ratio r, k steps of degree 5 cost k(2r + 1) on the matrix and
-    2r + 4k - 3 on the Gram side.
-    """
-    ratio = max(m, n) / min(m, n)
-    best, most_saved, growth = 0, 0.0, 1.0
+    """Return the number of last steps that are cheapest in Gram space, within what the dtype bears."""
+    found, growth = [(_products(steps, m, n, 0), 0)], 1.0
     for k in range(1, len(steps)):
         if k > 1:
             growth *= steps[len(steps) - k][0] ** 2
         if growth > _GRAM_GROWTH[dtype]:
             break
-        saved = k * (2 * ratio + 1) - (2 * ratio + 4 * k - 3)
-        if saved > most_saved:
-            best, most_saved = k, saved
-    return best
+        found.append((_products(steps, m, n, k), k))
+    return min(found)[1]
 
 
 def multiplications(steps: Sequence[Sequence[float]], m: int, n: int, dtype: torch.dtype) -> float:
-    """Return the multiply-adds in the matrix products of :func:`orthogonalize` for one matrix and steps of degree 5.
+    """Return the multiply-adds in the matrix products of :func:`orthogonalize` for one matrix.
 
     >>> multiplications([(1.0, 1.0, 1.0)] * 5, 2, 2, torch.float32) / 2**3
     15.0
     """
-    small, tail = min(m, n), default_gram_steps(steps, m, n, dtype)
-    ratio = max(m, n) / small
-    units = (len(steps) - tail) * (2 * ratio + 1) + (2 * ratio + 4 * tail - 3 if tail else 0)
-    return small**3 * units
+    return min(m, n) ** 3 * _products(steps, m, n, default_gram_steps(steps, m, n, dtype))
+
+
+def _products(steps: Sequence[Sequence[float]], m: int, n: int, tail: int) -> float:
+    """Return the cost of all steps, the last ``tail`` of them in Gram space, in units of ``min(m, n)**3``.
+
+    With aspect ratio r a step costs 2r on the matrix and nothing, 1 or 2 products of the Gram matrix for degree 3, 5
+    or more; in Gram space two products in place of 2r and, after the first, one to collect the polynomials.
+    """
+    ratio = max(m, n) / min(m, n)
+    own = sum(min(2, len(row) - 2) for row in steps)
+    return own + 2 * ratio * (len(steps) - tail) + (2 * ratio + 3 * (tail - 1) if tail else 0)
 
 
 def _iterate(
@@ -224,8 +225,8 @@ def _symmetric_product(
 ) -> Tensor:
     """Return ``alpha A B``, or ``beta C + alpha A B``, where it is known to be symmetric.
 
-    On a CPU a large one is formed block row by block row from the diagonal on, and mirrored: four block rows are 10/16
-    of the work.
+    On a CPU a large one is formed block row by block row from the diagonal on, and mirrored: two block rows are 3/4 of
+    the work, four 10/16, but in smaller products.
     """
     size = out.shape[-1]
     copied = A.ndim == 3 and A.dtype.itemsize < 4
@@ -233,7 +234,7 @@ def _symmetric_product(
         if C is not None:
             return _fused(C, A, B, beta, alpha, out)
         return _product(A, B, out)
-    block = -(-size // 4)
+    block = -(-size // (4 if size >= 512 or A.shape[-1] > size else 2))
     for start in range(0, size, block):
         end = min(start + block, size)
         rows, columns, target = A[..., start:end, :], B[..., start:], out[..., start:end, start:]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number, positive
-from danlu.optim._common import MomentumOptimizer, check_rate, is_dtensor, row_pieces
+from danlu.optim._common import MomentumOptimizer, check_rate, fusable, is_dtensor, row_pieces
 from danlu.optim.groups import ROLES, declared
 
 #: Roles of which every row, one input of a table or one output of a map, keeps slots of its own.
@@ -246,8 +246,13 @@ def _move(
         return
     weight = momentum - 1.0
     for p, g, m, a, by in row_pieces(parameter, grad, average, shrink, size):
-        m.mul_(momentum).addcmul_(p, a, value=weight).addcmul_(g, by, value=weight)
-        p.add_(m)
+        if momentum and fusable(p, m, a, by):
+            move = torch.mul(p, a).addcmul_(g, by)
+            options = {"nesterov": False, "maximize": False, "is_first_step": False, "weight_decay": 0.0, "lr": -1.0}
+            torch._fused_sgd_([p], [move], [m], momentum=momentum, dampening=1.0 - weight, **options)
+        else:
+            m.mul_(momentum).addcmul_(p, a, value=weight).addcmul_(g, by, value=weight)
+            p.add_(m)
 
 
 @dataclass(frozen=True, kw_only=True)

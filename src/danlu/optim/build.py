@@ -232,7 +232,13 @@ def _expected(group: Group, config: AmosConfig) -> Group:
 def _adamw(groups: list[Group], config: AdamWConfig) -> AdamW:
     """Return torch's AdamW, with its fused kernel where every parameter has one."""
     params = [p for group in groups for p in group["params"]]
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
+    # The kernel goes through a tensor's memory without looking at strides; what has gaps loses them when it is copied.
+    fused = all(
+        p.is_floating_point()
+        and p.device.type in ("cpu", "cuda")
+        and torch.empty_like(p, device="meta").stride() == p.stride()
+        for p in params
+    )
     if config.embedding_lr is not None:
         groups = [{**g, "lr": config.embedding_lr} if g["role"] == "embedding" else g for g in groups]
     options = _arguments(config, "lr", "betas", "eps", "weight_decay")

@@ -100,11 +100,11 @@ def _loop(
     for tensors in zip(P, G, M):
         for parameter, grad, momentum in pieces(*tensors):
             direction = _mixed(momentum, grad, betas[0]).sign_()
-            descend_(parameter, direction, lr, weight_decay)
             if momentum.dtype == grad.dtype:
                 momentum.lerp_(grad, 1.0 - betas[1])
             else:
                 momentum.mul_(betas[1]).add_(grad, alpha=1.0 - betas[1])
+            descend_(parameter, direction, lr, weight_decay)
 
 
 def _foreach(

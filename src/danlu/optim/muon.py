@@ -10,8 +10,10 @@ arXiv:2505.16932 (the iteration).
 """
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -61,6 +63,21 @@ def shape_scale(scale: str, rows: int, columns: int) -> float:
     return ADAMW_RMS * math.sqrt(max(rows, columns))
 
 
+@functools.cache
+def _fast_composition() -> Composition:
+    """Return what ``fast`` iterates: three steps of degree 5 and one of degree 9, designed for [3.2e-3, 1].
+
+    The step of degree 9 costs one small product more than one of degree 5 and does nearly the work of two. It comes
+    last, where its terms are small: before, they cancel to less than a half format can hold.
+    """
+    lower = 3.2e-3
+    quintics = optimal_composition(lower, 4, cushion=0.02, safety=1.01)
+    reached = 1 - quintics.errors[2]
+    last = optimal_composition(reached, 1, degree=9, upper=2 - reached)
+    whole = replace(quintics, coefficients=quintics.coefficients[:3] + last.coefficients, name="minimax 5, 5, 5, 9")
+    return whole.on(lower)
+
+
 def _composition(method: str | Composition, steps: int | None) -> Composition:
     """Return the polynomials that ``method`` and ``steps`` name.
 
@@ -68,12 +85,14 @@ def _composition(method: str | Composition, steps: int | None) -> Composition:
     scale of :func:`~danlu.linalg._newton_schulz.orthogonalize` five such steps have a smaller error on every spectrum
     than five of Jordan's or of the published Polar Express, which start from the Frobenius norm.
     """
+    if steps is not None and not isinstance(method, Composition):
+        integer("steps", steps, high=100)
+    if method == "fast":
+        method = _fast_composition()
     if isinstance(method, Composition):
         if steps is not None and steps != method.steps:
             raise ValueError(f"steps must be None or the composition's own {method.steps}, got {steps}")
         return method
-    if steps is not None:
-        integer("steps", steps, high=100)
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a danlu.approx.Composition, got {type(method).__name__}")
     if method == "auto":
@@ -109,8 +128,9 @@ class Muon(MomentumOptimizer):
             0.2 for an exact polar factor and a few per cent less for a real one.
         ema: average gradients (True) or sum them (False). The step is the same as long as ``momentum`` is.
         maximize: climb instead of descending.
-        method: ``auto``, a name of :func:`danlu.approx.published`, or any :class:`danlu.approx.Composition`.
-        steps: number of polynomials; None for what ``method`` is made for (5).
+        method: ``auto``; ``fast``, a tenth quicker at about twice the error, which is still below that of Jordan's
+            five steps; a name of :func:`danlu.approx.published`; or any :class:`danlu.approx.Composition`.
+        steps: number of polynomials; None for what ``method`` is made for (5 for ``auto``).
         dtype: format of the iteration. None: float64 for float64 parameters, otherwise the faster of bfloat16 and
             float32 on the device. In bfloat16 the update has a relative error of about 1e-2.
         momentum_dtype: format of the momentum; None for the parameter's own.
@@ -365,7 +385,8 @@ def _accumulate(
 def _apply(P: list[Tensor], U: list[Tensor], *, lr: float | Tensor, decay: float, factor: float, foreach: bool) -> None:
     """Shrink the weights and take the step along ``U``; a learning rate that is a tensor is never read by the host."""
     if isinstance(lr, Tensor):
-        U, alpha = list(torch._foreach_mul(U, lr * factor)), -1.0
+        # In the parameter's format: a product with a tensor of no dimensions would be rounded to the iteration's.
+        U, alpha = list(torch._foreach_mul([u.to(p.dtype) for p, u in zip(P, U)], lr * factor)), -1.0
     else:
         alpha = -lr * factor
     if foreach:
