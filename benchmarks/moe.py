@@ -1,10 +1,14 @@
 """Expert layer, forward and backward, 2048 tokens, beside transformers' back ends and a dense layer of equal work.
 
-Model size 256, experts of width 128, float32, renormalised sigmoid gates, no shared expert. Every contestant has the
-same router and weights; ``dense`` is one SwiGLU layer as wide as the experts that a token uses. Of transformers' back
+Model size 256, experts of width 128, renormalised sigmoid gates, no shared expert. Every contestant has the same router
+and weights, in float32 and then in bfloat16; ``danlu, float32 weights`` takes bfloat16 tokens as the recipes do, and
+gives float32 gradients. ``dense`` is one SwiGLU layer as wide as the experts that a token uses. Of transformers' back
 ends ``batched_mm`` is left out: it copies the weights of every choice (2 GB in the smallest case here).
+
+Parts: ``float32``, ``bfloat16``.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -14,6 +18,7 @@ from benchmarks import harness
 from danlu.nn import FeedForward, MoE, MoEConfig
 
 CASES = ((16, 2), (16, 4), (64, 4), (64, 6))
+PARTS = ("float32", "bfloat16")
 TOKENS, DIM, HIDDEN = 2048, 256, 128
 
 
@@ -58,27 +63,37 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], object]:
     return run
 
 
+def contestants(experts: int, active: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Layers of equal weights."""
+    ours = MoE(DIM, MoEConfig(experts=experts, active=active, hidden=HIDDEN, shared=0))
+    layers: dict[str, nn.Module] = {
+        "transformers eager": theirs(ours, "eager"),
+        "transformers grouped_mm": theirs(ours, "grouped_mm"),
+        "dense": FeedForward(DIM, active * HIDDEN),
+        "danlu": copy.deepcopy(ours),
+    }
+    layers = {name: layer.to(dtype) for name, layer in layers.items()}
+    return layers if dtype == torch.float32 else layers | {"danlu, float32 weights": ours}
+
+
 def main() -> None:
     """Run the comparison for every case."""
-    options = harness.options(__doc__, cpu_time=True, threads=1)
+    options = harness.options(__doc__, parts=PARTS, cpu_time=True, threads=1)
     tables = []
-    for experts, active in CASES:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, TOKENS, DIM, generator=generator).requires_grad_()
-        grad = torch.randn(1, TOKENS, DIM, generator=generator)
-        ours = MoE(DIM, MoEConfig(experts=experts, active=active, hidden=HIDDEN, shared=0))
-        layers: dict[str, nn.Module] = {
-            "transformers eager": theirs(ours, "eager"),
-            "transformers grouped_mm": theirs(ours, "grouped_mm"),
-            "dense": FeedForward(DIM, active * HIDDEN),
-            "danlu": ours,
-        }
-        with torch.no_grad():
-            difference = (layers["transformers eager"](x) - ours(x)).abs().max().item()
-        runs = {name: step(layer, x, grad) for name, layer in layers.items()}
-        notes = {"danlu": f"largest difference from eager {difference:.1e}"}
-        title = f"{experts} experts, {active} a token"
-        tables.append(harness.compare(title, runs, base="transformers eager", options=options, notes=notes))
+    for part in options.parts:
+        dtype = getattr(torch, part)
+        for experts, active in CASES:
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(1, TOKENS, DIM, generator=generator).to(dtype).requires_grad_()
+            grad = torch.randn(1, TOKENS, DIM, generator=generator).to(dtype)
+            layers = contestants(experts, active, dtype)
+            with torch.no_grad():
+                outputs = {name: layers[name](x) for name in layers if name != "dense"}
+            exact = outputs["transformers eager"]
+            notes = {name: f"largest difference {float((y - exact).abs().max()):.1e}" for name, y in outputs.items()}
+            runs = {name: step(layer, x, grad) for name, layer in layers.items()}
+            title = f"{part}, {experts} experts, {active} a token"
+            tables.append(harness.compare(title, runs, base="dense", options=options, notes=notes))
     harness.write("moe", __doc__, tables, options)
 
 

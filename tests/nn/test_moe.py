@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig, MoE, MoEConfig, scaling_factor
+from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig, MoE, MoEConfig, grouped, scaling_factor
 from danlu.nn.grouped import routed_experts
 
 
@@ -90,6 +90,42 @@ def test_bfloat16_grouped_product_equals_the_float32_loop_within_its_rounding() 
     for a, b in zip(ours, theirs):
         assert a.dtype == torch.float32
         assert (a - b).norm() / b.norm() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cutting_the_experts_into_parts_changes_no_number(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [
+        t.to(dtype).requires_grad_() for t in (random(40, 16), random(40, 2), random(7, 16, 16), random(7, 16, 8))
+    ]
+    x, gate, w_up, w_down = inputs
+    chosen = torch.randint(0, 6, (40, 2), generator=torch.Generator().manual_seed(0))  # expert 6 stays idle
+    found = []
+    for part in (1, 30 * 16 * dtype.itemsize, 1 << 30):  # one expert at a time, two or so, all at once
+        monkeypatch.setattr(grouped, "_PART", part)
+        y = routed_experts(x, gate, chosen, w_up, w_down)
+        found.append((y, *torch.autograd.grad(y, inputs, torch.ones_like(y))))
+    # Tokens get the sum of their experts in another order when these come in another number of calls.
+    tolerance = {} if dtype == torch.bfloat16 else {"rtol": 1e-13, "atol": 1e-13}
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], **tolerance)
+
+
+def test_of_a_choice_only_gate_and_up_activations_are_kept() -> None:
+    x, gate, w_up, w_down = (
+        t.requires_grad_() for t in (random(40, 16), random(40, 3), random(7, 20, 16), random(7, 16, 10))
+    )
+    chosen = torch.randint(0, 7, (40, 3), generator=torch.Generator().manual_seed(0))
+    kept: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        routed_experts(x, gate, chosen, w_up, w_down)
+    inputs = {t.data_ptr() for t in (x, gate, w_up, w_down)}
+    new = sum(t.numel() for t in kept if t.data_ptr() not in inputs)
+    assert new == 120 * (20 + 3)  # gate and up; the gate, its place and its token
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.data())

@@ -1,107 +1,126 @@
 """SwiGLU experts on tokens sorted by expert: no padding, no capacity, no token dropped.
 
 The whole layer is one autograd function. Rows are gathered by expert, each expert's products run on its own rows, and
-results are added back to their tokens; the backward pass does the same in reverse with the gate folded into the
-hidden activation, so that nothing of size (choices, dim) is kept except the gathered input.
+results are added back to their tokens; the backward pass gathers again and does the same in reverse with the gate
+folded into the hidden activation, so that nothing of a choice is kept but its gate and up activations.
 
-In bfloat16 torch's grouped product takes all experts at once. Elsewhere it gains nothing over a loop, and the loop goes
-through a whole expert before the next: what lies between its products never leaves the processor's cache.
+A CPU goes through a few experts at a time, so that what lies between their products never leaves its caches and no
+large temporary is made of fresh memory. In bfloat16 torch's grouped product takes these experts at once, elsewhere it
+gains nothing over a loop. Weights of another format are converted where they are used.
 
-Shape suffixes: N tokens, K choices a token, S = N K sorted choices, E experts, R rows of one expert, D model size,
-H hidden size.
+Shape suffixes: N tokens, K choices a token, S = N K sorted choices, E experts, G experts of one part, R rows of one
+part, D model size, H hidden size.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu.nn.feed_forward import swiglu_backward
-
 _FEW = 16
 """Choices up to which a CPU loses more by sorting the tokens than by taking them one by one."""
 
+_PART = 2 << 20
+"""Bytes of gate and up activations that a CPU works on at a time."""
 
-class _Fused(torch.autograd.Function):
-    """All experts at once, for bfloat16 with sizes that are multiples of 8 (rows of 16 bytes)."""
+
+class _Part(NamedTuple):
+    """Neighbouring experts and their rows: the sizes for a loop, the ends for torch's grouped product."""
+
+    experts: slice
+    rows: slice
+    sizes: list[int]
+    ends_g: Tensor
+    grouped: bool
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Rows times the matrix of their expert: ``(R, .)`` and ``(G, ., .)``."""
+        if self.grouped:
+            return F.grouped_mm(left, right, offs=self.ends_g)
+        result = left.new_empty(left.shape[0], right.shape[2])
+        for first, second, to in zip(left.split(self.sizes), right, result.split(self.sizes)):
+            torch.mm(first, second, out=to)
+        return result
+
+    def outer(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Expert by expert the product over its rows, ``(., R)`` and ``(R, .)``, into ``out`` of any dtype."""
+        if not self.sizes:
+            out.copy_(F.grouped_mm(left, right, offs=self.ends_g))
+            return
+        for first, second, to in zip(left.split(self.sizes, 1), right.split(self.sizes), out):
+            # Over no rows this is zero: the gradient of an expert without a token.
+            if to.dtype == left.dtype:
+                torch.mm(first, second, out=to)
+            else:
+                to.copy_(torch.mm(first, second))
+
+
+def _parts(ends_e: Tensor, row_bytes: int, grouped: bool) -> Iterator[_Part]:
+    """Cut the experts where a part's rows would exceed `_PART`; one part on a GPU, without waiting for the sizes."""
+    if ends_e.device.type != "cpu":
+        sizes = [] if grouped else torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
+        yield _Part(slice(None), slice(None), sizes, ends_e, grouped)
+        return
+    ends, most = ends_e.tolist(), max(_PART // row_bytes, 1)
+    first = row = 0
+    for last, end in enumerate(ends, 1):
+        if last == len(ends) or ends[last] - row > most:
+            sizes = [b - a for a, b in pairwise([row, *ends[first:last]])]
+            yield _Part(slice(first, last), slice(row, end), sizes, ends_e[first:last] - row, grouped)
+            first, row = last, end
+
+
+class _Experts(torch.autograd.Function):
+    """Gate and up activations are kept, in one tensor a part; everything else is formed again."""
 
     @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, gate: Tensor, plan: tuple[Tensor, ...], *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x_nd: Tensor, gate: Tensor, plan: tuple[Tensor, ...], w_up: Tensor, w_down: Tensor) -> Tensor:
         order_s, token_s, ends_e = plan
-        up_ehd, down_edh = (w.to(x_nd.dtype) for w in weights)
-        x_sd = x_nd.index_select(0, token_s)
-        gate_up = F.grouped_mm(x_sd, up_ehd.transpose(1, 2), offs=ends_e)
-        gate_s1 = gate.flatten().index_select(0, order_s)[:, None].to(x_nd.dtype)
-        first, second = gate_up.chunk(2, dim=-1)
-        hidden_sh = F.silu(first).mul_(second)
-        gated_sh = hidden_sh * gate_s1
-        y_sd = F.grouped_mm(gated_sh, down_edh.transpose(1, 2), offs=ends_e)
-        ctx.gates = gate.shape
-        ctx.save_for_backward(x_sd, gate_up, hidden_sh, gated_sh, gate_s1, order_s, token_s, ends_e, *weights)
-        return torch.zeros_like(x_nd).index_add_(0, token_s, y_sd)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor | None, ...]:
-        x_sd, gate_up, hidden_sh, gated_sh, gate_s1, order_s, token_s, ends_e, *weights = ctx.saved_tensors
-        up_ehd, down_edh = (w.to(x_sd.dtype) for w in weights)
-        grad_sd = grad_nd.contiguous().index_select(0, token_s)
-        grad_down = F.grouped_mm(grad_sd.T, gated_sh, offs=ends_e).to(weights[1].dtype)
-        grad_sh = F.grouped_mm(grad_sd, down_edh, offs=ends_e)
-        grad_gate_s = torch.linalg.vecdot(grad_sh, hidden_sh)
-        grad_gate_up = swiglu_backward(grad_sh.mul_(gate_s1), gate_up)
-        grad_up = F.grouped_mm(grad_gate_up.T, x_sd, offs=ends_e).to(weights[0].dtype)
-        grad_x = torch.zeros_like(grad_nd, memory_format=torch.contiguous_format)
-        grad_x.index_add_(0, token_s, F.grouped_mm(grad_gate_up, up_ehd, offs=ends_e))
-        return grad_x, _at_gates(grad_gate_s, order_s, ctx.gates), None, grad_up, grad_down
-
-
-class _Loop(torch.autograd.Function):
-    """Expert after expert, for every format."""
-
-    @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, gate: Tensor, plan: tuple[Tensor, ...], *weights: Tensor) -> Tensor:
-        order_s, token_s, ends_e = plan
-        up_ehd, down_edh = (w.to(x_nd.dtype) for w in weights)
-        ctx.sizes = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
-        x_sd = x_nd.index_select(0, token_s)
-        gate_s1 = gate.flatten().index_select(0, order_s)[:, None].to(x_nd.dtype)
-        gate_up = x_nd.new_empty(x_sd.shape[0], up_ehd.shape[1])
-        y_nd = torch.zeros_like(x_nd)
-        by_expert = zip(*(t.split(ctx.sizes) for t in (x_sd, gate_s1, gate_up, token_s)), up_ehd, down_edh)
-        for x_rd, gate_r1, gate_up_r, token_r, up_hd, down_dh in by_expert:
-            torch.mm(x_rd, up_hd.T, out=gate_up_r)
-            first, second = gate_up_r.chunk(2, dim=-1)
-            y_nd.index_add_(0, token_r, torch.mm(F.silu(first).mul_(second).mul_(gate_r1), down_dh.T))
-        ctx.gates = gate.shape
-        ctx.save_for_backward(x_sd, gate_up, gate_s1, order_s, token_s, *weights)
+        dtype, (_, dim, hidden) = x_nd.dtype, w_down.shape
+        # Rows of the grouped product are multiples of 16 bytes.
+        grouped = dtype == torch.bfloat16 and dim % 8 == 0 and hidden % 8 == 0
+        parts = list(_parts(ends_e, 2 * hidden * dtype.itemsize, grouped))
+        gate_s1 = gate.flatten().index_select(0, order_s)[:, None].to(dtype)
+        y_nd, kept = torch.zeros_like(x_nd), []
+        for part in parts:
+            token_r = token_s[part.rows]
+            up_gdh, down_ghd = (w[part.experts].to(dtype).transpose(1, 2) for w in (w_up, w_down))
+            gate_up = part.product(x_nd.index_select(0, token_r), up_gdh)
+            first, second = gate_up.chunk(2, dim=-1)
+            hidden_rh = F.silu(first).mul_(second).mul_(gate_s1[part.rows])
+            y_nd.index_add_(0, token_r, part.product(hidden_rh, down_ghd))
+            kept.append(gate_up)
+        ctx.gates, ctx.parts = gate.shape, parts
+        ctx.save_for_backward(x_nd, gate_s1, order_s, token_s, w_up, w_down, *kept)
         return y_nd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor | None, ...]:
-        x_sd, gate_up, gate_s1, order_s, token_s, *weights = ctx.saved_tensors
-        up_ehd, down_edh = (w.to(x_sd.dtype) for w in weights)
+        x_nd, gate_s1, order_s, token_s, w_up, w_down, *kept = ctx.saved_tensors
         grad_nd = grad_nd.contiguous()
         grad_x, grad_gate_s = torch.zeros_like(grad_nd), gate_s1.new_empty(gate_s1.shape[0])
-        grad_up, grad_down = torch.empty_like(up_ehd), torch.empty_like(down_edh)
-        rows = (t.split(ctx.sizes) for t in (x_sd, gate_up, gate_s1, grad_gate_s, token_s))
-        for x_rd, gate_up_r, gate_r1, grad_gate_r, token_r, up_hd, down_dh, grad_up_hd, grad_down_dh in zip(
-            *rows, up_ehd, down_edh, grad_up, grad_down
-        ):
+        grad_up, grad_down = torch.empty_like(w_up), torch.empty_like(w_down)
+        for part, gate_up in zip(ctx.parts, kept):
+            token_r, gate_r1 = token_s[part.rows], gate_s1[part.rows]
+            up_ghd, down_gdh = (w[part.experts].to(x_nd.dtype) for w in (w_up, w_down))
             grad_rd = grad_nd.index_select(0, token_r)
-            first, second = gate_up_r.chunk(2, dim=-1)
-            hidden_rh = F.silu(first).mul_(second)
-            grad_rh = torch.mm(grad_rd, down_dh)
-            torch.linalg.vecdot(grad_rh, hidden_rh, out=grad_gate_r)
-            # An expert without a token gets a zero gradient: the product over no rows.
-            torch.mm(grad_rd.T, hidden_rh.mul_(gate_r1), out=grad_down_dh)
-            grad_gate_up = swiglu_backward(grad_rh.mul_(gate_r1), gate_up_r)
-            torch.mm(grad_gate_up.T, x_rd, out=grad_up_hd)
-            grad_x.index_add_(0, token_r, torch.mm(grad_gate_up, up_hd))
-        grad_weights = (grad_up.to(weights[0].dtype), grad_down.to(weights[1].dtype))
-        return grad_x, _at_gates(grad_gate_s, order_s, ctx.gates), None, *grad_weights
+            first, second = gate_up.chunk(2, dim=-1)
+            silu = F.silu(first)
+            hidden_rh = silu * second
+            grad_rh = part.product(grad_rd, down_gdh)
+            torch.linalg.vecdot(grad_rh, hidden_rh, out=grad_gate_s[part.rows])
+            part.outer(grad_rd.T, hidden_rh.mul_(gate_r1), grad_down[part.experts])
+            grad_gate_up = torch.empty_like(gate_up)
+            grad_first, grad_second = grad_gate_up.chunk(2, dim=-1)
+            torch.mul(grad_rh.mul_(gate_r1), silu, out=grad_second)
+            torch.ops.aten.silu_backward.grad_input(grad_rh.mul_(second), first, grad_input=grad_first)
+            part.outer(grad_gate_up.T, x_nd.index_select(0, token_r), grad_up[part.experts])
+            grad_x.index_add_(0, token_r, part.product(grad_gate_up, up_ghd))
+        return grad_x, _at_gates(grad_gate_s, order_s, ctx.gates), None, grad_up, grad_down
 
 
 def _at_gates(grad_s: Tensor, order_s: Tensor, shape: torch.Size) -> Tensor:
@@ -138,7 +157,7 @@ def routed_experts(
 
     Args:
         x_nd: tokens, ``(N, D)``, any float dtype; bfloat16 uses torch's grouped product when the sizes are multiples
-            of 8, every other case a loop over experts.
+            of 8, every other case a loop over experts. The weights may have another dtype, which their gradients keep.
         gate: weights of the choices, ``(N, K)``, or of all experts, ``(N, E)``.
         chosen: expert numbers ``(N, K)``, int64, or a mask ``(N, E)``: any number a token, none as well.
         w_up: gate and up weights ``(E, 2 H, D)``, gate first.
@@ -156,14 +175,12 @@ def routed_experts(
     if few and rms is None and not torch.is_grad_enabled():
         return _few_choices(x_nd, gate, chosen, w_up, w_down)
     order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
-    fused = x_nd.dtype == torch.bfloat16 and w_down.shape[1] % 8 == 0 and w_down.shape[2] % 8 == 0
-    experts = _Fused if fused else _Loop
     if rms is None:
-        y: Tensor = experts.apply(x_nd, gate, (order_s, token_s, ends_e), w_up, w_down)
+        y: Tensor = _Experts.apply(x_nd, gate, (order_s, token_s, ends_e), w_up, w_down)
         return y
     rows = torch.arange(token_s.numel(), device=x_nd.device)
     # Sorted rows of their own: each choice is a token with one expert, whose output can be seen before the gate.
-    y_sd = experts.apply(x_nd[token_s], x_nd.new_ones(rows.numel(), 1), (rows, rows, ends_e), w_up, w_down)
+    y_sd = _Experts.apply(x_nd[token_s], x_nd.new_ones(rows.numel(), 1), (rows, rows, ends_e), w_up, w_down)
     # The eps only keeps a dead expert's zero from being divided by zero.
     gated_sd = F.rms_norm(y_sd, y_sd.shape[-1:], eps=1e-12) * (rms * gate.flatten()[order_s, None]).to(x_nd.dtype)
     return torch.zeros_like(x_nd).index_add(0, token_s, gated_sd)
