@@ -248,8 +248,18 @@ def _move(
     for p, g, m, a, by in row_pieces(parameter, grad, average, shrink, size):
         if momentum and fusable(p, m, a, by):
             move = torch.mul(p, a).addcmul_(g, by)
-            options = {"nesterov": False, "maximize": False, "is_first_step": False, "weight_decay": 0.0, "lr": -1.0}
-            torch._fused_sgd_([p], [move], [m], momentum=momentum, dampening=1.0 - weight, **options)
+            torch._fused_sgd_(
+                [p],
+                [move],
+                [m],
+                lr=-1.0,
+                weight_decay=0.0,
+                momentum=momentum,
+                dampening=1.0 - weight,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+            )
         else:
             m.mul_(momentum).addcmul_(p, a, value=weight).addcmul_(g, by, value=weight)
             p.add_(m)
