@@ -172,3 +172,14 @@ def test_impossible_b_is_refused_by_name(options: dict[str, float], message: str
         squareplus(X, -1.0)
     with pytest.raises(TypeError, match="floating-point"):
         squareplus(torch.arange(3))
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_slope_from_the_output_is_right_at_every_size(contiguous: bool) -> None:
+    sizes = torch.logspace(-25, 25, 101, dtype=torch.float64)
+    x = torch.cat((-sizes, sizes)).float()
+    x = x if contiguous else torch.stack((x, x), -1)[:, 0]
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(squareplus(x, 1.5).sum(), x, materialize_grads=True)
+    exact = squareplus_derivative(x.detach().double(), 1.5)
+    torch.testing.assert_close(slope.double(), exact, rtol=1e-6, atol=1e-37)  # below: no normal number in float32

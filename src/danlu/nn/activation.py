@@ -46,36 +46,47 @@ def _with_root(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return y, root
 
 
-def _blockwise(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and derivative for one number ``b`` and a contiguous ``x``, block by block."""
-    y, slope = torch.empty_like(x), torch.empty_like(x)
-    size = min(_BLOCK, x.numel())
-    root, sum_ = x.new_empty(size), x.new_empty(size)
+def _blocks(b: Tensor, *tensors: Tensor) -> bool:
+    """Whether the work can go through the cache block by block: one number ``b``, contiguous tensors on a CPU."""
+    first = tensors[0]
+    return first.device.type == "cpu" and b.dim() == 0 and first.numel() > 0 and all(t.is_contiguous() for t in tensors)
+
+
+def _blockwise(x: Tensor, b: Tensor) -> Tensor:
+    """Value, block by block."""
+    sum_, y = x.new_empty(min(_BLOCK, x.numel())), torch.empty_like(x)
     half = b / 2
-    for x_s, y_s, slope_s in zip(*(t.view(-1).split(_BLOCK) for t in (x, y, slope))):
-        root, sum_ = root[: len(x_s)], sum_[: len(x_s)]
+    for x_s, y_s in zip(*(t.view(-1).split(_BLOCK) for t in (x, y))):
+        root, sum_ = y_s, sum_[: len(x_s)]
         torch.addcmul(b, x_s, x_s, out=root).sqrt_()
         torch.abs(x_s, out=sum_).add_(root)
         torch.clamp_min(x_s, 0, out=y_s).addcdiv_(half, sum_)
-        torch.div(y_s, root, out=slope_s)
-    return y, slope
+    return y
+
+
+def _blockwise_backward(grad: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """``grad / (1 + (sqrt(b) / (2 y))^2)``, block by block."""
+    result, root, one = torch.empty_like(y), b.sqrt() / 2, torch.ones_like(b)
+    for grad_s, y_s, to in zip(*(t.view(-1).split(_BLOCK) for t in (grad, y, result))):
+        torch.div(root, y_s, out=to)
+        torch.addcmul(one, to, to, out=to)
+        torch.div(grad_s, to, out=to)
+    return result
 
 
 class _SquarePlus(torch.autograd.Function):
-    """Keeps the derivative, so that the backward pass is a single product."""
+    """Keeps its output, from which the slope follows without a root: ``y^2 / (y^2 + b/4)``.
+
+    It is formed as ``1 / (1 + (sqrt(b) / (2 y))^2)``, where no ``y`` is too large or too small.
+    """
 
     @staticmethod
-    def forward(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = x.device.type == "cpu" and x.is_contiguous() and b.dim() == 0 and x.numel() > 0
-        if blocks:
-            return _blockwise(x, b)
-        y, root = _with_root(x, b)
-        return y, y / root
+    def forward(x: Tensor, b: Tensor) -> Tensor:
+        return _blockwise(x, b) if _blocks(b, x) else _with_root(x, b)[0]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def vmap(_: Any, in_dims: tuple[int | None, int | None], x: Tensor, b: Tensor) -> tuple[Any, Any]:
@@ -84,17 +95,19 @@ class _SquarePlus(torch.autograd.Function):
             b = b.movedim(in_dims[1], 0)
             b = b.reshape(b.shape[0], *(1,) * (x.dim() - b.dim()), *b.shape[1:])
             x = x.expand(b.shape[0], *x.shape[1:])
-        return _SquarePlus.apply(x, b), (0, 0)
+        return _SquarePlus.apply(x, b), 0
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, b, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a derivative of this derivative is asked for
-            slope = squareplus_derivative(x, b)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, b, y = ctx.saved_tensors
         grad_b = None
         if ctx.needs_input_grad[1]:
             grad_b = (grad / (4 * torch.addcmul(b, x, x).sqrt())).sum_to_size(b.shape)
-        return grad * slope, grad_b
+        if torch.is_grad_enabled():  # a derivative of this derivative is asked for
+            return grad * squareplus_derivative(x, b), grad_b
+        if _blocks(b, y, grad):
+            return _blockwise_backward(grad, y, b), grad_b
+        return grad / (1 + (b.sqrt() / (2 * y)).square()), grad_b
 
 
 def _number_or_tensor(b: float | Tensor, x: Tensor) -> Tensor:
@@ -133,7 +146,7 @@ def squareplus(x: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and (wide.requires_grad or b.requires_grad)):
         y, _ = _with_root(wide, b)
     else:
-        y, _ = _SquarePlus.apply(wide, b)
+        y = _SquarePlus.apply(wide, b)
     return y.to(x.dtype)
 
 
