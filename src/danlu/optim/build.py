@@ -72,7 +72,7 @@ class MuonConfig:
         decay: what Muon's decay shrinks, ``decoupled``, ``spectral`` or ``clipped``, see :class:`danlu.optim.Muon`.
         decay_bound: of ``clipped``, where decay begins.
         scale: factor by shape, see :func:`danlu.optim.shape_scale`.
-        method: iteration, ``auto`` or a name of :func:`danlu.approx.published`.
+        method: iteration, ``auto``, ``fast`` or a name of :func:`danlu.approx.published`.
         steps: number of polynomials; None for what ``method`` is made for.
         dtype: format of the iteration; ``auto`` takes the faster of float32 and bfloat16.
         momentum_dtype: format of Muon's momentum; ``auto`` is the parameter's own.

@@ -74,8 +74,7 @@ def _fast_composition() -> Composition:
     quintics = optimal_composition(lower, 4, cushion=0.02, safety=1.01)
     reached = 1 - quintics.errors[2]
     last = optimal_composition(reached, 1, degree=9, upper=2 - reached)
-    whole = replace(quintics, coefficients=quintics.coefficients[:3] + last.coefficients, name="minimax 5, 5, 5, 9")
-    return whole.on(lower)
+    return replace(quintics, coefficients=quintics.coefficients[:3] + last.coefficients, name="fast").on(lower)
 
 
 def _composition(method: str | Composition, steps: int | None) -> Composition:
