@@ -67,13 +67,15 @@ def typical(config: RunConfig) -> RunConfig:
 
 
 def finished(folder: Path, config: RunConfig) -> None:
-    """Train, resume or skip."""
+    """Train, resume or skip; leave when interrupted."""
     if not (folder / "config.json").exists():
-        train(config, folder, quiet=True)
-        return
-    if read_config(folder).train != config.train:
+        stopped = train(config, folder, quiet=True)
+    elif read_config(folder).train != config.train:
         raise SystemExit(f"{folder} was trained for another number of steps or seed; move it away or use --runs")
-    resume(folder, quiet=True)
+    else:
+        stopped = resume(folder, quiet=True)
+    if stopped:
+        raise SystemExit(stopped)
 
 
 def measured(folder: Path, steps: list[int], count: int) -> dict[str, dict[str, float]]:
