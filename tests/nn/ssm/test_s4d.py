@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import signal
 
-from danlu.nn.ssm import S4D, S4DConfig, causal_convolution
+from danlu.nn.ssm import S4D, S4DConfig, causal_convolution, convolution
 from danlu.nn.ssm.s4d import power_sum
 
 
@@ -73,6 +73,18 @@ def test_both_derivatives_of_the_convolution_are_those_of_differences() -> None:
     k = torch.randn(3, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(causal_convolution, (u, k))
     assert torch.autograd.gradgradcheck(causal_convolution, (u, k))
+
+
+def test_groups_of_channels_convolve_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, k, upstream = (torch.randn(s, 5, 37, generator=generator, dtype=torch.float64).squeeze(0) for s in (3, 1, 3))
+    inputs, found = (u.requires_grad_(), k.requires_grad_()), []
+    for block in (1, 3 * 75 * 2, 1 << 30):  # one channel at a time, two with a last one alone, all
+        monkeypatch.setattr(convolution, "_BLOCK", block)
+        y = causal_convolution(*inputs)
+        found.append((y, *torch.autograd.grad(y, inputs, upstream)))
+    for other in found[:2]:
+        torch.testing.assert_close(other, found[2], rtol=1e-13, atol=1e-13)
 
 
 def test_a_kernel_of_another_length_or_width_is_refused() -> None:

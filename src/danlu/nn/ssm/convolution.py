@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_BLOCK = 1 << 18
+"""Padded numbers transformed at a time on a CPU: their spectra then stay in its second-level cache."""
+
 
 def fast_length(least: int) -> int:
     """Smallest number ``2^a 3^b 5^c`` that is at least ``least``: transforms of such lengths are the fast ones.
@@ -33,31 +36,53 @@ def _plain(u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
     return y
 
 
+def _slices(u_bht: Tensor, size: int) -> list[slice]:
+    """Channels in groups whose padded rows fill `_BLOCK`; all of them at once on a GPU."""
+    channels = u_bht.shape[-2]
+    rows = u_bht.numel() // max(channels * u_bht.shape[-1], 1)
+    step = max(_BLOCK // (rows * size), 1) if u_bht.device.type == "cpu" and rows else channels
+    return [slice(first, first + step) for first in range(0, channels, step)]
+
+
 class _Convolution(torch.autograd.Function):
     """Keeps both spectra: three real transforms backward, where torch takes complex ones of full length."""
 
     @staticmethod
     def forward(ctx: Any, u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
-        u_bhf, k_hf = torch.fft.rfft(u_bht, n=size), torch.fft.rfft(k_ht, n=size)
-        ctx.save_for_backward(u_bht, k_ht, u_bhf, k_hf)
+        y, spectra = torch.empty_like(u_bht), []
+        for part in _slices(u_bht, size):
+            u_bhf, k_hf = torch.fft.rfft(u_bht[..., part, :], n=size), torch.fft.rfft(k_ht[part], n=size)
+            y[..., part, :] = torch.fft.irfft(u_bhf * k_hf, n=size)[..., : u_bht.shape[-1]]
+            spectra += [u_bhf, k_hf]
+        ctx.save_for_backward(u_bht, k_ht, *spectra)
         ctx.size = size
-        y: Tensor = torch.fft.irfft(u_bhf * k_hf, n=size)[..., : u_bht.shape[-1]]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_bht: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        u_bht, k_ht, u_bhf, k_hf = ctx.saved_tensors
-        size, time = ctx.size, u_bht.shape[-1]
+        u_bht, k_ht, *spectra = ctx.saved_tensors
+        size, parts = ctx.size, _slices(u_bht, ctx.size)
         if torch.is_grad_enabled():  # a graph of the gradient is wanted: only operations on the inputs can give it
-            u_bhf, k_hf = torch.fft.rfft(u_bht, n=size), torch.fft.rfft(k_ht, n=size)
-        grad_bhf = torch.fft.rfft(grad_bht, n=size)
-        grad_u = grad_k = None
-        if ctx.needs_input_grad[0]:
-            grad_u = torch.fft.irfft(grad_bhf * k_hf.conj(), n=size)[..., :time]
-        if ctx.needs_input_grad[1]:
-            both = (grad_bhf * u_bhf.conj()).sum_to_size(k_hf.shape)
-            grad_k = torch.fft.irfft(both, n=size)[..., :time]
+            parts = [slice(None)]
+            spectra = [torch.fft.rfft(u_bht, n=size), torch.fft.rfft(k_ht, n=size)]
+        grads = [
+            _gradients(ctx, grad_bht[..., part, :], u_bhf, k_hf)
+            for part, u_bhf, k_hf in zip(parts, spectra[::2], spectra[1::2])
+        ]
+        grad_u, grad_k = (None if g[0] is None else g[0] if len(g) == 1 else torch.cat(g, -2) for g in zip(*grads))
         return grad_u, grad_k, None
+
+
+def _gradients(ctx: Any, grad_bht: Tensor, u_bhf: Tensor, k_hf: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    size, time = ctx.size, grad_bht.shape[-1]
+    grad_bhf = torch.fft.rfft(grad_bht, n=size)
+    grad_u = grad_k = None
+    if ctx.needs_input_grad[0]:
+        grad_u = torch.fft.irfft(grad_bhf * k_hf.conj(), n=size)[..., :time]
+    if ctx.needs_input_grad[1]:
+        both = (grad_bhf * u_bhf.conj()).sum_to_size(k_hf.shape)
+        grad_k = torch.fft.irfft(both, n=size)[..., :time]
+    return grad_u, grad_k
 
 
 def causal_convolution(u_bht: Tensor, k_ht: Tensor) -> Tensor:
