@@ -19,21 +19,23 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.harness import RESULTS
 from benchmarks.lm_study import finished
 from benchmarks.machine import describe
 from danlu.data import TextConfig
 from danlu.models import Transformer
-from danlu.nn import AuxiliaryLossConfig, DynamicConfig, GQAConfig, LossFreeConfig
+from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig, MoE
 from danlu.nn.balance import max_violation
 from danlu.optim import AdamWConfig, WarmupStableDecay
 from danlu.recipes.attention import VARIANTS, variant
 from danlu.recipes.experts import balanced
 from danlu.train import RunConfig, TrainConfig, assemble
+from danlu.train.run import restore
 
-STEPS, WIDTH, LAYERS, HIDDEN, LENGTH, BATCH, VOCABULARY = 60, 256, 2, 320, 128, 8, 1024
-EXPERTS, ACTIVE, TOKENS, BALANCED_STEPS = 16, 4, 512, 500
+STEPS, WIDTH, LAYERS, HIDDEN, LENGTH, BATCH, VOCABULARY = 400, 256, 2, 320, 128, 8, 1024
+TOKENS, BALANCED_STEPS = 1024, 500
 
 
 def attention() -> dict[str, RunConfig]:
@@ -49,46 +51,78 @@ def small(config: RunConfig) -> RunConfig:
         model=replace(config.model, dim=WIDTH, layers=LAYERS, hidden=HIDDEN),
         optim=AdamWConfig(lr=3e-3),
         schedule=WarmupStableDecay(warmup=10, decay=0.4),
-        train=TrainConfig(steps=STEPS, eval_every=STEPS, eval_batches=16, checkpoint_every=STEPS, threads=1),
+        train=TrainConfig(steps=STEPS, eval_every=STEPS, eval_batches=64, checkpoint_every=STEPS, threads=1),
     )
 
 
 def balancing() -> dict[str, RunConfig]:
-    """Ways of balancing on a model of one dense and one expert layer; biases are held for the last tenth."""
+    """Ways of balancing: the experts' recipes made small, biases held for the last tenth."""
     held = {"freeze_after": BALANCED_STEPS * 9 // 10}
     rules: dict[str, AuxiliaryLossConfig | LossFreeConfig | DynamicConfig] = {
-        "none": LossFreeConfig(rate=0.0),
         "auxiliary loss": AuxiliaryLossConfig(weight=1e-3),
-        "loss-free sign": LossFreeConfig(**held),
-        "loss-free rms": LossFreeConfig(rule="rms", **held),
-        "dynamic A": DynamicConfig(**held),
+        "loss-free rms 4e-3": LossFreeConfig(rule="rms", rate=4e-3, **held),
+        "loss-free sign 1e-2": LossFreeConfig(rate=1e-2, **held),
+        "loss-free sign 1e-3": LossFreeConfig(**held),
+        "none": LossFreeConfig(rate=0.0),
+        "dynamic A 1e-2": DynamicConfig(rate=1e-2, **held),
     }
     return {name: sparse(rule) for name, rule in rules.items()}
 
 
 def sparse(rule: AuxiliaryLossConfig | LossFreeConfig | DynamicConfig) -> RunConfig:
-    """A very small model with 16 experts of which 4 are used."""
-    config = balanced("lm-dense", rule)
-    assert config.model.experts is not None
-    experts = replace(config.model.experts, experts=EXPERTS, active=ACTIVE, hidden=32)
-    attention = GQAConfig(heads=2)
+    """``lm-moe-lossfree`` with another rule, at half its width, with two layers, small vocabulary and short windows."""
+    config = balanced("lm-moe-lossfree", rule)
+    experts = replace(config.model.experts, hidden=64)
     return replace(
         config,
-        data=TextConfig(vocab_size=512, length=64, batch=TOKENS // 64),
-        model=replace(config.model, dim=64, layers=2, hidden=128, experts=experts, attention=attention),
-        optim=AdamWConfig(lr=3e-3),
-        schedule=WarmupStableDecay(warmup=10, decay=0.4),
+        data=TextConfig(vocab_size=VOCABULARY, length=64, batch=TOKENS // 64),
+        model=replace(config.model, dim=128, layers=2, hidden=320, experts=experts),
         train=TrainConfig(
-            steps=BALANCED_STEPS, eval_every=BALANCED_STEPS, eval_batches=64, checkpoint_every=BALANCED_STEPS, threads=1
+            steps=BALANCED_STEPS, eval_every=BALANCED_STEPS, eval_batches=64, checkpoint_every=100, threads=1
         ),
     )
 
 
-def noise_floor(draws: int = 400) -> float:
+def choices_of(folder: Path, batches: int = 48) -> Tensor:
+    """Experts that a trained run chooses for training batches, ``(batches, tokens, experts)``, zeros and ones."""
+    parts = restore(folder)
+    layer = next(module for module in parts.model.eval().modules() if isinstance(module, MoE))
+    found: list[Tensor] = []
+
+    def choose(module: MoE, inputs: tuple[Tensor]) -> None:
+        chosen = module.route(inputs[0].flatten(0, -2))[1]
+        one_hot = torch.zeros(len(chosen), module.config.experts)
+        found.append(chosen.float() if chosen.dtype == torch.bool else one_hot.scatter_(1, chosen, 1.0))
+
+    layer.register_forward_pre_hook(choose)
+    with torch.no_grad():
+        for _ in range(batches):
+            parts.objective(next(parts.data.train))
+    return torch.stack(found)
+
+
+def explained(folder: Path) -> dict[str, float]:
+    """MaxVio of training batches with the biases held, and of as many tokens drawn from all of these batches.
+
+    What lies between the two is the likeness of neighbouring tokens, which no bias of a whole expert can even out; what
+    lies between the second and the floor of even draws is what the biases leave.
+    """
+    choices = choices_of(folder)
+    order = torch.randperm(choices.shape[0] * choices.shape[1], generator=torch.Generator().manual_seed(0))
+    shuffled = choices.flatten(0, 1)[order].view_as(choices)
+    return {
+        "held_max_vio": max_violation(choices.sum(1)).mean().item(),
+        "held_shuffled_max_vio": max_violation(shuffled.sum(1)).mean().item(),
+        "held_global_max_vio": max_violation(choices.sum((0, 1))).item(),
+    }
+
+
+def noise_floor(draws: int = 200) -> float:
     """MaxVio of a batch whose tokens choose evenly at random."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(draws, TOKENS, EXPERTS, generator=generator)
-    counts = torch.zeros_like(scores).scatter_(-1, scores.topk(ACTIVE, -1).indices, 1.0).sum(1)
+    experts = balancing()["none"].model.experts
+    scores = torch.rand(draws, TOKENS, experts.experts, generator=generator)
+    counts = torch.zeros_like(scores).scatter_(-1, scores.topk(experts.active, -1).indices, 1.0).sum(1)
     return max_violation(counts).mean().item()
 
 
@@ -127,8 +161,10 @@ def main() -> None:
     for seed in arguments.seeds:
         for name, config in configs.items():
             seeded = replace(config, train=replace(config.train, seed=seed, tensorboard=False))
-            last = finished(arguments.runs / f"{arguments.study}-{name}-{seed}", seeded)
-            figures[name].append(recorded(arguments.runs / f"{arguments.study}-{name}-{seed}", last))
+            folder = arguments.runs / f"{arguments.study}-{name}-{seed}"
+            last = finished(folder, seeded)
+            more = explained(folder) if arguments.study == "balancing" else {}
+            figures[name].append(recorded(folder, last) | more)
             console.print(f"{name} seed {seed}: {figures[name][-1]}", highlight=False)
 
     columns = sorted({key for rows in figures.values() for row in rows for key in row})
@@ -143,9 +179,11 @@ def main() -> None:
         ]
         table.add_row(name, f"{sum(p.numel() for p in model.parameters()):,}", str(cached(configs[name])), *cells)
     console.print(table)
-    if arguments.study == "balancing":
-        console.print(f"noise floor of a batch: {noise_floor():.3f}")
-    document = {"study": arguments.study, "seeds": arguments.seeds, "machine": describe(), "results": figures}
+    floor = {"noise_floor": noise_floor()} if arguments.study == "balancing" else {}
+    document = {"study": arguments.study, **floor, "seeds": arguments.seeds, "machine": describe(), "results": figures}
+    console.print(*(f"{name}: {value:.3f}" for name, value in floor.items()))
+    if arguments.only:
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"variants_{arguments.study}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
