@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from danlu.nn import FeedForward, Linear, RMSNorm, declare, swiglu
+from danlu.nn.linear import matrix_vector
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -73,3 +74,17 @@ def test_declared_split_must_cover_the_rows() -> None:
 def test_impossible_sizes_are_refused_by_name(arguments: tuple[int, int], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Linear(*arguments)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_matrix_times_a_vector_is_the_same_by_rows_by_columns_and_on_any_number_of_threads(threads: int) -> None:
+    weight = torch.randn(523, 504, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(504, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for laid_out in (weight, weight.T.contiguous().T, weight[:7], weight[:, :503].T.contiguous().T):
+            y = matrix_vector(laid_out, x[: laid_out.shape[1]])
+            torch.testing.assert_close(y, (laid_out * x[: laid_out.shape[1]]).sum(1), rtol=1e-12, atol=1e-12)
+    finally:
+        torch.set_num_threads(before)

@@ -11,6 +11,7 @@ from danlu._validate import integer, number
 from danlu.models.gpt import GPT
 from danlu.models.transformer import Transformer
 from danlu.nn import Linear, MoE
+from danlu.nn.linear import matrix_vector
 
 _Model = TypeVar("_Model", bound=Transformer | GPT)
 
@@ -28,9 +29,10 @@ def for_single_tokens(model: _Model) -> _Model:
     """``model`` in float32 with other places in memory for its weights, the rest shared; for float32 weights on a CPU.
 
     A matrix times a vector is a sum of columns. BLAS forms it at twice the speed where columns are contiguous, unless
-    they are short: a matrix with more columns than rows stays as it is. In bfloat16 a CPU's products with vectors read
-    fewer bytes a second, not fewer seconds, and the weights would be rounded again for every token.
+    they are short: on one thread a matrix with more columns than rows stays as it is. In bfloat16 a CPU's products with
+    vectors take as long as in float32 or longer, and the weights would be rounded again for every token.
     """
+    several = torch.get_num_threads() > 1
     own: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         match module:
@@ -41,7 +43,7 @@ def for_single_tokens(model: _Model) -> _Model:
             case _:
                 weights = []
         for weight in weights:
-            if weight.shape[-2] >= weight.shape[-1]:
+            if several or weight.shape[-2] >= weight.shape[-1]:
                 own[id(weight)] = nn.Parameter(by_columns(weight), requires_grad=False)
     single = copy.deepcopy(model, own)
     single.compute_dtype = None
@@ -138,7 +140,7 @@ def generate(
     tokens = torch.tensor([list(prompt)], device=device)
     for _ in range(max_new_tokens):
         hidden = model.hidden(tokens, cache=cache)[0, -1]
-        logits = torch.mv(head.to(hidden.dtype), hidden)
+        logits = matrix_vector(head.to(hidden.dtype), hidden)
         token = sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         number_drawn = int(token)
         if number_drawn == stop:
