@@ -29,7 +29,7 @@ def lm() -> RunConfig:
         objective=CausalLMConfig(),
         optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
         schedule=WarmupStableDecay(warmup=10, decay=0.4),
-        train=TrainConfig(steps=800, eval_every=200),
+        train=TrainConfig(steps=600, eval_every=150),
     )
 
 
@@ -42,7 +42,7 @@ def lm_dense() -> RunConfig:
         objective=CausalLMConfig(),
         optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
         schedule=WarmupStableDecay(warmup=10, decay=0.4),
-        train=TrainConfig(steps=1000, eval_every=250),
+        train=TrainConfig(steps=760, eval_every=190),
     )
 
 
@@ -54,7 +54,7 @@ def lm_dense_adamw() -> RunConfig:
         data=TextConfig(vocab_size=4096, length=256, batch=8),
         optim=AdamWConfig(lr=3e-3),
         schedule=WarmupStableDecay(warmup=20, decay=0.4),
-        train=TrainConfig(steps=2200, eval_every=550),
+        train=TrainConfig(steps=1600, eval_every=400),
     )
 
 
@@ -87,7 +87,7 @@ def lm_baseline() -> RunConfig:
         objective=CausalLMConfig(),
         optim=AdamWConfig(lr=1e-3),
         schedule=WarmupStableDecay(warmup=20, decay=0.4),
-        train=TrainConfig(steps=2200, eval_every=550),
+        train=TrainConfig(steps=1600, eval_every=400),
     )
 
 
