@@ -49,9 +49,6 @@ def configuration(name: str, seed: int, steps: int, options: argparse.Namespace)
         tensorboard=False,
         precision=options.precision,
     )
-    if isinstance(config.objective, MeanFlowConfig):
-        flow_batches = round(config.objective.flow_batches * steps / config.train.steps)
-        config = replace(config, objective=replace(config.objective, flow_batches=flow_batches))
     if name == "digits-sid":
         teacher = Pretrained(run=str(runs / f"digits-edm-{seed}"))
         config = replace(config, objective=replace(config.objective, teacher=teacher))
@@ -61,8 +58,8 @@ def configuration(name: str, seed: int, steps: int, options: argparse.Namespace)
 def typical(config: RunConfig) -> RunConfig:
     """A run whose every step costs what the steps of ``config`` cost on average."""
     if isinstance(config.objective, MeanFlowConfig):
-        share = config.objective.share * (1 - config.objective.flow_batches / config.train.steps)
-        return replace(config, objective=replace(config.objective, share=share, flow_batches=0))
+        share = config.objective.share * (1 - config.objective.flow_share)
+        return replace(config, objective=replace(config.objective, share=share, flow_share=0.0))
     return config
 
 

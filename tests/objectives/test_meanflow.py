@@ -223,20 +223,22 @@ def test_flow_matching_comes_first_goes_on_where_it_was_saved_and_evaluation_see
         objective(images(12))
         return sum(count for count, _, grad in objective.model.calls if not grad)
 
-    config = MeanFlowConfig(share=0.5, flow_batches=3)
-    objective = MeanFlow(network(), config)
+    config = MeanFlowConfig(share=0.5, flow_share=0.3)
+    objective = MeanFlow(network(), config, 10)
     assert [rows(objective) for _ in range(2)] == [0, 0]
     assert rows(objective.eval()) == 6
-    resumed = MeanFlow(network(), config)
+    resumed = MeanFlow(network(), config, 10)
     resumed.load_state_dict(objective.state_dict())
     with caplog.at_level("WARNING"):
         resumed.float().sample((1, 2, 5, 7), steps=1)
-        assert "trained on 2 batches" in caplog.text
+        assert "1 batches more of flow" in caplog.text
     assert [rows(resumed.double()) for _ in range(3)] == [0, 6, 6]
     caplog.clear()
     resumed.float().sample((1, 2, 5, 7), steps=1)
     assert not caplog.text
-    assert "batches" not in MeanFlow(network()).state_dict()
+    assert "flow_left" not in MeanFlow(network()).state_dict()
+    with pytest.raises(ValueError, match=r"flow_share 0\.3 is a part of batches"):
+        MeanFlow(network(), config)(images(12))
 
 
 class Exact(nn.Module):

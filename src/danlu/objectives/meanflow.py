@@ -38,8 +38,8 @@ class MeanFlowConfig:
             takes it along the model's own velocity ``u(x, t, t)`` and holds it constant (one more evaluation).
             ``full`` does so too and differentiates through it: second derivatives, about twice the time.
         share: part of each batch with r != t; the rest is flow matching. Only this part pays for the derivative.
-        flow_batches: training batches at the start that are flow matching alone. The derivative of an untrained network
-            is noise: velocities first are cheaper, and better in a short run.
+        flow_share: part of the training, at its start, that is flow matching alone. The derivative of an untrained
+            network is noise: velocities first are cheaper, and better in a short run.
         times: law from which t and r are drawn; the larger is t, also where r is then set to t. The default rarely
             visits t near 1 with r near 0, where one step starts: in low dimensions take UniformTimes.
         power: p of the adaptive weight ``1 / (loss + offset)^p`` of each image; 0 for none.
@@ -53,7 +53,7 @@ class MeanFlowConfig:
 
     form: Literal["meanflow", "marginal", "full"] = "meanflow"
     share: float = 0.25
-    flow_batches: int = 0
+    flow_share: float = 0.0
     times: TimesConfig = field(default_factory=LogitNormalTimes)
     power: float = 1.0
     offset: float = 1e-2
@@ -66,7 +66,7 @@ class MeanFlowConfig:
     def __post_init__(self) -> None:
         choice("form", self.form, ("meanflow", "marginal", "full"))
         number("share", self.share, low=0, high=1)
-        integer("flow_batches", self.flow_batches, low=0)
+        number("flow_share", self.flow_share, low=0, high=1)
         number("power", self.power, low=0)
         positive("offset", self.offset)
         positive("omega", self.omega)
@@ -106,26 +106,40 @@ class MeanFlow(ImageObjective):
         model: a network ``net(x, t, classes, r)``, held as ``self.model``; for derivatives of forward mode its
             attention has to be written out. ``num_classes`` as in :class:`danlu.objectives.FlowMatching`.
         config: see :class:`MeanFlowConfig`.
+        batches: training batches that there will be, of which ``config.flow_share`` is a part.
     """
 
     sampling_steps = 1
     """steps that `danlu sample` takes when none are asked for"""
 
-    def __init__(self, model: nn.Module, config: MeanFlowConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, config: MeanFlowConfig | None = None, batches: int | None = None) -> None:
         super().__init__(model)
         self.config = MeanFlowConfig() if config is None else config
         if self.config.guided and not int(getattr(model, "num_classes", 0)):
             raise ValueError("omega and kappa ask for guidance, and the model has no classes to be guided to")
         self._last: dict[str, Tensor] = {}
-        self.batches: Tensor  # trained on so far, part of the state only where something depends on it
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64), persistent=self.config.flow_batches > 0)
+        if batches is not None:
+            integer("batches", batches)
+        self.batches = batches
+        self.flow_left: Tensor  # batches of flow matching still to come; saved only where there are any
+        left = torch.tensor(round(self.config.flow_share * (batches or 0)))
+        self.register_buffer("flow_left", left, persistent=self.config.flow_share > 0)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the weighted loss summed over images, float32."""
+        """Return the weighted loss summed over images, float32.
+
+        Raises:
+            ValueError: in training, ``config.flow_share`` is a part of ``batches``, which were not given.
+        """
         share = self.config.share
-        if self.training and self.config.flow_batches:
-            share = share if self._past_flow else 0.0
-            self.batches += 1
+        if self.training and self.config.flow_share:
+            if self.batches is None:
+                raise ValueError(
+                    f"flow_share {self.config.flow_share} is a part of batches, which MeanFlow was not given"
+                )
+            if self.flow_left > 0:
+                share = 0.0
+                self.flow_left -= 1
         draw = self._draw(batch, None, share)
         error = self._error(draw)
         self._last = {name: value.detach() for name, value in _errors(error, draw.apart).items()}
@@ -133,10 +147,6 @@ class MeanFlow(ImageObjective):
         if self.config.power:
             square = square / (square.detach() + self.config.offset) ** self.config.power
         return square.sum()
-
-    @property
-    def _past_flow(self) -> bool:
-        return int(self.batches) >= self.config.flow_batches
 
     def _draw(self, batch: Batch, generator: torch.Generator | None, share: float | None = None) -> _Draw:
         x0, config, labels = batch["images"], self.config, batch.get("labels")
@@ -220,12 +230,12 @@ class MeanFlow(ImageObjective):
             raise ValueError("guidance is learned in training by MeanFlow (omega and kappa); sampling takes none")
         device, classes = check_sampling(self.model, tuple(shape), labels, None)
         integer("steps", steps)
-        if not self._past_flow:
+        if self.flow_left > 0:
             _log.warning(
-                "this network was trained on %d batches of flow matching alone (objective.flow_batches is %d): it has "
-                "not yet learned to take large steps",
-                int(self.batches),
-                self.config.flow_batches,
+                "this network was to be trained on %d batches more of flow matching alone (objective.flow_share is %g): "
+                "it has not yet learned to take large steps",
+                int(self.flow_left),
+                self.config.flow_share,
             )
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         x = prior(shape, FLOW, generator=generator, device=device)

@@ -2,9 +2,10 @@
 
 A run's components are found beside their configurations: for ``TransformerConfig`` the class ``Transformer`` of the
 same module, for ``TextConfig`` the function ``open_text``. What an objective's constructor asks for beyond the model
-and its own configuration (``byte_lengths``, say) is taken from the opened data by name, or is the trained objective of
-another run where its configuration has a :class:`danlu.config.Pretrained` of that name. So a new model, objective or
-data set is used by naming its configuration in a recipe, and nothing here changes.
+and its own configuration is taken by name from the opened data (``byte_lengths``, say) or the loop's configuration
+(``batches``), or is the trained objective of another run where its configuration has a
+:class:`danlu.config.Pretrained` of that name. So a new model, objective or data set is used by naming its configuration
+in a recipe, and nothing here changes.
 """
 
 import dataclasses
@@ -338,7 +339,7 @@ def _opener(config: Any) -> Any:
 def _objective(config: RunConfig, model: nn.Module, data: Any) -> Any:
     kind = component(config.objective)
     asked = list(inspect.signature(kind).parameters)[2:]
-    given = {name: getattr(data, name) for name in asked if hasattr(data, name)}
+    given = {name: getattr(source, name) for source in (config.train, data) for name in asked if hasattr(source, name)}
     for name in asked:
         other = getattr(config.objective, name, None)
         if isinstance(other, configs.Pretrained):

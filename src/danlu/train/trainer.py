@@ -102,6 +102,11 @@ class TrainConfig:
         choice("precision", self.precision, ("auto", "float32", "bfloat16"))
         choice("device", self.device, ("auto", "cpu", "cuda"))
 
+    @property
+    def batches(self) -> int:
+        """Training batches of a run."""
+        return self.steps * self.accumulate
+
 
 class _InterruptedError(Exception):
     """An evaluation was given up because the run was asked to stop."""
