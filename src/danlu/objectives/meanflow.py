@@ -232,7 +232,7 @@ class MeanFlow(ImageObjective):
         integer("steps", steps)
         if self.flow_left > 0:
             _log.warning(
-                "this network was to be trained on %d batches more of flow matching alone (objective.flow_share is %g): "
+                "this network was to be trained on %d batches more of flow matching (objective.flow_share is %g): "
                 "it has not yet learned to take large steps",
                 int(self.flow_left),
                 self.config.flow_share,
