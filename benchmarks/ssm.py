@@ -1,6 +1,8 @@
 """State-space layers forward and backward, batch 8, 64 channels, 64 states: danlu beside the published formulas.
 
-Parts: ``1024`` and ``4096`` (that length), ``growth`` (danlu's two convolutions over the length). Every contestant maps
+Parts: ``1024`` and ``4096`` (that length), ``growth`` (danlu's two convolutions over the length), ``prompt`` (a state
+that reads 1024 tokens before it decodes: token by token, and in blocks whose matrices are formed anew each time; the
+note is the difference of the two). Every contestant of the first three maps
 8 x 64 x L float32 numbers to as many and takes the gradients of its parameters and input; the FFT convolution is part
 of it. ``S4D formula`` is the exponentials of a channels x 32 x L Vandermonde matrix, ``DPLR formula`` the Cauchy
 matrices of channels x 32 x (L/2 + 1), both in complex arithmetic as published, written anew here. The note of a kernel
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from danlu.nn.ssm import S4, S4D, causal_convolution, generating_function
+from danlu.nn.ssm import RTF, S4, S4D, causal_convolution, generating_function
+from danlu.nn.ssm.blocks import advance
 
-PARTS = ("1024", "4096", "growth")
+PARTS = ("1024", "4096", "growth", "prompt")
 BATCH, CHANNELS = 8, 64
+PROMPT = 1024
 
 
 def convolved(u_bht: Tensor, k_ht: Tensor) -> Tensor:
@@ -105,6 +109,25 @@ def contestants(length: int, names: tuple[str, ...] | None = None) -> tuple[dict
     return runs, notes
 
 
+def prompt_runs(space: S4D | S4 | RTF) -> tuple[dict[str, harness.Run], dict[str, str]]:
+    """A state of `lm-ssm`, 256 channels, reading a prompt both ways."""
+    system = space.system()
+    u, zero = torch.randn(1, PROMPT, 256), space.new_state(1, dtype=torch.float32, device=torch.device("cpu"))
+
+    def stepped() -> Tensor:
+        state, outputs = zero, []
+        for u_bh in u.unbind(1):
+            state, y_bh = space.step(system, state, u_bh)
+            outputs.append(y_bh)
+        return torch.stack(outputs, 1)
+
+    def blocks() -> Tensor:
+        return advance(space.blocks(system, 32), zero, u)[1]
+
+    error = (stepped() - blocks()).abs().max() / stepped().abs().max()
+    return {"stepped": stepped, "blocks": blocks}, {"blocks": f"difference {float(error):.1e}"}
+
+
 def main() -> None:
     options = harness.options(__doc__, parts=PARTS, warmup=1)
     items: list[harness.Comparison | harness.Sweep] = []
@@ -124,6 +147,12 @@ def main() -> None:
                 axis="length",
             )
         )
+    if "prompt" in options.parts:
+        torch.manual_seed(0)
+        for space in (S4D(256), S4(256), RTF(256)):
+            runs, notes = prompt_runs(space.requires_grad_(False))
+            title = f"{type(space).__name__}, prompt of {PROMPT}"
+            items.append(harness.compare(title, runs, base="stepped", options=options, notes=notes))
     harness.write("ssm", __doc__, items, options)
 
 

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from danlu._validate import integer
 from danlu.nn.attention.masks import document_mask
 from danlu.nn.linear import Linear, declare
+from danlu.nn.ssm.blocks import Blocks, advance
 from danlu.nn.ssm.convolution import causal_convolution, fast_length
 from danlu.nn.ssm.rtf import RTF, RTFConfig
 from danlu.nn.ssm.s4 import S4, S4Config
 from danlu.nn.ssm.s4d import S4D, S4DConfig
+
+_BLOCK = 32
+"""Tokens of a prompt that are taken at once"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class StateCache:
 
     def __init__(self, state: Tensor, system: tuple[Tensor, ...]) -> None:
         self.state, self.system, self.length = state, system, 0
+        self.blocks: Blocks | None = None
 
     def elements(self) -> int:
         """Real numbers stored a sequence, whatever its length."""
@@ -149,7 +154,7 @@ class SSM(nn.Module):
             x_btd: ``(batch, time, dim)``.
             rope: taken for the attention layers' sake; a state space needs no positions.
             mask: None, or what `danlu.nn.document_mask` gives: each document then starts from an empty state.
-            cache: state after earlier calls; it is advanced by these tokens, one after the other.
+            cache: state after earlier calls; it is advanced by these tokens.
 
         Returns:
             ``(batch, time, dim)``.
@@ -176,9 +181,16 @@ class SSM(nn.Module):
     def _advance(self, u_bth: Tensor, mask: Tensor | None, cache: StateCache) -> Tensor:
         if mask is not None:
             raise ValueError("mask cannot be combined with a cache: a state holds one sequence")
+        time = u_bth.shape[1]
+        u = u_bth.to(cache.state.real.dtype)
         outputs = []
-        for u_bh in u_bth.to(cache.state.real.dtype).unbind(1):
+        for u_bh in u[:, : time % _BLOCK].unbind(1):
             cache.state, y_bh = self.space.step(cache.system, cache.state, u_bh)
-            outputs.append(y_bh)
-        cache.length += u_bth.shape[1]
-        return torch.stack(outputs, 1).to(u_bth.dtype)
+            outputs.append(y_bh[:, None])
+        if time >= _BLOCK:
+            if cache.blocks is None:
+                cache.blocks = self.space.blocks(cache.system, _BLOCK)
+            cache.state, y_bth = advance(cache.blocks, cache.state, u[:, time % _BLOCK :])
+            outputs.append(y_bth)
+        cache.length += time
+        return torch.cat(outputs, 1).to(u_bth.dtype)

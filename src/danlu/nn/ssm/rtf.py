@@ -14,10 +14,12 @@ Shape suffixes: h channels, d order, b batch.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.nn.linear import declare
+from danlu.nn.ssm.blocks import Blocks, form_blocks
 from danlu.nn.ssm.s4d import wide
 
 
@@ -167,6 +169,17 @@ class RTF(nn.Module):
     def new_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zero state ``(batch, channels, state)``."""
         return torch.zeros(batch, self.channels, self.state, dtype=dtype, device=device)
+
+    @staticmethod
+    def dense(system: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The step's matrices: ``(channels, N, N)``, ``(channels, N)`` and ``(channels, N)``."""
+        a, c = system
+        return companion(a), F.pad(torch.ones_like(a[:, :1]), (0, a.shape[1] - 1)), c
+
+    @staticmethod
+    def blocks(system: tuple[Tensor, ...], size: int) -> Blocks:
+        """The step for ``size`` tokens at once, a power of two."""
+        return form_blocks(*RTF.dense(system), size)
 
     @staticmethod
     def step(system: tuple[Tensor, ...], state: Tensor, u_bh: Tensor) -> tuple[Tensor, Tensor]:

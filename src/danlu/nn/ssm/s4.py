@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.nn.linear import declare
+from danlu.nn.ssm.blocks import Blocks, form_blocks, rotation
 from danlu.nn.ssm.hippo import legs
 from danlu.nn.ssm.s4d import check_system, draw_log_steps, wide
 
@@ -82,9 +83,8 @@ def real_form(eigenvalues: Tensor, p: Tensor) -> Tensor:
         eigenvalues: ``(..., n)`` complex.
         p: ``(..., n)`` complex.
     """
-    re, im = torch.diag_embed(eigenvalues.real), torch.diag_embed(eigenvalues.imag)
     q = torch.cat((p.real, p.imag), dim=-1)
-    return torch.cat((torch.cat((re, -im), -1), torch.cat((im, re), -1)), -2) - 2 * q[..., :, None] * q[..., None, :]
+    return rotation(eigenvalues) - 2 * q[..., :, None] * q[..., None, :]
 
 
 def krylov_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
@@ -216,14 +216,7 @@ class S4(nn.Module):
 
     def kernel(self, length: int) -> Tensor:
         """``(channels, length)``: the response to an impulse."""
-        a, w, g, bbar, c = self.discrete()
-        re, im = torch.diag_embed(a.real), torch.diag_embed(a.imag)
-        left, right = torch.cat((w.real, w.imag), -1), torch.cat((g.real, g.imag), -1)
-        rotation = torch.cat((torch.cat((re, -im), -1), torch.cat((im, re), -1)), -2)
-        matrix = rotation - left[..., None] * right[..., None, :]
-        return krylov_kernel(
-            matrix, torch.cat((bbar.real, bbar.imag), -1), 2 * torch.cat((c.real, -c.imag), -1), length
-        )
+        return krylov_kernel(*self.dense(self.discrete()), length)
 
     @torch.no_grad()
     def system(self) -> tuple[Tensor, ...]:
@@ -233,6 +226,19 @@ class S4(nn.Module):
     def new_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zero state ``(batch, channels, state / 2)``, complex."""
         return torch.zeros(batch, self.channels, self.state // 2, dtype=dtype.to_complex(), device=device)
+
+    @staticmethod
+    def dense(system: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The step's matrices on ``[Re x, Im x]``: ``(channels, N, N)``, ``(channels, N)`` and ``(channels, N)``."""
+        a, w, g, bbar, c = system
+        left, right = torch.cat((w.real, w.imag), -1), torch.cat((g.real, g.imag), -1)
+        matrix = rotation(a) - left[..., None] * right[..., None, :]
+        return matrix, torch.cat((bbar.real, bbar.imag), -1), 2 * torch.cat((c.real, -c.imag), -1)
+
+    @staticmethod
+    def blocks(system: tuple[Tensor, ...], size: int) -> Blocks:
+        """The step for ``size`` tokens at once, a power of two."""
+        return form_blocks(*S4.dense(system), size)
 
     @staticmethod
     def step(system: tuple[Tensor, ...], state: Tensor, u_bh: Tensor) -> tuple[Tensor, Tensor]:

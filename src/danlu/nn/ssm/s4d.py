@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from danlu._validate import choice, integer, positive
 from danlu.nn.linear import declare
+from danlu.nn.ssm.blocks import Blocks, blocks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,22 @@ class S4D(nn.Module):
     def new_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Zero state ``(batch, channels, state / 2)``, complex."""
         return torch.zeros(batch, self.channels, self.state // 2, dtype=dtype.to_complex(), device=device)
+
+    @staticmethod
+    def blocks(system: tuple[Tensor, ...], size: int) -> Blocks:
+        """The step for ``size`` tokens at once, a power of two."""
+        z, weight = system
+        powers = z[:, None]
+        while powers.shape[1] < size:
+            powers = torch.cat((powers, powers * powers[:, -1:]), 1)
+        enters = torch.cat((torch.ones_like(z)[:, None], powers[:, :-1]), 1)
+        leaves = 2 * weight[:, None] * powers
+        return blocks_of(
+            powers[:, -1],
+            torch.cat((enters.real, enters.imag), -1),
+            torch.cat((leaves.real, -leaves.imag), -1),
+            2 * torch.cat((weight.real, -weight.imag), -1),
+        )
 
     @staticmethod
     def step(system: tuple[Tensor, ...], state: Tensor, u_bh: Tensor) -> tuple[Tensor, Tensor]:
