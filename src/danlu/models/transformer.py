@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(c.dim, eps=c.norm_eps)
         self.feed_forward_norm = RMSNorm(c.dim, eps=c.norm_eps)
         kind = c.mixers[index % len(c.mixers)] or c.attention
-        if isinstance(kind, MLAConfig | GQAConfig) and kind.mask == "mixed-layers":
+        if isinstance(kind, MLAConfig | GQAConfig | KVSharedConfig) and kind.mask == "mixed-layers":
             kind = replace(kind, mask="anti-causal" if index % 2 else "causal")
         self.attention: Mixer = mixer(c.dim, kind, gain=depth)
         self.feed_forward: MoE | FeedForward

@@ -8,16 +8,30 @@ import torch
 from torch import Tensor
 
 from danlu.models import Transformer, TransformerConfig
-from danlu.nn import GQA, MLA, GQAConfig, MLAConfig, causal_mask, document_mask, masked_attention, rotary_angles
+from danlu.nn import (
+    GQA,
+    MLA,
+    GQAConfig,
+    KVShared,
+    KVSharedConfig,
+    MLAConfig,
+    causal_mask,
+    document_mask,
+    masked_attention,
+    rotary_angles,
+)
 from danlu.nn.attention.masks import MASKS, Mask
 
 every_mask = pytest.mark.parametrize("mask", MASKS)
-LAYERS: dict[str, GQAConfig | MLAConfig] = {
+LAYERS: dict[str, GQAConfig | MLAConfig | KVSharedConfig] = {
     "mha": GQAConfig(heads=4, head_dim=6),
     "gqa": GQAConfig(heads=4, groups=2, head_dim=6),
     "mqa": GQAConfig(heads=4, groups=1, head_dim=6),
     "mla": MLAConfig(heads=4, kv_rank=7, nope_dim=5, rope_dim=4, value_dim=3),
+    "kv-shared": KVSharedConfig(heads=4, groups=2, head_dim=6, rope_dim=4),
+    "kv-shared one group": KVSharedConfig(heads=4, groups=1, head_dim=6, rope_dim=0),
 }
+KINDS = {GQAConfig: GQA, MLAConfig: MLA, KVSharedConfig: KVShared}
 every_layer = pytest.mark.parametrize("kind", LAYERS)
 DIM = 13
 
@@ -40,14 +54,14 @@ def visible(mask: Mask, time: int, prefix: int) -> Tensor:
     return rules[mask].expand(4, time, time)
 
 
-def build(kind: str, mask: str) -> GQA | MLA:
+def build(kind: str, mask: str) -> GQA | MLA | KVShared:
     torch.manual_seed(3)
     config = replace(LAYERS[kind], mask=mask)  # type: ignore[arg-type]
-    layer = GQA(DIM, config) if isinstance(config, GQAConfig) else MLA(DIM, config)
+    layer: GQA | MLA | KVShared = KINDS[type(config)](DIM, config)  # type: ignore[arg-type]
     return layer.double()
 
 
-def rope(layer: GQA | MLA, time: int) -> tuple[Tensor, Tensor]:
+def rope(layer: GQA | MLA | KVShared, time: int) -> tuple[Tensor, Tensor]:
     return rotary_angles(torch.arange(time, dtype=torch.float64), layer.rope_dim)
 
 
@@ -139,14 +153,19 @@ def test_a_mask_that_looks_ahead_keeps_no_cache(mask: str, kind: str) -> None:
         build(kind, mask).new_cache(1, 5, dtype=torch.float64, device=torch.device("cpu"))
 
 
-def model(mask: str, layers: int = 3) -> Transformer:
+def model(mask: str, layers: int = 3, kind: type[GQAConfig | KVSharedConfig] = GQAConfig) -> Transformer:
     torch.manual_seed(1)
-    attention = GQAConfig(heads=4, mask=mask)  # type: ignore[arg-type]
+    attention = kind(heads=4, head_dim=6, rope_dim=4, mask=mask)  # type: ignore[arg-type]
     return Transformer(TransformerConfig(vocab_size=17, dim=24, layers=layers, hidden=20, attention=attention)).double()
 
 
+@pytest.mark.parametrize("kind", [GQAConfig, KVSharedConfig])
+def test_a_model_of_mixed_layers_gives_them_their_masks(kind: type[GQAConfig | KVSharedConfig]) -> None:
+    layers = [block.attention for block in model("mixed-layers", kind=kind).blocks]
+    assert [layer.mask for layer in layers] == ["causal", "anti-causal", "causal"]  # type: ignore[union-attr]
+
+
 def test_mixed_layers_are_causal_and_anti_causal_in_turn() -> None:
-    assert [block.attention.mask for block in model("mixed-layers").blocks] == ["causal", "anti-causal", "causal"]  # type: ignore[union-attr]
     tokens = torch.arange(9)[None]
     changed = tokens.clone()
     changed[0, 4] = 16
@@ -156,9 +175,12 @@ def test_mixed_layers_are_causal_and_anti_causal_in_turn() -> None:
     assert moved.all()
 
 
+@pytest.mark.parametrize("kind", [GQAConfig, KVSharedConfig])
 @pytest.mark.parametrize("mask", [*MASKS, "mixed-layers"])
-def test_a_model_keeps_packed_documents_apart_under_every_mask(mask: str) -> None:
-    network, tokens = model(mask), torch.arange(13)[None]
+def test_a_model_keeps_packed_documents_apart_under_every_mask(
+    mask: str, kind: type[GQAConfig | KVSharedConfig]
+) -> None:
+    network, tokens = model(mask, kind=kind), torch.arange(13)[None]
     documents = torch.tensor([[0] * 5 + [1] * 8])
     more = {"prefix": 3} if mask == "prefix" else {}
     alone = torch.cat((network(tokens[:, :5], **more), network(tokens[:, 5:], **more)), 1)
@@ -173,8 +195,9 @@ def test_a_model_reads_a_prefix_as_a_number_or_as_booleans() -> None:
     assert torch.equal(network(tokens, prefix=13), model("bidirectional")(tokens))
 
 
-def test_a_bidirectional_layer_does_twice_the_work() -> None:
-    causal, both = (GQA(24, GQAConfig(heads=4, mask=mask)) for mask in ("causal", "bidirectional"))
+@every_layer
+def test_a_bidirectional_layer_does_twice_the_work(kind: str) -> None:
+    causal, both = (build(kind, mask) for mask in ("causal", "bidirectional"))
     assert both.flops_per_token(999) == causal.flops_per_token(999) * 999 / 500
 
 
@@ -188,6 +211,10 @@ def test_impossible_masks_and_prefixes_are_refused_by_name() -> None:
         GQA(24, GQAConfig(heads=3, mask="mixed-heads"))
     with pytest.raises(ValueError, match="groups must be even or 1"):
         GQA(36, GQAConfig(heads=6, groups=3, mask="mixed-heads"))
+    with pytest.raises(ValueError, match="groups must be even or 1"):
+        KVShared(36, KVSharedConfig(heads=6, groups=3, mask="mixed-heads"))
+    with pytest.raises(ValueError, match="for a model of several layers"):
+        KVShared(24, KVSharedConfig(mask="mixed-layers"))
     with pytest.raises(ValueError, match="prefix is for mask 'prefix'"):
         masked_attention(q, q, q, prefix=2)
     with pytest.raises(ValueError, match="at most the 5 tokens"):

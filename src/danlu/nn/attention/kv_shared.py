@@ -15,12 +15,20 @@ Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.nn.attention.cache import LayerCache
-from danlu.nn.attention.masks import causal_mask
+from danlu.nn.attention.masks import (
+    LayeredMask,
+    attention_under,
+    causal_mask,
+    check_cached,
+    check_mask,
+    check_start,
+    keys_seen,
+    masked_attention,
+)
 from danlu.nn.linear import Linear
 from danlu.nn.rotary import rotate
 
@@ -37,10 +45,13 @@ class KVSharedConfig:
     """size of a head; cached once a group"""
     rope_dim: int = 16
     """rotated coordinates of each head (the last ones); 0: no positions"""
+    mask: LayeredMask = "causal"
+    """which tokens a query sees, see `danlu.nn.attention.masks`"""
 
 
 class KVShared(nn.Module):
-    """Causal attention of ``heads`` queries over ``groups`` vectors that are key and value at once.
+    """Attention of ``heads`` queries over ``groups`` vectors that are key and value at once, causal unless
+    ``config.mask`` says otherwise.
 
     Args:
         dim: model size D.
@@ -67,18 +78,20 @@ class KVShared(nn.Module):
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
         self.heads, self.groups, self.head_dim = config.heads, config.groups, config.head_dim
         self.rope_dim = config.rope_dim
+        self.mask = check_mask(config.mask, config.heads, config.groups)
         rows = (config.heads * config.head_dim, config.groups * config.head_dim)
         self.q_kv = Linear(dim, sum(rows), split=rows)
         self.out = Linear(rows[0], dim, std=out_std)
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Room for ``capacity`` tokens: ``groups * head_dim`` elements each."""
+        check_cached(self.mask)
         shape = (batch, self.groups, capacity, self.head_dim)
         return LayerCache(torch.empty(shape, dtype=dtype, device=device))
 
     def flops_per_token(self, length: int) -> float:
-        """Multiply-adds times two of the score and value products a token, causal, at ``length`` tokens."""
-        return 2 * self.heads * 2 * self.head_dim * (length + 1) / 2
+        """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
+        return 2 * self.heads * 2 * self.head_dim * keys_seen(self.mask, length)
 
     def forward(
         self,
@@ -87,6 +100,7 @@ class KVShared(nn.Module):
         *,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        prefix: int | None = None,
     ) -> Tensor:
         """Attend; arguments and result as in `danlu.nn.GQA`."""
         B, T, _ = x_btd.shape
@@ -96,9 +110,13 @@ class KVShared(nn.Module):
         q_bhtk, c_bglk = rotated[:, :H], rotated[:, H:]
         if cache is not None:
             (c_bglk,) = cache.append(c_bglk)
-            if mask is None and 1 < T < c_bglk.shape[-2]:
-                mask = causal_mask(T, c_bglk.shape[-2], device=x_btd.device)
-        causal = mask is None and T > 1
-        o = F.scaled_dot_product_attention(q_bhtk, c_bglk, c_bglk, attn_mask=mask, is_causal=causal, enable_gqa=G != H)
+        L = c_bglk.shape[-2]
+        if mask is None and T == L:
+            o = masked_attention(q_bhtk, c_bglk, c_bglk, self.mask, prefix=prefix)
+        else:
+            check_start(prefix, L - T)
+            if mask is None and T > 1:
+                mask = causal_mask(T, L, device=x_btd.device)
+            o = attention_under(q_bhtk, c_bglk, c_bglk, mask)
         y: Tensor = self.out(rotate(o.transpose(1, 2), cos, -sin).reshape(B, T, H * self.head_dim))
         return y
