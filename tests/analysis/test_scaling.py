@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.stats
 import torch
 
 from danlu.analysis import (
@@ -13,6 +14,7 @@ from danlu.analysis import (
     quanta_frequencies,
     quanta_loss,
     quanta_loss_power_law,
+    rank_correlation,
 )
 
 
@@ -108,6 +110,16 @@ def test_the_whole_entropy_is_that_of_the_zipf_law():
     assert entropy_tail(0, 1.0)[0] == pytest.approx(1.6376, abs=5e-5)
 
 
+def test_rank_correlation_is_spearmans_with_ties_and_infinite_values_in_their_places():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randint(12, (2, 40), generator=generator).double()
+    assert rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, rel=1e-12)
+    y[y == 11] = math.inf
+    assert rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, rel=1e-12)
+    assert rank_correlation(x, x.exp()) == pytest.approx(1.0, abs=1e-15)
+    assert rank_correlation(x, -x) == pytest.approx(-1.0, abs=1e-15)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [
@@ -121,6 +133,8 @@ def test_the_whole_entropy_is_that_of_the_zipf_law():
         (lambda: entropy_tail(-1, 0.4), "learned"),
         (lambda: log_log_slope(torch.ones(1), torch.ones(1)), "at least 2"),
         (lambda: log_log_slope(torch.ones(3), torch.ones(3)), "spread"),
+        (lambda: rank_correlation(torch.ones(2), torch.arange(3)), "one length"),
+        (lambda: rank_correlation(torch.ones(3), torch.arange(3)), "spread of x"),
         (lambda: log_log_slope(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])), "positive"),
     ],
 )

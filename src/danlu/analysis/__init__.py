@@ -32,6 +32,7 @@ from danlu.analysis.scaling import (
     quanta_frequencies,
     quanta_loss,
     quanta_loss_power_law,
+    rank_correlation,
 )
 from danlu.analysis.sgd import (
     RegretReport,
@@ -46,11 +47,24 @@ from danlu.analysis.sgd import (
     regret_bound,
     step_terms,
 )
+from danlu.analysis.sparse_parity import (
+    ParityNetwork,
+    ParityRun,
+    ParitySamples,
+    ParityTasks,
+    parity_samples,
+    parity_tasks,
+    train_parity,
+)
 
 __all__ = [
     "Exponents",
     "GradientSize",
     "NormSummary",
+    "ParityNetwork",
+    "ParityRun",
+    "ParitySamples",
+    "ParityTasks",
     "RegretReport",
     "Trajectory",
     "attention_matrix",
@@ -73,15 +87,19 @@ __all__ = [
     "nearest_distances",
     "norm_summary",
     "numerical_rank",
+    "parity_samples",
+    "parity_tasks",
     "precision_recall",
     "project_to_ball",
     "quanta_frequencies",
     "quanta_loss",
     "quanta_loss_power_law",
     "rank_collapse",
+    "rank_correlation",
     "rate_for_size",
     "regret_bound",
     "step_terms",
     "token_spread",
+    "train_parity",
     "triangular_logdet",
 ]

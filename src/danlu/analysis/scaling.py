@@ -28,6 +28,7 @@ __all__ = [
     "quanta_frequencies",
     "quanta_loss",
     "quanta_loss_power_law",
+    "rank_correlation",
 ]
 
 
@@ -187,11 +188,40 @@ def log_log_slope(x: Tensor, y: Tensor) -> float:
     >>> round(log_log_slope(x, 3 * x**-0.5), 6)
     -0.5
     """
-    x, y = torch.as_tensor(x, dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64)
-    if x.shape != y.shape or x.ndim != 1 or len(x) < 2:
-        raise ValueError(f"x and y must be vectors of one length of at least 2, got {tuple(x.shape)}, {tuple(y.shape)}")
+    x, y = _two_vectors(x, y)
     if not bool(((x > 0) & (y > 0)).all()):
         raise ValueError("x and y must be positive")
     a, b = x.log() - x.log().mean(), y.log() - y.log().mean()
     number("the spread of log x", float(a.abs().max()), low=0, low_open=True)
     return float((a * b).sum() / a.square().sum())
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Return Spearman's correlation, that of the ranks: 1 where y rises whenever x does, whatever the curve.
+
+    Ties share their mean rank, and an infinite value (a quantum that was never learned) is simply the last. Takes
+    memory of the length squared.
+
+    Raises:
+        ValueError: vectors of different lengths or below 2, values of which all are alike.
+
+    >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 11.0, torch.inf]))
+    1.0
+    """
+    x, y = _two_vectors(x, y)
+    a, b = _centred_ranks("x", x), _centred_ranks("y", y)
+    return float(a @ b / (a @ a * (b @ b)).sqrt())
+
+
+def _centred_ranks(name: str, values: Tensor) -> Tensor:
+    row, column = values, values[:, None]
+    ranks = (row < column).sum(1) + ((row == column).sum(1) + 1) / 2
+    number(f"the spread of {name}", float((values != values[0]).sum()), low=0, low_open=True)
+    return (ranks - ranks.mean()).double()
+
+
+def _two_vectors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = torch.as_tensor(x, dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64)
+    if x.shape != y.shape or x.ndim != 1 or len(x) < 2:
+        raise ValueError(f"x and y must be vectors of one length of at least 2, got {tuple(x.shape)}, {tuple(y.shape)}")
+    return x, y

@@ -90,6 +90,7 @@ REGISTRY: dict[str, str] = {
     "score_matching": "objectives",
     "sgd": "analysis",
     "sid": "objectives",
+    "sparse_parity": "analysis",
     "spectral": "linalg",
     "ssm": "nn",
     "tiger": "optim",
