@@ -5,6 +5,7 @@ interrupted one is resumed. Seeds go round before variants, so that a study cut 
 
     python -m benchmarks.variants_study attention --runs runs/variants
     python -m benchmarks.variants_study balancing --runs runs/variants
+    python -m benchmarks.variants_study full --runs runs/balancing-full
 
 The models are far below the size at which the sources report differences: what the table shows is the spread of seeds
 beside the differences at this size.
@@ -16,23 +17,21 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
+from benchmarks.expert_load import explained, noise_floor
 from benchmarks.harness import RESULTS
 from benchmarks.lm_study import finished
 from benchmarks.machine import describe
 from danlu.data import TextConfig
 from danlu.models import Transformer
-from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig, MoE
-from danlu.nn.balance import max_violation
+from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig
 from danlu.optim import AdamWConfig, WarmupStableDecay
+from danlu.recipes import load
 from danlu.recipes.attention import VARIANTS, variant
 from danlu.recipes.experts import balanced
 from danlu.train import RunConfig, TrainConfig, assemble
-from danlu.train.run import restore
 
 STEPS, WIDTH, LAYERS, HIDDEN, LENGTH, BATCH, VOCABULARY = 400, 256, 2, 320, 128, 8, 1024
 TOKENS, BALANCED_STEPS = 1024, 500
@@ -83,50 +82,15 @@ def sparse(rule: AuxiliaryLossConfig | LossFreeConfig | DynamicConfig) -> RunCon
     )
 
 
-def choices_of(folder: Path, batches: int = 48) -> Tensor:
-    """Experts that a trained run chooses for training batches, ``(batches, tokens, experts)``, zeros and ones."""
-    parts = restore(folder)
-    layer = next(module for module in parts.model.eval().modules() if isinstance(module, MoE))
-    found: list[Tensor] = []
-
-    def choose(module: MoE, inputs: tuple[Tensor]) -> None:
-        chosen = module.route(inputs[0].flatten(0, -2))[1]
-        one_hot = torch.zeros(len(chosen), module.config.experts)
-        found.append(chosen.float() if chosen.dtype == torch.bool else one_hot.scatter_(1, chosen, 1.0))
-
-    layer.register_forward_pre_hook(choose)
-    with torch.no_grad():
-        for _ in range(batches):
-            parts.objective(next(parts.data.train))
-    return torch.stack(found)
+def full() -> dict[str, RunConfig]:
+    """The recipes of the auxiliary loss and of the biases as they ship, over 500 steps; all of the validation text."""
+    train = TrainConfig(
+        steps=BALANCED_STEPS, eval_every=BALANCED_STEPS, eval_batches=None, checkpoint_every=100, threads=1
+    )
+    return {name: replace(load(name), train=train) for name in ("lm-moe-lossfree", "lm-moe-aux")}
 
 
-def explained(folder: Path) -> dict[str, float]:
-    """MaxVio of training batches with the biases held, and of as many tokens drawn from all of these batches.
-
-    What lies between the two is the likeness of neighbouring tokens, which no bias of a whole expert can even out; what
-    lies between the second and the floor of even draws is what the biases leave.
-    """
-    choices = choices_of(folder)
-    order = torch.randperm(choices.shape[0] * choices.shape[1], generator=torch.Generator().manual_seed(0))
-    shuffled = choices.flatten(0, 1)[order].view_as(choices)
-    return {
-        "held_max_vio": max_violation(choices.sum(1)).mean().item(),
-        "held_shuffled_max_vio": max_violation(shuffled.sum(1)).mean().item(),
-        "held_global_max_vio": max_violation(choices.sum((0, 1))).item(),
-    }
-
-
-def noise_floor(draws: int = 200) -> float:
-    """MaxVio of a batch whose tokens choose evenly at random."""
-    generator = torch.Generator().manual_seed(0)
-    experts = balancing()["none"].model.experts
-    scores = torch.rand(draws, TOKENS, experts.experts, generator=generator)
-    counts = torch.zeros_like(scores).scatter_(-1, scores.topk(experts.active, -1).indices, 1.0).sum(1)
-    return max_violation(counts).mean().item()
-
-
-STUDIES = {"attention": attention, "balancing": balancing}
+STUDIES = {"attention": attention, "balancing": balancing, "full": full}
 
 
 def recorded(folder: Path, last: dict[str, float]) -> dict[str, float]:
@@ -139,6 +103,12 @@ def recorded(folder: Path, last: dict[str, float]) -> dict[str, float]:
         if values:
             found[key] = statistics.fmean(values)
     return found
+
+
+def even_draws(config: RunConfig) -> float:
+    """MaxVio of a batch of this run whose tokens choose evenly at random."""
+    experts = config.model.experts
+    return noise_floor(experts.experts, experts.active, config.data.length * config.data.batch)
 
 
 def cached(config: RunConfig) -> int:
@@ -163,7 +133,7 @@ def main() -> None:
             seeded = replace(config, train=replace(config.train, seed=seed, tensorboard=False))
             folder = arguments.runs / f"{arguments.study}-{name}-{seed}"
             last = finished(folder, seeded)
-            more = explained(folder) if arguments.study == "balancing" else {}
+            more = {} if arguments.study == "attention" else explained(folder)
             figures[name].append(recorded(folder, last) | more)
             console.print(f"{name} seed {seed}: {figures[name][-1]}", highlight=False)
 
@@ -179,7 +149,7 @@ def main() -> None:
         ]
         table.add_row(name, f"{sum(p.numel() for p in model.parameters()):,}", str(cached(configs[name])), *cells)
     console.print(table)
-    floor = {"noise_floor": noise_floor()} if arguments.study == "balancing" else {}
+    floor = {} if arguments.study == "attention" else {"noise_floor": even_draws(next(iter(configs.values())))}
     document = {"study": arguments.study, **floor, "seeds": arguments.seeds, "machine": describe(), "results": figures}
     console.print(*(f"{name}: {value:.3f}" for name, value in floor.items()))
     if arguments.only:

@@ -95,6 +95,46 @@ def test_biases_freeze_after_the_given_updates_and_the_number_is_saved() -> None
     assert torch.equal(resumed.bias, history[-1])
 
 
+def test_scheduled_biases_follow_the_learning_rate_and_others_do_not() -> None:
+    factors = [0.5, 1.0, 0.25, 0.0]
+
+    def steps(scheduled: bool, *, schedule: bool = True) -> list[float]:
+        layer = Balancer(3, LossFreeConfig(rate=0.5, rule="relative", scheduled=scheduled))
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=3.0)
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factors.__getitem__) if schedule else None
+        attach(layer, optimizer)
+        moved = []
+        for step in range(4):
+            layer.count(torch.tensor([6.0, 2.0, 4.0]), 6)
+            before = layer.bias.clone()
+            optimizer.step()
+            moved.append((layer.bias - before)[0].item())
+            if rates and step < 3:
+                rates.step()
+        return moved
+
+    assert steps(True) == pytest.approx([-0.25 * factor for factor in factors])
+    assert steps(False) == pytest.approx([-0.25] * 4)
+    assert steps(True, schedule=False) == pytest.approx([-0.25] * 4)
+
+
+def test_a_rate_that_falls_averages_the_noise_of_batches_away() -> None:
+    """The spec's router, its last 300 steps at a rate that falls to nothing: the biases balance many tokens better."""
+    g = torch.Generator().manual_seed(0)
+    offset = torch.randn(64, generator=g)
+    tokens = (torch.randn(65_536, 64, generator=g) + offset).sigmoid()
+
+    def held(falling: bool) -> float:
+        draws, balancer = torch.Generator().manual_seed(1), Balancer(64, LossFreeConfig(rate=4e-3, scheduled=True))
+        for step in range(700):
+            scores = (torch.randn(1024, 64, generator=draws) + offset).sigmoid()
+            balancer.count((scores + balancer.bias).topk(6, -1).indices.flatten().bincount(minlength=64), 1024)
+            update(balancer, min(1.0, (700 - step) / 300) if falling else 1.0)
+        return max_violation((tokens + balancer.bias).topk(6, -1).indices.flatten().bincount(minlength=64)).item()
+
+    assert held(falling=True) < held(falling=False) / 3
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
     torch.manual_seed(0)

@@ -45,6 +45,8 @@ class LossFreeConfig:
     """take the mean off each step; no choice depends on it"""
     freeze_after: int | None = None
     """updates after which the biases stay as they are, for the end of a long run; None: never"""
+    scheduled: bool = False
+    """multiply the rate by the learning rate's own factor, so that the biases come to rest with the router"""
 
     def __post_init__(self) -> None:
         number("rate", self.rate, low=0)
@@ -157,14 +159,16 @@ class Balancer(nn.Module):
         gradient = load_gradient(counts, self.config)
         return gradient / tokens if self.upstream is None else gradient * self.upstream
 
-    def step(self) -> Tensor:
-        """Change of the biases for what was counted."""
+    def step(self, factor: float | Tensor = 1.0) -> Tensor:
+        """Change of the biases for what was counted, where the learning rate stands at ``factor`` of its start."""
         if isinstance(self.config, AuxiliaryLossConfig):
             return torch.zeros_like(self.bias)
         if isinstance(self.config, DynamicConfig):
             step = threshold_step(self.counts, self.tokens, self.budget, self.config)
         else:
             step = bias_step(self.counts, self.config)
+        if self.config.scheduled:
+            step = step * factor
         last = self.config.freeze_after
         return step if last is None else torch.where(self.updates < last, step, 0.0)
 
@@ -196,10 +200,14 @@ def _balancers(model: nn.Module) -> list[Balancer]:
 
 
 @torch.no_grad()
-def update(model: nn.Module) -> None:
+def update(model: nn.Module, factor: float | Tensor = 1.0) -> None:
     """Move every bias of ``model`` by the choices counted since the last call, over all ranks, and count anew.
 
     One collective for the whole model: the counts of all layers travel together.
+
+    Args:
+        model: the layers to balance.
+        factor: learning rate over the one it started from, for layers whose biases are ``scheduled``.
     """
     balancers = _balancers(model)
     if balancers and _several_ranks():
@@ -211,7 +219,7 @@ def update(model: nn.Module) -> None:
             b.tokens.copy_(everything[size - 1])
             everything = everything[size:]
     for b in balancers:
-        b.bias += b.step()
+        b.bias += b.step(factor)
         b.updates += 1
         b.load.copy_(b.counts)
         b.used.copy_(b.tokens)
@@ -225,7 +233,8 @@ def attach(
     """Have ``optimizer.step()`` end with `update`; works in any training loop.
 
     With several optimizers attach to one of them, the last that steps. Counts of skipped steps stay and enter the next
-    update.
+    update. The schedule that ``scheduled`` biases follow is that of its first group of parameters: ``lr`` over
+    ``initial_lr``, which torch's schedulers write there; without one the rate stays.
 
     Args:
         model: the layers to balance.
@@ -244,7 +253,12 @@ def attach(
     """
     if summed_loss is not None and any(isinstance(b.config, AuxiliaryLossConfig) for b in _balancers(model)):
         summed_loss.register_forward_hook(_follow_the_scale)
-    return optimizer.register_step_post_hook(lambda *_: update(model))
+
+    def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        group = optimizer.param_groups[0]
+        update(model, group["lr"] / start if (start := group.get("initial_lr")) else 1.0)
+
+    return optimizer.register_step_post_hook(follow)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

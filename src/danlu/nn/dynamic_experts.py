@@ -34,6 +34,8 @@ class DynamicConfig:
     """direction of the step: separate, ceiling, merged, merged and divided by its RMS"""
     freeze_after: int | None = None
     """updates after which the biases stay as they are; None: never"""
+    scheduled: bool = False
+    """multiply the rate by the learning rate's own factor"""
 
     def __post_init__(self) -> None:
         number("rate", self.rate, low=0)

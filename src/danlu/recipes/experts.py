@@ -24,8 +24,8 @@ def lm_moe_aux() -> RunConfig:
 
 
 def lm_moe_lossfree() -> RunConfig:
-    """Selection biases moved by the sign of the excess; ``freeze_after`` would hold them near the end of a long run."""
-    return balanced("lm-moe-lossfree", LossFreeConfig(rate=1e-3))
+    """Selection biases that move with the excess, as fast as Muon moves the router, and come to rest with it."""
+    return balanced("lm-moe-lossfree", LossFreeConfig(rule="rms", rate=4e-3, scheduled=True))
 
 
 def lm_moe_dynamic() -> RunConfig:
