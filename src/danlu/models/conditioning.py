@@ -23,27 +23,39 @@ class TimeEmbedding(nn.Module):
 
     Angular frequencies are 1 to 32 in geometric steps.
 
+    Args:
+        dim: size of the result.
+        smooth: divide each feature by its frequency, so that all have the same derivative: what a network learns of
+            smooth features it does not learn by ripples in time, which an objective with a time derivative in its
+            target would feed on (docs/objectives/meanflow.md has the measurement).
+
     Shapes: ``(b,)`` to ``(b, dim)``.
 
     >>> TimeEmbedding(12)(torch.tensor([0.0, 1.0])).shape
     torch.Size([2, 12])
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, smooth: bool = False) -> None:
         super().__init__()
+        self.smooth = smooth
         self.expand = Linear(_FEATURES, dim)
         self.project = Linear(dim, dim)
 
     def forward(self, t_b: Tensor) -> Tensor:
         """Embed times ``(b,)``; the result has the dtype of the weights."""
-        half = _FEATURES // 2
-        dtype = self.expand.weight.dtype
-        powers = torch.arange(half, device=t_b.device, dtype=torch.float64) / (half - 1)
-        angles = t_b.to(dtype)[:, None] * (_HIGHEST**powers).to(dtype)
-        # Each pair has a mean square of 1, so the features do too.
-        features = math.sqrt(2) * torch.cat((angles.cos(), angles.sin()), dim=-1)
+        features = time_features(t_b.to(self.expand.weight.dtype), smooth=self.smooth)
         y: Tensor = self.project(F.silu(self.expand(features)))
         return y
+
+
+def time_features(t_b: Tensor, *, smooth: bool) -> Tensor:
+    """Return sines and cosines of times, ``(b, 64)``, of mean square 1; see :class:`TimeEmbedding`."""
+    half = _FEATURES // 2
+    frequencies = _HIGHEST ** (torch.arange(half, device=t_b.device, dtype=torch.float64) / (half - 1))
+    amplitudes = 1 / frequencies if smooth else torch.ones_like(frequencies)
+    amplitudes = math.sqrt(2) * amplitudes / amplitudes.square().mean().sqrt()
+    angles = t_b[:, None] * frequencies.to(t_b.dtype)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * amplitudes.repeat(2).to(t_b.dtype)
 
 
 class Condition(nn.Module):
@@ -52,7 +64,8 @@ class Condition(nn.Module):
     Args:
         dim: size of the vector.
         num_classes: number of classes, whose numbers are followed by one for "no class"; 0: no classes at all.
-        two_times: embed ``t - r`` too (Geng et al., arXiv 2505.13447, embed t and t - r rather than t and r).
+        two_times: embed ``t - r`` too (Geng et al., arXiv 2505.13447, embed t and t - r rather than t and r), both of
+            them smoothly.
 
     >>> condition = Condition(8, num_classes=3, two_times=True)
     >>> condition(torch.tensor([0.5, 1.0]), torch.tensor([2, 3]), torch.tensor([0.5, 0.0])).shape
@@ -63,8 +76,8 @@ class Condition(nn.Module):
         super().__init__()
         integer("dim", dim)
         integer("num_classes", num_classes, low=0)
-        self.time = TimeEmbedding(dim)
-        self.span = TimeEmbedding(dim) if two_times else None
+        self.time = TimeEmbedding(dim, smooth=two_times)
+        self.span = TimeEmbedding(dim, smooth=True) if two_times else None
         self.classes: nn.Parameter | None = None
         if num_classes:
             self.classes = declare(nn.Parameter(torch.empty(num_classes + 1, dim)), "embedding")
