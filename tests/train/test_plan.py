@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import toy
@@ -5,7 +7,7 @@ from torch import Tensor, nn
 
 from danlu.train import TrainConfig, assemble
 from danlu.train.device import Policy
-from danlu.train.plan import activation_bytes, sentences, state_bytes
+from danlu.train.plan import activation_bytes, sentences, state_bytes, training_flops
 
 
 class Product(nn.Module):
@@ -109,3 +111,13 @@ def test_an_average_of_the_weights_costs_memory(ema: float | None) -> None:
     )
     copies = 5 if ema else 4
     assert f"Memory: about {round(copies * 5 + 1)} MiB" in " ".join(said)
+
+
+def test_work_is_that_of_a_token_in_its_window_or_thrice_a_forward_pass_or_unknown() -> None:
+    text, image, plain = nn.Module(), nn.Module(), nn.Module()
+    text.flops_per_token = lambda length: 10 * length
+    image.flops = 7
+    windows, images = SimpleNamespace(length=32), SimpleNamespace()
+    assert training_flops(text, windows) == 320
+    assert training_flops(image, images) == 21
+    assert training_flops(plain, windows) is None

@@ -12,7 +12,7 @@ from danlu.train.device import Policy
 from danlu.train.progress import duration
 from danlu.train.trainer import Batch, TrainConfig
 
-__all__ = ["EXPECTED_SHARE", "activation_bytes", "sentences", "state_bytes"]
+__all__ = ["EXPECTED_SHARE", "activation_bytes", "sentences", "state_bytes", "training_flops"]
 
 EXPECTED_SHARE = 0.4
 """Share of the measured rate of matrix products that a training step is expected to reach; the run shows the truth."""
@@ -60,6 +60,19 @@ def state_bytes(optimizers: Sequence[Optimizer]) -> int:
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
+
+
+def training_flops(model: nn.Module, data: Any) -> float | None:
+    """Return the operations of training one of the units that the data consist of, by the network's own count.
+
+    None for a network that does not count them.
+    """
+    length = getattr(data, "length", None)
+    per_token = getattr(model, "flops_per_token", None)
+    if per_token and length:
+        return float(per_token(length))
+    forward: Any = getattr(model, "flops", None)
+    return None if forward is None else 3.0 * float(forward)  # the backward pass is two more of the forward one
 
 
 def sentences(

@@ -11,9 +11,7 @@ in a recipe, and nothing here changes.
 import dataclasses
 import inspect
 import json
-import re
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from danlu import config as configs
 from danlu.nn import balance
 from danlu.optim import build_optimizers, schedule
 from danlu.train import checkpoint, plan, rng
+from danlu.train.component import component, opener
 from danlu.train.device import Policy, choose
 from danlu.train.distributed import World, barrier, broadcast, group, joined
 from danlu.train.ema import averaged
@@ -34,7 +33,18 @@ from danlu.train.progress import ProgressLine, duration
 from danlu.train.signals import Stop
 from danlu.train.trainer import TrainConfig, Trainer
 
-__all__ = ["RunConfig", "assemble", "evaluate", "load", "load_objective", "read_config", "restore", "resume", "train"]
+__all__ = [
+    "RunConfig",
+    "assemble",
+    "component",
+    "evaluate",
+    "load",
+    "load_objective",
+    "read_config",
+    "restore",
+    "resume",
+    "train",
+]
 
 # What may differ from the checkpoint's configuration on resume: it changes no number of the training.
 _FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.threads", "train.tensorboard")
@@ -88,7 +98,7 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     world = world or World()
     policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
     policy.apply()
-    data = _opener(config.data)(config.data, seed=config.train.seed, rank=world.rank, world=world.size)
+    data = opener(config.data)(config.data, seed=config.train.seed, rank=world.rank, world=world.size)
     sizes = {name: size for name, size in getattr(data, "sizes", {}).items() if getattr(config.model, name, 0)}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
     rng.seed_all(config.train.seed)
@@ -261,7 +271,7 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
         folder=out / "checkpoints",
         described=configs.to_tree(parts.config),
         ema=None if config.ema is None else averaged(parts.objective, config.ema),
-        flops=_training_flops(parts),
+        flops=plan.training_flops(parts.model, parts.data),
     )
     if saved is not None:
         trainer.load_state_dict(saved.state)
@@ -305,35 +315,6 @@ def _reporters(config: TrainConfig, out: Path, console: Console, after: int, uni
 def _unit(data: Any) -> str:
     """What the data consist of, in the plural: what an objective counts."""
     return str(getattr(data, "manifest", {}).get("unit", "tokens"))
-
-
-def _training_flops(parts: Assembly) -> float | None:
-    """Floating-point operations of training a unit, by the network's count; None if it does not count them."""
-    length = getattr(parts.data, "length", None)
-    per_token = getattr(parts.model, "flops_per_token", None)
-    if per_token and length:
-        return float(per_token(length))
-    forward = getattr(parts.model, "flops", None)
-    return None if forward is None else 3.0 * float(forward)  # the backward pass is two more of the forward one
-
-
-def component(config: Any) -> Any:
-    """Return the class that a configuration is the configuration of: ``X`` beside ``XConfig``."""
-    kind = type(config)
-    found = getattr(sys.modules[kind.__module__], kind.__name__.removesuffix("Config"), None)
-    if found is None or found is kind:
-        raise TypeError(f"{kind.__module__} has no class {kind.__name__.removesuffix('Config')} beside {kind.__name__}")
-    return found
-
-
-def _opener(config: Any) -> Any:
-    """The function that opens the data of a configuration: ``open_x`` beside ``XConfig``."""
-    kind = type(config)
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.__name__.removesuffix("Config")).lower()
-    found = getattr(sys.modules[kind.__module__], f"open_{snake}", None)
-    if found is None:
-        raise TypeError(f"{kind.__module__} has no function open_{snake} beside {kind.__name__}")
-    return found
 
 
 def _objective(config: RunConfig, model: nn.Module, data: Any) -> Any:
@@ -394,7 +375,7 @@ def _say_plan(console: Console, parts: Assembly) -> None:
         batch=batch,
         policy=parts.policy,
         processes=parts.world.size,
-        flops=_training_flops(parts),
+        flops=plan.training_flops(parts.model, parts.data),
         manifest=getattr(parts.data, "manifest", None),
     ):
         console.print(line, soft_wrap=True, highlight=False)
