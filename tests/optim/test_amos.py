@@ -240,16 +240,3 @@ def test_a_scale_or_role_that_cannot_be_names_the_group():
     for extra, says in (({"eta": -1.0}, "group 0: eta must be"), ({"role": "martix"}, "group 0: role must be one of")):
         with pytest.raises(ValueError, match=says):
             Amos([{"params": [nn.Parameter(torch.zeros(2))], **extra}])
-
-
-def test_a_parameter_cut_over_processes_is_refused_by_name(tmp_path):
-    from torch import distributed
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        weight = DTensor.from_local(torch.zeros(5, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(TypeError, match="parameter cut of group 0 is a DTensor, which Amos does not update"):
-            Amos([("cut", torch.nn.Parameter(weight))])
-    finally:
-        distributed.destroy_process_group()

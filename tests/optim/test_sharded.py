@@ -1,4 +1,4 @@
-"""Matrices in several processes: who iterates which, and what four processes make of it together."""
+"""Optimizers in several processes: who iterates which matrix, and what four processes make of it together."""
 
 import json
 import subprocess
@@ -17,7 +17,8 @@ from danlu.optim._sharded import Part, balance, overlapped, runs
 WORKER = Path(__file__).with_name("sharding_worker.py")
 CHECKS = [
     line.removeprefix("def check_").partition("(")[0]
-    for line in WORKER.read_text().splitlines()
+    for path in sorted(WORKER.parent.glob("sharding_*.py"))
+    for line in path.read_text().splitlines()
     if line.startswith("def check_")
 ]
 

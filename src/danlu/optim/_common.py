@@ -38,11 +38,11 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def placed_like(tensor: Any, parameter: Any) -> Tensor:
-    """Return a tensor cut over processes as a parameter is: whole tensors are cut, cut ones made whole or cut anew."""
-    if not is_dtensor(parameter):
+def placed_like(tensor: Any, other: Any) -> Tensor:
+    """Return a tensor cut over processes as another is: whole tensors are cut, cut ones made whole or cut anew."""
+    if not is_dtensor(other):
         return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
-    mesh, placements = parameter.device_mesh, parameter.placements
+    mesh, placements = other.device_mesh, other.placements
     if is_dtensor(tensor):
         return tensor.redistribute(mesh, placements)  # type: ignore[no-any-return]
     # Every process has the whole of a plain tensor, so nothing has to be sent.
@@ -122,7 +122,10 @@ class MomentumOptimizer(Optimizer):
                     if held[slot].shape != tensor.shape:
                         shapes = f"{tuple(held[slot].shape)}, expected {tuple(tensor.shape)}"
                         raise ValueError(f"{slot} of {name} in state_dict has shape {shapes}")
-                found[parameter] = {slot: held[slot].to(t.device, t.dtype, copy=True) for slot, t in fresh.items()}
+                found[parameter] = {
+                    slot: placed_like(held[slot].to(tensor.device, tensor.dtype, copy=True), tensor)
+                    for slot, tensor in fresh.items()
+                }
             # Fewer options are those of an earlier version, more those of a scheduler or a later one.
             lost, strange = set(self.defaults) - set(saved), set(saved) - set(group) - {"initial_lr"}
             if lost and strange:
@@ -135,7 +138,7 @@ class MomentumOptimizer(Optimizer):
                 group.setdefault(option, value)
         # torch casts state to the parameter's format on loading, which would round a wider momentum.
         for parameter, state in found.items():
-            self.state[parameter].update({slot: placed_like(tensor, parameter) for slot, tensor in state.items()})
+            self.state[parameter].update(state)
 
     # torch.compile runs a method of this name outside the graph, so that making the state does not count as a change.
     def _init_group(

@@ -153,6 +153,33 @@ def local(tensor: Any, like: Any = None) -> Tensor:
     return tensor.to_local()  # type: ignore[no-any-return]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sum_shards_(sums: Sequence[Tensor], tensors: Sequence[Any], kept: Sequence[int]) -> None:
+    """Add up, in place, what each process has found of its own shard: one all-reduce a process group for all of them.
+
+    Args:
+        sums: for each tensor, over its dimensions from the ``kept`` first ones on; alike in shape on the processes.
+        tensors: DTensors, or plain tensors, whose sums stay as they are.
+        kept: how many dimensions of each tensor were not summed over, so that their shards have sums of their own.
+    """
+    cut: dict[Any, list[Tensor]] = {}
+    for found, tensor, first in zip(sums, tensors, kept):
+        for axis, placement in enumerate(tensor.placements if is_dtensor(tensor) else ()):
+            if not placement.is_replicate() and placement.dim >= first:
+                cut.setdefault(tensor.device_mesh.get_group(axis), []).append(found)
+    for group, members in cut.items():
+        flat = torch.cat([found.flatten() for found in members])
+        dist.all_reduce(flat, group=group)
+        torch._foreach_copy_(members, _views(flat, [tuple(found.shape) for found in members]))
+
+
+def check_placement(name: str, parameter: Tensor) -> None:
+    """Raise ValueError unless each process holds a shard or all of a parameter, and not a term of a sum."""
+    placed: tuple[Any, ...] = getattr(parameter, "placements", ())
+    if any(placement.is_partial() for placement in placed):
+        raise ValueError(f"{name} is placed as {placed}; accepted are Shard and Replicate")
+
+
 @functools.lru_cache(maxsize=256)
 def balance(work: tuple[tuple[int, float], ...], loads: tuple[float, ...]) -> tuple[tuple[int, ...], ...]:
     """Share out equal matrices so that no process has much more to do than another.

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from danlu._validate import choice, integer, number, positive
 from danlu.optim._common import MomentumOptimizer, check_rate, fusable, is_dtensor, row_pieces
+from danlu.optim._sharded import check_placement, local, sum_shards_
 from danlu.optim.groups import ROLES, declared
 
 #: Roles of which every row, one input of a table or one output of a map, keeps slots of its own.
@@ -110,38 +111,43 @@ class Amos(MomentumOptimizer):
             choice(f"{where}role", options["role"], ROLES)
 
     def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
-        """Raise if a parameter is cut over processes: its rows' slots would need sums over them."""
-        if is_dtensor(parameter):
-            raise TypeError(f"{name} is a DTensor, which Amos does not update; replicated parameters (DDP) it does")
+        """Raise if no process holds entries of the parameter itself."""
+        check_placement(name, parameter)
 
     def slots(self, parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter before its first step."""
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        shape = _slot_shape(_role(parameter, options), parameter.shape)
+        kept = _kept(_role(parameter, options), parameter.ndim)
         state = {
             "step": torch.zeros((), dtype=wide, device=parameter.device),
-            "exp_avg_sq": torch.zeros(shape, dtype=wide, device=parameter.device),
-            "decay": torch.zeros(shape, dtype=wide, device=parameter.device),
+            "exp_avg_sq": _for_rows(parameter, kept, wide),
+            "decay": _for_rows(parameter, kept, wide),
         }
         if options["momentum"] is not None:
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
-        """Update parameters and state of a group in place."""
+        """Update parameters and state of a group in place, each process its own entries and their rows."""
         if not params:
             return
-        steps, second, decay, *averages = slots
+        roles = [_role(parameter, group) for parameter in params]
+        kept = [_kept(role, parameter.ndim) for role, parameter in zip(roles, params)]
+        etas = [group["eta"] or amos_scale(role, parameter.shape) for role, parameter in zip(roles, params)]
+        grads = [local(grad, parameter) for grad, parameter in zip(grads, params)]
+        steps, second, decay, *averages = [[local(tensor) for tensor in tensors] for tensors in slots]
         if group["maximize"]:
             grads = [-grad for grad in grads]
         if group["clip"] is not None:
             grads = [grad.clamp(-group["clip"], group["clip"]) for grad in grads]
-        etas = [group["eta"] or amos_scale(_role(p, group), p.shape) for p in params]
-        squares = [_mean_square(grad, v) for grad, v in zip(grads, second)]
+        squares = [_sum_of_squares(grad, first, v.dtype) for grad, first, v in zip(grads, kept, second)]
+        if any(map(is_dtensor, params)):
+            sum_shards_(squares, params, kept)
+        torch._foreach_div_(squares, [float(max(1, math.prod(p.shape[k:]))) for p, k in zip(params, kept)])
         shrinks, sizes = _factors(squares, steps, second, decay, etas, group)
         for index, (parameter, grad) in enumerate(zip(params, grads)):
             average = averages[0][index] if averages else None
-            _move(parameter, grad, shrinks[index], sizes[index], average, group["momentum"] or 0.0)
+            _move(local(parameter), grad, shrinks[index], sizes[index], average, group["momentum"] or 0.0)
 
 
 def amos_scale(role: str, shape: Sequence[int]) -> float:
@@ -171,25 +177,31 @@ def _role(parameter: Tensor, options: Mapping[str, Any]) -> str:
     return role or {0: "gain", 1: "gain", 2: "matrix", 3: "experts"}.get(parameter.ndim, "conv")
 
 
-def _slot_shape(role: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of a parameter's slots: 1 wherever the squares of the gradient are averaged."""
+def _kept(role: str, ndim: int) -> int:
+    """Return how many of a parameter's dimensions its slots have: over the others squares are averaged."""
     if role == "conv":
-        kept = 1
-    elif role == "experts" or (role in _BY_ROWS and len(shape) >= 2):
-        kept = len(shape) - 1
-    else:
-        kept = 0
-    return (*shape[:kept], *(1,) * (len(shape) - kept))
+        return 1
+    return ndim - 1 if role == "experts" or (role in _BY_ROWS and ndim >= 2) else 0
 
 
-def _mean_square(grad: Tensor, like: Tensor) -> Tensor:
-    """Return the mean of the squares of ``grad`` in the shape and format of the slot ``like``."""
-    axes = [axis for axis in range(grad.ndim) if like.shape[axis] == 1]
-    if not axes:
-        return grad.to(like.dtype).square()
-    count = math.prod(grad.shape[axis] for axis in axes)
-    norm: Tensor = torch.linalg.vector_norm(grad, dim=axes, keepdim=True, dtype=like.dtype)
-    return norm.square_().div_(max(1, count))
+def _for_rows(parameter: Any, kept: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros for the rows of a parameter, cut over processes where its rows are."""
+    shape = (*parameter.shape[:kept], *(1,) * (parameter.ndim - kept))
+    if not is_dtensor(parameter):
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+    from torch.distributed.tensor import Replicate, zeros
+
+    placed = [p if p.is_replicate() or p.dim < kept else Replicate() for p in parameter.placements]
+    return zeros(shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placed)
+
+
+def _sum_of_squares(grad: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of the squares of ``grad`` over all but its ``kept`` first dimensions, which become 1."""
+    if kept >= grad.ndim:
+        return grad.to(dtype).square()
+    axes = tuple(range(kept, grad.ndim))
+    norm: Tensor = torch.linalg.vector_norm(grad, dim=axes, keepdim=True, dtype=dtype)
+    return norm.square_()
 
 
 def _factors(

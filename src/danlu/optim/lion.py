@@ -15,6 +15,7 @@ from torch import Tensor
 
 from danlu._validate import choice, number
 from danlu.optim._common import MomentumOptimizer, check_rate, descend_, pieces
+from danlu.optim._sharded import check_placement, local
 
 
 class Lion(MomentumOptimizer):
@@ -76,11 +77,16 @@ class Lion(MomentumOptimizer):
         number(f"{where}betas[1]", betas[1], low=0, high=1, high_open=True)
         number(f"{where}weight_decay", options["weight_decay"], low=0)
 
+    def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
+        """Raise if no process holds entries of the parameter itself."""
+        check_placement(name, parameter)
+
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
-        """Update parameters and momenta of a group in place."""
+        """Update parameters and momenta of a group in place, each process its own entries."""
         if not params:
             return
-        (momenta,) = slots
+        grads = [local(grad, parameter) for grad, parameter in zip(grads, params)]
+        params, momenta = [[local(tensor) for tensor in tensors] for tensors in (params, *slots)]
         if group["maximize"]:
             grads = [-grad for grad in grads]
         foreach = self.foreach if self.foreach is not None else params[0].device.type != "cpu"

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number
-from danlu.optim._common import MomentumOptimizer, check_rate, descend_, on_cpu, pieces, row_pieces
+from danlu.optim._common import MomentumOptimizer, check_rate, descend_, is_dtensor, on_cpu, pieces, row_pieces
+from danlu.optim._sharded import check_placement, local, sum_shards_
 from danlu.optim.groups import ROLES, declared
 
 SCALES = ("rms", "none")
+_SMALL = ("gain", "bias")  # roles whose s(W) is 1/2, and which do not decay
 
 
 class Tiger(MomentumOptimizer):
@@ -93,47 +95,95 @@ class Tiger(MomentumOptimizer):
         if options["role"] is not None:
             choice(f"{where}role", options["role"], ROLES)
 
+    def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
+        """Raise if no process holds entries of the parameter itself."""
+        check_placement(name, parameter)
+
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
-        """Take one micro-step for the parameters and momenta of a group, in place."""
+        """Take one micro-step for the parameters and momenta of a group, in place, each process its own entries."""
         first, last = group["micro_step"] == 0, group["micro_step"] == group["accumulate"] - 1
         if group["accumulate"] > 1:  # torch.compile takes any write to a group for a change of the program
             group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
-        for index, (parameter, grad, momentum) in enumerate(zip(params, grads, *slots)):
-            role = group["role"] or declared(f"parameter {index}", parameter)[0]
-            role = role or ("gain" if parameter.ndim <= 1 else "matrix")
-            grad = -grad if group["maximize"] else grad
-            rule = _update_on_cpu if on_cpu(parameter) else _update
-            rule(parameter, grad, momentum, group, role, first=first, last=last)
+        roles = [_role(f"parameter {index}", parameter, group) for index, parameter in enumerate(params)]
+        grads = [local(grad, parameter) for grad, parameter in zip(grads, params)]
+        relative = group["scale"] == "rms"
+        shards = _of_shards(params, grads, roles, sized=relative and last) if any(map(is_dtensor, params)) else []
+        for index, (parameter, grad, momentum, role) in enumerate(zip(params, grads, *slots, roles)):
+            here, grad = local(parameter), -grad if group["maximize"] else grad
+            finite = shards[index][0] if shards else _finite(grad)
+            size: Tensor | float = 1.0
+            if relative and last:
+                size = 0.5 if role in _SMALL else shards[index][1] if shards else _size(parameter, role)
+            decay = 0.0 if relative and role in _SMALL else group["weight_decay"]
+            neutral = 1.0 if role == "gain" else 0.0
+            rule = _update_on_cpu if on_cpu(here) else _update
+            rule(here, grad, local(momentum), group, finite, size, decay, neutral, first=first, last=last)
 
 
-def _size(parameter: Tensor, role: str) -> Tensor | float:
+def _role(name: str, parameter: Tensor, options: Mapping[str, Any]) -> str:
+    """Return the role that holds for a parameter: its group's, its own, or what its shape suggests."""
+    role: str | None = options["role"] or declared(name, parameter)[0]
+    return role or ("gain" if parameter.ndim <= 1 else "matrix")
+
+
+def _kept(role: str, ndim: int) -> int:
+    """Return how many of a parameter's dimensions s(W) has: it is a mean over the others."""
+    return ndim - 1 if role == "embedding" and ndim >= 2 else 0
+
+
+def _size(parameter: Tensor, role: str) -> Tensor:
     """Return s(W): what one unit of the relative learning rate is for a parameter."""
-    if role in ("gain", "bias"):
-        return 0.5
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    axes = -1 if role == "embedding" and parameter.ndim >= 2 else tuple(range(parameter.ndim))
-    count = parameter.shape[-1] if axes == -1 else parameter.numel()
-    norm: Tensor = torch.linalg.vector_norm(parameter, dim=axes, keepdim=axes == -1, dtype=wide)
-    scale: Tensor = norm / max(1, count) ** 0.5
+    kept, wide = _kept(role, parameter.ndim), torch.promote_types(parameter.dtype, torch.float32)
+    axes = tuple(range(kept, parameter.ndim))
+    norm: Tensor = torch.linalg.vector_norm(parameter, dim=axes, keepdim=kept > 0, dtype=wide)
+    scale: Tensor = norm / max(1, math.prod(parameter.shape[kept:])) ** 0.5
     return scale
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    """Say whether every entry of a tensor on a CPU is finite: if the sum is, all are; else it may have overflowed."""
-    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+def _finite(grad: Tensor) -> Any:
+    """Say whether every entry of a gradient is finite, on a device by a tensor, without waiting for it."""
+    if on_cpu(grad):  # if the sum is finite, all are; else it may have overflowed
+        return math.isfinite(float(grad.sum())) or bool(torch.isfinite(grad).all())
+    # The largest entry is not finite as soon as one is; a sum could overflow by itself.
+    return torch.isfinite(torch.linalg.vector_norm(grad, float("inf"))) if grad.numel() else torch.tensor(True)
+
+
+def _of_shards(
+    params: list[Tensor], grads: list[Tensor], roles: list[str], *, sized: bool
+) -> list[tuple[Tensor, Tensor | float]]:
+    """Return, for parameters cut over processes, whether the gradient is finite and s(W): one all-reduce for all.
+
+    The size is 1 unless ``sized``.
+    """
+    kept = [_kept(role, parameter.ndim) for role, parameter in zip(roles, params)]
+    wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in params]
+    bad = [torch.isfinite(grad).logical_not_().sum().to(dtype) for grad, dtype in zip(grads, wide)]
+    squares = [
+        torch.linalg.vector_norm(local(p), dim=tuple(range(k, p.ndim)), keepdim=k > 0, dtype=dtype).square_()
+        for p, k, dtype in zip(params if sized else (), kept, wide)
+    ]
+    sum_shards_([*bad, *squares], [*params, *params], [*len(params) * [0], *kept])
+    sizes = [(s / max(1, math.prod(p.shape[k:]))).sqrt_() for s, p, k in zip(squares, params, kept)]
+    return list(zip([count == 0 for count in bad], sizes or len(params) * [1.0]))
 
 
 def _update_on_cpu(
-    parameter: Tensor, grad: Tensor, momentum: Tensor, group: dict[str, Any], role: str, *, first: bool, last: bool
+    parameter: Tensor,
+    grad: Tensor,
+    momentum: Tensor,
+    group: dict[str, Any],
+    finite: Any,
+    size: Tensor | float,
+    decay: float,
+    neutral: float,
+    *,
+    first: bool,
+    last: bool,
 ) -> None:
     """Take one micro-step for one parameter in memory that the host may look at."""
-    if not _all_finite(grad):
-        neutral = 1.0 if role == "gain" else 0.0
+    if not finite:
         parameter.sub_(neutral).mul_(group["shrink"]).add_(neutral)
         return
-    relative = group["scale"] == "rms"
-    decay = 0.0 if relative and role in ("gain", "bias") else group["weight_decay"]
-    size = _size(parameter, role) if relative and last else 1.0
     kept, weight = group["beta"] if first else 1.0, (1.0 - group["beta"]) / group["accumulate"]
     averaging = group["accumulate"] == 1
     if isinstance(size, Tensor) and size.ndim:  # one for each row
@@ -157,22 +207,25 @@ def _accumulate(momentum: Tensor, grad: Tensor, kept: float, weight: float, *, a
 
 
 def _update(
-    parameter: Tensor, grad: Tensor, momentum: Tensor, group: dict[str, Any], role: str, *, first: bool, last: bool
+    parameter: Tensor,
+    grad: Tensor,
+    momentum: Tensor,
+    group: dict[str, Any],
+    finite: Any,
+    size: Tensor | float,
+    decay: float,
+    neutral: float,
+    *,
+    first: bool,
+    last: bool,
 ) -> None:
     """Take one micro-step for one parameter, without waiting for the device."""
-    # The largest entry is not finite as soon as one is; a sum could overflow by itself.
-    finite = torch.isfinite(torch.linalg.vector_norm(grad, float("inf"))) if grad.numel() else torch.tensor(True)
     weight = (1.0 - group["beta"]) / group["accumulate"]
     kept = momentum.mul(group["beta"]) if first else momentum
     momentum.copy_(torch.where(finite, kept.add(grad, alpha=weight), momentum))
-    relative = group["scale"] == "rms"
-    neutral = 1.0 if role == "gain" else 0.0
-    shrunk = (parameter - neutral).mul_(group["shrink"]).add_(neutral)
+    moved = parameter
     if last:
-        size = _size(parameter, role) if relative else 1.0
-        decay = 0.0 if relative and role in ("gain", "bias") else group["weight_decay"]
         rate = group["lr"] * size
         moved = parameter * (1.0 - rate * decay) - momentum.sign() * rate
-    else:
-        moved = parameter
+    shrunk = (parameter - neutral).mul_(group["shrink"]).add_(neutral)
     parameter.copy_(torch.where(finite, moved, shrunk))
