@@ -94,6 +94,7 @@ def draw(line: dict[str, Any], path: Path) -> None:
     points = [(share, step) for share, step in zip(shares.tolist(), line["learned_at"]) if step is not None]
     right.loglog(*zip(*points), "o")
     x = in_steps(line)["x"]
+    right.tick_params(which="minor", labelbottom=False, labelleft=False)
     right.set(xlabel="share of the samples", ylabel="step at which it is learned", title=f"exponent -{x:.2f}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
