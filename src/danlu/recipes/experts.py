@@ -25,7 +25,7 @@ def lm_moe_aux() -> RunConfig:
 
 def lm_moe_lossfree() -> RunConfig:
     """Selection biases that move with the excess, as fast as Muon moves the router, and come to rest with it."""
-    return balanced("lm-moe-lossfree", LossFreeConfig(rule="rms", rate=4e-3, scheduled=True))
+    return balanced("lm-moe-lossfree", LossFreeConfig(rule="rms", rate=1e-2, scheduled=True))
 
 
 def lm_moe_dynamic() -> RunConfig:
