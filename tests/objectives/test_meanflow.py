@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.diffusion import UniformTimes
+from danlu.diffusion import LogNormalNoise, UniformTimes
 from danlu.objectives import MeanFlow, MeanFlowConfig, total_derivative
 
 MEAN, STD = 0.3, 0.7
@@ -122,6 +122,42 @@ def test_derivatives_of_some_rows_give_the_loss_and_gradient_of_the_full_batch(s
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12)
     for one, other in zip(found, gradients(model, expected_loss), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+class Straight(nn.Module):
+    """The image in which a straight step of a network's velocity would end."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.num_classes = inner, inner.num_classes
+
+    def forward(self, x, t, classes=None, r=None):
+        return x - t.view(-1, 1, 1, 1) * self.inner(x, t, classes, r)
+
+
+@pytest.mark.parametrize("form", ["meanflow", "marginal", "full"])
+def test_a_network_of_images_is_trained_as_the_network_of_its_velocities(form):
+    times = LogNormalNoise(mean=1.0, std=0.5)  # t above 0.05
+    found = []
+    for prediction, made in (("velocity", lambda net: net), ("x0", Straight)):
+        model = network(classes=3)
+        objective = MeanFlow(
+            made(model), MeanFlowConfig(prediction=prediction, form=form, share=0.5, times=times, kappa=0.3)
+        ).double()
+        torch.manual_seed(1)
+        loss = objective(images())
+        found.append([loss.detach(), *gradients(model, loss)])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_one_step_of_a_network_of_images_is_its_output():
+    objective = MeanFlow(network().float(), MeanFlowConfig(prediction="x0"))
+    found = objective.sample((3, 2, 5, 7), steps=1, generator=torch.Generator().manual_seed(8))
+    noise = torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        expected = objective.model(noise, torch.ones(3), None, torch.zeros(3))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_the_derivative_is_computed_for_the_rows_with_two_times_only():
@@ -355,6 +391,7 @@ def test_a_network_with_dropout_trains():
     ("make", "said"),
     [
         (lambda: MeanFlowConfig(form="paper"), "form must be one of"),
+        (lambda: MeanFlowConfig(prediction="eps"), "prediction must be one of"),
         (lambda: MeanFlowConfig(share=1.5), "share must be in"),
         (lambda: MeanFlowConfig(kappa=1.0), "kappa must be in"),
         (lambda: MeanFlowConfig(guidance_from=0.5, guidance_to=0.4), "guidance_to must be in"),

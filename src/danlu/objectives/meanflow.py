@@ -6,7 +6,8 @@ one step: ``x_r = x_t - (t - r) u``. Differentiating ``(t - r) u`` along the flo
     u = v - (t - r) du/dt,      du/dt = the derivative of u(x, t, r) along (v, 1, 0),
 
 which forward-mode differentiation evaluates beside u itself. Where r = t it says ``u = v``: plain flow matching.
-Source: Geng et al., arXiv:2505.13447; the three objectives: kexue.fm 10958.
+Source: Geng et al., arXiv:2505.13447; the three objectives: kexue.fm 10958; networks whose output is an image: Lu et
+al., arXiv:2601.22158.
 """
 
 import logging
@@ -24,6 +25,8 @@ from danlu.objectives.flow_matching import FLOW
 
 __all__ = ["MeanFlow", "MeanFlowConfig", "total_derivative"]
 
+_SHORTEST = 0.05  # below this time an error of the image would weigh beyond measure as one of the velocity
+
 _log = logging.getLogger(__name__)
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,6 +37,8 @@ class MeanFlowConfig:
     """How the average velocity is learned.
 
     Attributes:
+        prediction: what the network gives. ``velocity``: u itself. ``x0``: the image that a straight step would end
+            in, ``u = (x - output) / t`` with t of at least 0.05 below; one step from noise is the output.
         form: ``meanflow``, the paper's: the derivative is taken along ``eps - x_0`` and held constant. ``marginal``
             takes it along the model's own velocity ``u(x, t, t)`` and holds it constant (one more evaluation).
             ``full`` does so too and differentiates through it: second derivatives, about twice the time.
@@ -51,6 +56,7 @@ class MeanFlowConfig:
         label_dropout: share of images whose class the network is not told; they learn the plain velocity.
     """
 
+    prediction: Literal["velocity", "x0"] = "velocity"
     form: Literal["meanflow", "marginal", "full"] = "meanflow"
     share: float = 0.25
     flow_share: float = 0.0
@@ -64,6 +70,7 @@ class MeanFlowConfig:
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        choice("prediction", self.prediction, ("velocity", "x0"))
         choice("form", self.form, ("meanflow", "marginal", "full"))
         number("share", self.share, low=0, high=1)
         number("flow_share", self.flow_share, low=0, high=1)
@@ -148,6 +155,13 @@ class MeanFlow(ImageObjective):
             square = square / (square.detach() + self.config.offset) ** self.config.power
         return square.sum()
 
+    def average(self, x: Tensor, t: Tensor, classes: Tensor | None, r: Tensor) -> Tensor:
+        """Return the network's average velocity ``u(x, t, r)`` of images ``(b, c, h, w)`` and times ``(b,)``."""
+        output: Tensor = self.model(x, t, classes, r)
+        if self.config.prediction == "velocity":
+            return output
+        return (x - output) / t.clamp_min(_SHORTEST).view(-1, 1, 1, 1)
+
     def _draw(self, batch: Batch, generator: torch.Generator | None, share: float | None = None) -> _Draw:
         x0, config, labels = batch["images"], self.config, batch.get("labels")
         size, apart = len(x0), round((config.share if share is None else share) * len(x0))
@@ -167,10 +181,10 @@ class MeanFlow(ImageObjective):
         config, none = self.config, int(self.model.num_classes)  # type: ignore[arg-type]
         mixed = config.omega * velocity
         if config.kappa:
-            mixed = mixed + config.kappa * self.model(x, t, classes, t)
+            mixed = mixed + config.kappa * self.average(x, t, classes, t)
         without = 1 - config.omega - config.kappa
         if without:
-            mixed = mixed + without * self.model(x, t, torch.full_like(classes, none), t)
+            mixed = mixed + without * self.average(x, t, torch.full_like(classes, none), t)
         applies = (classes != none) & (t >= config.guidance_from) & (t <= config.guidance_to)
         return torch.where(applies.view(-1, 1, 1, 1), mixed, velocity)
 
@@ -178,26 +192,26 @@ class MeanFlow(ImageObjective):
         """u less its target, ``(b, c, h, w)``: the derivative where r != t, flow matching where r = t."""
         x, t, r, classes, velocity, apart = draw
         if not apart:
-            return self.model(x, t, classes, r) - velocity  # type: ignore[no-any-return]
+            return self.average(x, t, classes, r) - velocity
         rows = slice(apart)
         some = None if classes is None else classes[rows]
         x_r, t_r, r_r, tangent = x[rows], t[rows], r[rows], velocity[rows]
         form = self.config.form
         if form != "meanflow":
             with torch.set_grad_enabled(form == "full" and torch.is_grad_enabled()):
-                tangent = self.model(x_r, t_r, some, t_r)
+                tangent = self.average(x_r, t_r, some, t_r)
 
         def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return self.model(x, t, some, r)  # type: ignore[no-any-return]
+            return self.average(x, t, some, r)
 
         if form == "full":
             near, slope = total_derivative(u, x_r, t_r, r_r, tangent)
-            far = self.model(x[apart:], t[apart:], None if classes is None else classes[apart:], r[apart:])
+            far = self.average(x[apart:], t[apart:], None if classes is None else classes[apart:], r[apart:])
             value = torch.cat([near, far])
         else:
             with torch.no_grad():
                 _, slope = total_derivative(u, x_r, t_r, r_r, tangent)
-            value = self.model(x, t, classes, r)
+            value = self.average(x, t, classes, r)
         correction = (t_r - r_r).view(-1, 1, 1, 1).to(slope.dtype) * slope
         return torch.cat([(value - velocity)[:apart] + correction, (value - velocity)[apart:]])
 
@@ -240,7 +254,7 @@ class MeanFlow(ImageObjective):
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         x = prior(shape, FLOW, generator=generator, device=device)
         return average_velocity(
-            lambda x, t, r: self.model(x, t, classes, r), x, times, trajectory=trajectory, progress=progress
+            lambda x, t, r: self.average(x, t, classes, r), x, times, trajectory=trajectory, progress=progress
         )
 
 

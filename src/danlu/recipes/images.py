@@ -28,7 +28,7 @@ def digits() -> RunConfig:
         recipe="digits",
         data=ImagesConfig(source="digits28", batch=32),
         model=UNetConfig(num_classes=10, two_times=True),
-        objective=MeanFlowConfig(share=0.75, flow_share=0.7, power=0.75, times=UniformTimes()),
+        objective=MeanFlowConfig(prediction="x0", share=0.75, flow_share=0.7, power=0.75, times=UniformTimes()),
         optim=AdamWConfig(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0),
         schedule=WarmupStableDecay(warmup=100, decay=0.5),
         train=TrainConfig(steps=4000, eval_every=1000, ema=0.999),
