@@ -62,6 +62,7 @@ def balancing() -> dict[str, RunConfig]:
         "loss-free rms 4e-3": LossFreeConfig(rule="rms", rate=4e-3, **held),
         "loss-free sign 1e-2": LossFreeConfig(rate=1e-2, **held),
         "loss-free sign 1e-3": LossFreeConfig(**held),
+        "loss-free rms 1e-2 scheduled": LossFreeConfig(rule="rms", rate=1e-2, scheduled=True),
         "none": LossFreeConfig(rate=0.0),
         "dynamic A 1e-2": DynamicConfig(rate=1e-2, **held),
     }
