@@ -8,8 +8,8 @@ decay comes at the end says nothing. So the best rate of Muon is also trained wi
 a busy machine changes how long the study takes and not what it finds. The arithmetic is what the recipe takes here.
 
 ``AdamW, fast embedding`` is a control: Muon's recipe has a rate of its own for the embedding, and what that alone
-brings to AdamW is no merit of Muon's. ``Amos, decayed`` has AdamW's schedule on top of Amos' own.
-Every finished run is a JSON file under ``--runs`` and is not made again.
+brings to AdamW is no merit of Muon's. ``Lion, fast embedding`` has one too. ``Amos, decayed`` has AdamW's schedule on
+top of Amos' own. Every finished run is a JSON file under ``--runs`` and is not made again.
 
     python -m benchmarks.optimizer_study --runs runs/optimizers                # 4 layers of width 128: an hour
     python -m benchmarks.optimizer_study --runs runs/optimizers-full --full    # the recipe itself: three
@@ -64,6 +64,9 @@ CONTESTANTS = {
     "Muon": Contestant(lambda lr: MuonConfig(lr=lr, embedding_lr=40 * lr), (4e-3, 8e-3, 16e-3)),
     "AdamW, fast embedding": Contestant(lambda lr: AdamWConfig(lr=lr, embedding_lr=40 * lr), (2e-3, 4e-3, 8e-3)),
     "Lion": Contestant(lambda lr: LionConfig(lr=lr, weight_decay=3e-4 / lr), (1e-3, 2e-3, 4e-3)),
+    "Lion, fast embedding": Contestant(
+        lambda lr: LionConfig(lr=lr, weight_decay=3e-4 / lr, embedding_lr=40 * lr), (5e-4, 1e-3, 2e-3)
+    ),
     "Amos": Contestant(lambda lr: AmosConfig(lr=lr, embedding_eta=1.0), (0.04, 0.08, 0.16), Constant(warmup=20)),
     "Amos, decayed": Contestant(lambda lr: AmosConfig(lr=lr, embedding_eta=1.0), (0.04, 0.08, 0.16)),
 }

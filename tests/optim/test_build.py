@@ -31,11 +31,16 @@ def test_both_share_rate_and_decay_unless_told_otherwise():
 
 
 @pytest.mark.parametrize(
-    "config", [MuonConfig(lr=0.01, adamw_lr=0.02, embedding_lr=0.3), AdamWConfig(lr=0.02, embedding_lr=0.3)]
+    "config",
+    [
+        MuonConfig(lr=0.01, adamw_lr=0.02, embedding_lr=0.3),
+        AdamWConfig(lr=0.02, embedding_lr=0.3),
+        LionConfig(lr=0.02, embedding_lr=0.3),
+    ],
 )
 def test_embeddings_take_their_own_rate_where_one_is_given(config):
-    adamw = build_optimizers(model(), config)[-1]
-    rates = {group["role"]: group["lr"] for group in adamw.param_groups}
+    last = build_optimizers(model(), config)[-1]
+    rates = {group["role"]: group["lr"] for group in last.param_groups}
     assert rates.pop("embedding") == 0.3
     assert set(rates.values()) == {0.02}
 
@@ -93,6 +98,7 @@ def test_one_optimizer_takes_every_parameter_with_its_role(config):
     ("kind", "options", "says"),
     [
         (LionConfig, {"betas": (0.9, 1.0)}, r"betas\[1\] must be in"),
+        (LionConfig, {"embedding_lr": -1.0}, "embedding_lr must be in"),
         (LionConfig, {"momentum_dtype": "float16"}, "momentum_dtype must be one of"),
         (LionConfig, {"no_decay": ("gains",)}, "did you mean 'gain'"),
         (TigerConfig, {"beta": 1.0}, "beta must be in"),

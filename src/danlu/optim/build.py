@@ -132,6 +132,7 @@ class LionConfig:
         betas: weight of the momentum inside the sign, and decay of the momentum.
         weight_decay: decoupled decay, AdamW's times what the learning rate was divided by.
         momentum_dtype: format of the momentum; ``auto`` is the parameter's own.
+        embedding_lr: learning rate of the embeddings; None for lr.
         no_decay: roles without decay.
     """
 
@@ -139,10 +140,13 @@ class LionConfig:
     betas: tuple[float, float] = (0.95, 0.98)
     weight_decay: float = 0.3
     momentum_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    embedding_lr: float | None = None
     no_decay: tuple[str, ...] = ("gain", "bias")
 
     def __post_init__(self) -> None:
         Lion(_probe(), **self.options())
+        if self.embedding_lr is not None:
+            number("embedding_lr", self.embedding_lr, low=0)
         _check_roles("no_decay", self.no_decay)
 
     def options(self) -> dict[str, Any]:
@@ -225,6 +229,11 @@ def _without_decay(groups: list[Group], no_decay: tuple[str, ...]) -> list[Group
     return [{**group, "weight_decay": 0.0} if group["role"] in no_decay else group for group in groups]
 
 
+def _rated(groups: list[Group], embedding_lr: float | None) -> list[Group]:
+    rated = {} if embedding_lr is None else {"lr": embedding_lr}
+    return [{**group, **rated} if group["role"] == "embedding" else group for group in groups]
+
+
 def _expected(group: Group, config: AmosConfig) -> Group:
     return {**group, "eta": config.embedding_eta} if group["role"] == "embedding" else group
 
@@ -239,10 +248,8 @@ def _adamw(groups: list[Group], config: AdamWConfig) -> AdamW:
         and torch.empty_like(p, device="meta").stride() == p.stride()
         for p in params
     )
-    if config.embedding_lr is not None:
-        groups = [{**g, "lr": config.embedding_lr} if g["role"] == "embedding" else g for g in groups]
-    options = _arguments(config, "lr", "betas", "eps", "weight_decay")
-    return AdamW(_without_decay(groups, config.no_decay), fused=fused, **options)
+    groups = _without_decay(_rated(groups, config.embedding_lr), config.no_decay)
+    return AdamW(groups, fused=fused, **_arguments(config, "lr", "betas", "eps", "weight_decay"))
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig, *, process_group: Any = None) -> list[Optimizer]:
@@ -268,7 +275,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, *, process_group
     if isinstance(config, AdamWConfig):
         return [_adamw(groups, config)]
     if isinstance(config, LionConfig):
-        return [Lion(_without_decay(groups, config.no_decay), **config.options())]
+        return [Lion(_without_decay(_rated(groups, config.embedding_lr), config.no_decay), **config.options())]
     if isinstance(config, TigerConfig):
         return [Tiger(groups, **config.options())]
     if isinstance(config, AmosConfig):
