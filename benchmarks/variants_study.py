@@ -117,6 +117,12 @@ def cached(config: RunConfig) -> int:
     return Transformer(config.model).new_cache(1, 1)[0].elements_per_token()
 
 
+def spread(values: list[float]) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    deviation = f" ({statistics.stdev(values):.4f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
+
+
 def main() -> None:
     """Run a study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,12 +148,7 @@ def main() -> None:
     table = Table("", "weights", "cache", *(f"{column} (std)" for column in columns))
     for name, rows in figures.items():
         model = assemble(configs[name]).model
-        cells = [
-            f"{statistics.fmean(row[key] for row in rows):.4f} ({statistics.stdev(row[key] for row in rows):.4f})"
-            if key in rows[0]
-            else ""
-            for key in columns
-        ]
+        cells = [spread([row[key] for row in rows]) if key in rows[0] else "" for key in columns]
         table.add_row(name, f"{sum(p.numel() for p in model.parameters()):,}", str(cached(configs[name])), *cells)
     console.print(table)
     floor = {} if arguments.study == "attention" else {"noise_floor": even_draws(next(iter(configs.values())))}
