@@ -1,8 +1,9 @@
 """Multitask sparse parity: when each task is learned, and what exponent the loss has in steps and in parameters.
 
 A list of Zipf-frequent tasks, one hidden layer of ReLU, a stream of new samples, Adam (`danlu.analysis.sparse_parity`).
-For several g: the exponent x of ``S_k ~ p_k^-x``, that of the mean loss in steps, and beside it what the quantization
-model makes of x for this finite list and for an infinite one. For one g over widths: that of the loss in parameters.
+For several g: the exponent x of ``S_k ~ p_k^-x``, that of the mean loss in steps, and beside it that of the sum over
+the falls of single tasks, of the fitted power law over this finite list, and over an infinite one. For one g over
+widths: the loss over parameters, beside the share of all tasks but the first n when n are learned.
 Every finished run is a line of ``--runs``; a line that is there is not trained again.
 
     python -m benchmarks.sparse_parity --runs runs/sparse_parity.jsonl --write
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import RESULTS
 from benchmarks.machine import describe
 from danlu.analysis import (
     ParityNetwork,
+    ParityRun,
     exponents,
     log_log_slope,
     parity_tasks,
@@ -54,26 +57,37 @@ def run(g: float, width: int, seed: int, steps: int) -> dict[str, Any]:
 
 
 def in_steps(line: dict[str, Any]) -> dict[str, float]:
-    """Return the exponents of one run: measured, and as the model has them from the measured x."""
-    g = line["g"]
-    shares = parity_tasks(TASKS, BITS, g=g).shares
-    when = torch.tensor([math.inf if step is None else step for step in line["learned_at"]])
-    learned = when.isfinite()
-    x = -log_log_slope(shares[learned], when[learned])
-    # The line of that slope through the cloud: the step at which the first task is due.
-    first = float((when[learned].double().log() + x * (shares[learned] / shares[0]).log()).mean().exp())
-    steps = torch.tensor(line["steps"], dtype=torch.float64)
-    due = (steps / first).clamp(min=1) ** (1 / (x * (g + 1)))  # tasks that are due by then
+    """Return the exponents of one run: measured, and what the model makes of when the tasks are learned.
+
+    x is fitted over the tasks before the first that is not learned: beyond it only the lucky ones are. The loss is
+    compared with sums over falls, whose middle is at half a bit.
+    """
+    g, shares = line["g"], parity_tasks(TASKS, BITS, g=line["g"]).shares
+    run = ParityRun(torch.tensor(line["steps"]), torch.tensor(line["losses"], dtype=torch.float64), shares)
+    (learned, x, order, _), (_, half_x, _, first) = (_law(run.learned_at(level), shares) for level in (THRESHOLD, 0.5))
+    steps = run.steps.double()
+    due = (steps / first).clamp(min=1) ** (1 / (half_x * (g + 1)))  # tasks that are due by then
     window = (due > 1) & (due <= TASKS / 2)
+    left = (run.learned_at(0.5) > steps[:, None]).double() @ shares
     return {
-        "learned": int(learned.sum()),
-        "order": rank_correlation(-shares[learned], when[learned]),
+        "learned": learned,
+        "order": order,
         "x": x,
-        "measured": -log_log_slope(steps[window], torch.tensor(line["mean_loss"])[window]),
+        "measured": -log_log_slope(steps[window], run.mean_loss[window]),
+        "sum of falls": -log_log_slope(steps[window], left[window]),
         "this list": -log_log_slope(steps[window], quanta_loss(due[window], g, quanta=TASKS)),
-        "infinite list": exponents(g).steps / x,
+        "infinite list": exponents(g).steps / half_x,
         "theory": exponents(g).steps,
     }
+
+
+def _law(when: Tensor, shares: Tensor) -> tuple[int, float, float, float]:
+    """Count what is learned; fit ``when ~ first (p / p_1)^-x`` to the tasks before the first that is not."""
+    whole = int(when.isfinite().long().cumprod(0).sum())
+    learned, when, shares = int(when.isfinite().sum()), when[:whole], shares[:whole]
+    x = -log_log_slope(shares, when)
+    first = float((when.log() + x * (shares / shares[0]).log()).mean().exp())
+    return learned, x, rank_correlation(-shares, when), first
 
 
 def draw(line: dict[str, Any], path: Path) -> None:
@@ -106,7 +120,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/sparse_parity.jsonl"))
     parser.add_argument("--g", nargs="+", type=float, default=[0.4, 0.2, 0.8, 1.2])
     parser.add_argument("--widths", nargs="+", type=int, default=[4, 8, 16, 32, 64, 128], help="beside 256, at g = 0.4")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument(
         "--write", action="store_true", help="write results/sparse_parity.json and the picture in docs/images"
@@ -126,7 +140,7 @@ def main() -> None:
                     file.write(json.dumps(done[-1]) + "\n")
                 print(f"g {g:g} width {width} seed {seed}: {done[-1]['mean_loss'][-1]:.4f} bits", flush=True)
     rows = [{**in_steps(line), "g": line["g"], "seed": line["seed"]} for line in done if line["width"] == WIDTH]
-    names = ("learned", "order", "x", "measured", "this list", "infinite list", "theory")
+    names = ("learned", "order", "x", "measured", "sum of falls", "this list", "infinite list", "theory")
     print("exponents in steps, mean ± deviation over seeds\n     g  " + "  ".join(f"{name:>13}" for name in names))
     for g in arguments.g:
         columns = [[row[name] for row in rows if row["g"] == g] for name in names]
@@ -138,9 +152,15 @@ def main() -> None:
         lines = [line for line in done if line["g"] == G and line["width"] == width]
         loss = statistics.mean(line["mean_loss"][-1] for line in lines)
         learned = statistics.mean(sum(step is not None for step in line["learned_at"]) for line in lines)
-        print(f"width {width:4}  parameters {lines[0]['parameters']:6}  loss {loss:.4f}  tasks learned {learned:.1f}")
+        rest = float(quanta_loss(learned, G, quanta=TASKS))
+        parameters = lines[0]["parameters"]
+        print(f"width {width:4}  parameters {parameters:6}  loss {loss:.4f}  learned {learned:4.1f}: leaves {rest:.4f}")
     if arguments.write:
-        lean = [{key: value for key, value in line.items() if key != "losses"} for line in done]
+        lean = [
+            {key: value for key, value in line.items() if key != "losses"}
+            | ({"exponents": in_steps(line)} if line["width"] == WIDTH else {})
+            for line in done
+        ]
         (RESULTS / "sparse_parity.json").write_text(json.dumps({"machine": describe(), "runs": lean}) + "\n")
         picked = next(line for line in done if (line["g"], line["width"]) == (G, WIDTH))
         draw(picked, RESULTS.parents[1] / "docs" / "images" / "sparse-parity.png")

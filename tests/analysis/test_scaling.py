@@ -136,6 +136,7 @@ def test_rank_correlation_is_spearmans_with_ties_and_infinite_values_in_their_pl
         (lambda: rank_correlation(torch.ones(2), torch.arange(3)), "one length"),
         (lambda: rank_correlation(torch.ones(3), torch.arange(3)), "spread of x"),
         (lambda: log_log_slope(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])), "positive"),
+        (lambda: log_log_slope(torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.inf])), "finite"),
     ],
 )
 def test_bad_input_is_named(act, message):

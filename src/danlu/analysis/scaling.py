@@ -189,8 +189,8 @@ def log_log_slope(x: Tensor, y: Tensor) -> float:
     -0.5
     """
     x, y = _two_vectors(x, y)
-    if not bool(((x > 0) & (y > 0)).all()):
-        raise ValueError("x and y must be positive")
+    if not bool(((x > 0) & x.isfinite() & (y > 0) & y.isfinite()).all()):
+        raise ValueError("x and y must be positive and finite")
     a, b = x.log() - x.log().mean(), y.log() - y.log().mean()
     number("the spread of log x", float(a.abs().max()), low=0, low_open=True)
     return float((a * b).sum() / a.square().sum())
