@@ -87,13 +87,15 @@ def draw(lines: list[dict], path: Path) -> None:
             points = sorted(
                 (r["lr"], r["val_bpb"]) for r in lines if (r["parametrisation"], r["width"]) == (name, width)
             )
+            if not points:
+                continue
             rates, bits = zip(*points)
             colour = pyplot.get_cmap("viridis")(index / max(1, len(widths) - 1))
             axis.plot(rates, bits, marker="o", label=f"width {width}", color=colour)
             axis.plot(*min(points, key=lambda point: point[1]), marker="*", markersize=14, color=colour)
         axis.set(xscale="log", xlabel="learning rate", title="one rate" if name == "plain" else "spectral condition")
     axes[0, 0].set_ylabel("validation bits a byte")
-    axes[0, 0].legend(frameon=False)
+    axes[0, -1].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
