@@ -137,17 +137,15 @@ class Straight(nn.Module):
 
 @pytest.mark.parametrize("form", ["meanflow", "marginal", "full"])
 def test_a_network_of_images_is_trained_as_the_network_of_its_velocities(form):
-    times = LogNormalNoise(mean=1.0, std=0.5)  # t above 0.05
-    found = []
-    for prediction, made in (("velocity", lambda net: net), ("x0", Straight)):
+    def trained(prediction, made):
         model = network(classes=3)
-        objective = MeanFlow(
-            made(model), MeanFlowConfig(prediction=prediction, form=form, share=0.5, times=times, kappa=0.3)
-        ).double()
+        times = LogNormalNoise(mean=1.0, std=0.5)  # t above 0.05
+        config = MeanFlowConfig(prediction=prediction, form=form, share=0.5, times=times, kappa=0.3)
         torch.manual_seed(1)
-        loss = objective(images())
-        found.append([loss.detach(), *gradients(model, loss)])
-    for one, other in zip(*found, strict=True):
+        loss = MeanFlow(made(model), config).double()(images())
+        return [loss.detach(), *gradients(model, loss)]
+
+    for one, other in zip(trained("velocity", lambda net: net), trained("x0", Straight), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
