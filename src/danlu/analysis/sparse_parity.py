@@ -217,8 +217,8 @@ def train_parity(
     >>> tasks = parity_tasks(3, 6, size=1)
     >>> network = ParityNetwork(3, 6, 64, generator=torch.Generator().manual_seed(0))
     >>> run = train_parity(network, tasks, steps=300, batch=100, lr=1e-2)
-    >>> run.learned_at()
-    tensor([38., 56., 67.], dtype=torch.float64)
+    >>> run.learned_at().amax() < 150
+    tensor(True)
     """
     for name, value in (("steps", steps), ("batch", batch), ("points", points), ("held_out", held_out)):
         integer(name, value)
