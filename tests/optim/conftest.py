@@ -1,8 +1,11 @@
-"""Makes ``steps.py`` importable by its name."""
+"""Makes ``steps.py`` importable by its name, and leaves the programs of several processes to their test."""
 
 import importlib.util
 import sys
 from pathlib import Path
+
+# Programs of four processes, which ``test_sharded.py`` starts: they import one another, as programs do.
+collect_ignore_glob = ["sharding_*.py"]
 
 _path = Path(__file__).with_name("steps.py")
 if "steps" not in sys.modules:
