@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import RESULTS
-from benchmarks.lm_study import seconds_a_step
+from benchmarks.lm_study import finished, seconds_a_step
 from benchmarks.machine import describe
 from danlu.config import Pretrained
 from danlu.objectives import MeanFlowConfig
 from danlu.recipes import load
 from danlu.report.generation import draw, feature_network, measure
-from danlu.train import RunConfig, read_config, restore, resume, train
+from danlu.train import RunConfig, restore
 
 # Of Heun's method 18 steps are 35 evaluations.
 STEPS = {"digits": [1, 2, 4, 16], "digits-sid": [1], "digits-ddpm": [16, 50], "digits-edm": [18]}
@@ -61,18 +61,6 @@ def typical(config: RunConfig) -> RunConfig:
         share = config.objective.share * (1 - config.objective.flow_share)
         return replace(config, objective=replace(config.objective, share=share, flow_share=0.0))
     return config
-
-
-def finished(folder: Path, config: RunConfig) -> None:
-    """Train, resume or skip; leave when interrupted."""
-    if not (folder / "config.json").exists():
-        stopped = train(config, folder, quiet=True)
-    elif read_config(folder).train != config.train:
-        raise SystemExit(f"{folder} was trained for another number of steps or seed; move it away or use --runs")
-    else:
-        stopped = resume(folder, quiet=True)
-    if stopped:
-        raise SystemExit(stopped)
 
 
 def measured(folder: Path, steps: list[int], count: int) -> dict[str, dict[str, float]]:

@@ -81,14 +81,21 @@ def compressed_bits(config: RunConfig) -> dict[str, float]:
     }
 
 
-def finished(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """Train, resume or skip, then return the last logged validation."""
-    if (folder / "config.json").exists():
-        if read_config(folder).train != config.train:
-            raise SystemExit(f"{folder} was trained for another number of steps or seed; move it away or use --runs")
-        resume(folder, quiet=True)
+def finished(folder: Path, config: RunConfig) -> None:
+    """Train, resume or skip; leave when interrupted."""
+    if not (folder / "config.json").exists():
+        stopped = train(config, folder, quiet=True)
+    elif read_config(folder).train != config.train:
+        raise SystemExit(f"{folder} was trained for another number of steps or seed; move it away or use --runs")
     else:
-        train(config, folder, quiet=True)
+        stopped = resume(folder, quiet=True)
+    if stopped:
+        raise SystemExit(stopped)
+
+
+def validated(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Finish a run and return its last logged validation."""
+    finished(folder, config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last: dict[str, Any] = next(line for line in reversed(lines) if "val_bpb" in line)
     return last
@@ -134,7 +141,7 @@ def main() -> None:
                 threads=arguments.threads,
                 tensorboard=False,
             )
-            results[name][seed] = finished(arguments.runs / f"{name}-{seed}", replace(config, train=loop))
+            results[name][seed] = validated(arguments.runs / f"{name}-{seed}", replace(config, train=loop))
             console.print(f"{name} seed {seed}: {results[name][seed]['val_bpb']:.4f} bits a byte")
 
     table = Table("", "bits a byte (mean)", *(f"seed {seed}" for seed in arguments.seeds), "tokens")

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.expert_load import explained, noise_floor
 from benchmarks.harness import RESULTS
-from benchmarks.lm_study import finished
+from benchmarks.lm_study import validated
 from benchmarks.machine import describe
 from danlu.data import TextConfig
 from danlu.models import Transformer
@@ -139,7 +139,7 @@ def main() -> None:
         for name, config in configs.items():
             seeded = replace(config, train=replace(config.train, seed=seed, tensorboard=False))
             folder = arguments.runs / f"{arguments.study}-{name}-{seed}"
-            last = finished(folder, seeded)
+            last = validated(folder, seeded)
             more = {} if arguments.study == "attention" else explained(folder)
             figures[name].append(recorded(folder, last) | more)
             console.print(f"{name} seed {seed}: {figures[name][-1]}", highlight=False)
