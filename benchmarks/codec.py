@@ -17,16 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 
+from benchmarks.drawing import pyplot
 from benchmarks.harness import RESULTS
 from benchmarks.machine import describe
 from danlu.data import to_float
 from danlu.diffusion import Codebook, CodecConfig, encode
 from danlu.train import restore
-
-matplotlib.use("Agg")
 
 STEPS = (10, 25, 50, 100)
 SIZES = {"K = 4": (4, 1), "K = 64": (64, 1), "K = 1024": (1024, 1), "K = 256, four atoms": (256, 4)}
@@ -94,8 +92,6 @@ def main() -> None:
     spent = {f"K = {codewords}": costs(parts.objective, shape, codewords) for codewords in (64, 256, 1024)}
     for name, each in spent.items():
         print(name, {what: round(value, 2) for what, value in each.items()})
-
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, points in rates.items():

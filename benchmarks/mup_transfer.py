@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.optim import AdamW
 
+from benchmarks.drawing import pyplot
 from benchmarks.harness import RESULTS
 from benchmarks.machine import describe
 from danlu.data.text import TextConfig, open_text
@@ -74,11 +75,6 @@ def run(parametrisation: str, width: int, lr: float, seed: int, *, steps: int, b
 
 def draw(lines: list[dict], path: Path) -> None:
     """Draw validation bits over the learning rate, one curve a width, one panel a parametrisation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = sorted({line["parametrisation"] for line in lines}, key=["plain", "spectral"].index)
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.6), sharey=True, squeeze=False)
     widths = sorted({line["width"] for line in lines})

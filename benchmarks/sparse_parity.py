@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.drawing import pyplot
 from benchmarks.harness import RESULTS
 from benchmarks.machine import describe
 from danlu.analysis import (
@@ -92,11 +93,6 @@ def _law(when: Tensor, shares: Tensor) -> tuple[int, float, float, float]:
 
 def draw(line: dict[str, Any], path: Path) -> None:
     """Draw the losses of single tasks and their mean over steps, and the steps of learning over the shares."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
     shares = parity_tasks(TASKS, BITS, g=line["g"]).shares
     for task in range(0, 30, 3):
