@@ -119,8 +119,9 @@ def decode(arguments: argparse.Namespace) -> int:
 def _objective(folder: str) -> Any:
     """The objective of a run whose model denoises."""
     from danlu.train import run
+    from danlu.train.component import component
 
-    kind = run.component(run.read_config(folder).objective)
+    kind = component(run.read_config(folder).objective)
     if not hasattr(kind, "denoiser"):
         raise ValueError(
             f"{folder} is a run of {kind.__name__}, which has no denoiser; take one of digits-ddpm or -flow"

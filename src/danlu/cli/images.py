@@ -34,8 +34,9 @@ def write_samples(folder: Path) -> str:
     """
     from danlu.report import write_images
     from danlu.train import run
+    from danlu.train.component import component
 
-    if not hasattr(run.component(run.read_config(folder).objective), "sample"):
+    if not hasattr(component(run.read_config(folder).objective), "sample"):
         return ""
     objective, config = run.load_objective(folder)
     steps = steps_of(objective, None)
@@ -52,10 +53,11 @@ def sample(arguments: argparse.Namespace) -> int:
     """Draw images and write them as one picture, or the way to them as an animation."""
     from danlu.report import write_images
     from danlu.train import run
+    from danlu.train.component import component
 
     if arguments.prompt:
         raise ValueError(f"--prompt is for runs on text; {arguments.folder} has no tokenizer")
-    kind = run.component(run.read_config(arguments.folder).objective)
+    kind = component(run.read_config(arguments.folder).objective)
     if not hasattr(kind, "sample"):
         raise ValueError(f"{arguments.folder} is a run of {kind.__name__}, which writes no text and draws no images")
     objective, config = run.load_objective(arguments.folder)

@@ -33,18 +33,7 @@ from danlu.train.progress import ProgressLine, duration
 from danlu.train.signals import Stop
 from danlu.train.trainer import TrainConfig, Trainer
 
-__all__ = [
-    "RunConfig",
-    "assemble",
-    "component",
-    "evaluate",
-    "load",
-    "load_objective",
-    "read_config",
-    "restore",
-    "resume",
-    "train",
-]
+__all__ = ["RunConfig", "assemble", "evaluate", "load", "load_objective", "read_config", "restore", "resume", "train"]
 
 # What may differ from the checkpoint's configuration on resume: it changes no number of the training.
 _FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.threads", "train.tensorboard")
