@@ -14,6 +14,7 @@ SOURCE = Path(danlu.__file__).parent
 FLOORS = {
     "_validate": -1,
     "config": 0,
+    "protocols": 0,
     "approx": 1,
     "linalg": 2,
     "optim": 3,
