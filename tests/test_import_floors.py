@@ -13,6 +13,7 @@ import danlu
 SOURCE = Path(danlu.__file__).parent
 FLOORS = {
     "_validate": -1,
+    "_roles": 0,
     "config": 0,
     "protocols": 0,
     "approx": 1,

@@ -66,8 +66,8 @@ def test_linear_keeps_the_rms_of_activations_at_initialisation() -> None:
 
 
 def test_declared_split_must_cover_the_rows() -> None:
-    with pytest.raises(ValueError, match="split must add up to the 6 rows"):
-        declare(torch.nn.Parameter(torch.empty(6, 4)), "matrix", split=(4, 3))
+    with pytest.raises(ValueError, match=r"split of weight must be .* sum to its 6 rows, got \(4, 3\)"):
+        declare(torch.nn.Linear(4, 6), "weight", "matrix", split=(4, 3))
 
 
 @pytest.mark.parametrize(("arguments", "name"), [((0, 3), "in_features"), ((3, -1), "out_features")])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from danlu.nn.linear import declare
+from danlu._roles import declare
 from danlu.optim import (
     AmosConfig,
     LionConfig,
@@ -30,7 +30,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(6, 15, bias=False, dtype=torch.float64)
-        declare(self.first.weight, "matrix", split=(9, 3, 3))
+        declare(self.first, "weight", "matrix", split=(9, 3, 3))
         self.norm = nn.LayerNorm(15, dtype=torch.float64)
         self.second = nn.Linear(15, 1, dtype=torch.float64)
 

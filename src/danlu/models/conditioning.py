@@ -80,7 +80,8 @@ class Condition(nn.Module):
         self.span = TimeEmbedding(dim, smooth=True) if two_times else None
         self.classes: nn.Parameter | None = None
         if num_classes:
-            self.classes = declare(nn.Parameter(torch.empty(num_classes + 1, dim)), "embedding")
+            self.classes = nn.Parameter(torch.empty(num_classes + 1, dim))
+            declare(self, "classes", "embedding")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -40,7 +40,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = declare(nn.Parameter(torch.ones(dim)), "gain")
+        self.weight = nn.Parameter(torch.ones(dim))
+        declare(self, "weight", "gain")
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(..., dim)``."""
@@ -85,8 +86,10 @@ class GPT(nn.Module):
             integer(name, getattr(config, name))
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.embedding = declare(nn.Parameter(torch.empty(config.vocab_size, config.dim)), "embedding")
-        self.positions = declare(nn.Parameter(torch.empty(config.context, config.dim)), "embedding")
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        declare(self, "embedding", "embedding")
+        self.positions = nn.Parameter(torch.empty(config.context, config.dim))
+        declare(self, "positions", "embedding")
         self.blocks = nn.ModuleList(GPTBlock(config) for _ in range(config.layers))
         self.norm = LayerNorm(config.dim)
         self.reset_parameters()

@@ -118,7 +118,8 @@ class MAE(nn.Module):
         self.blocks = nn.ModuleList(MAEBlock(c.dim, c.heads, c.layers) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim)
         self.bridge = Linear(c.dim, c.decoder_dim)
-        self.mask_token = declare(nn.Parameter(torch.empty(c.decoder_dim)), "embedding")
+        self.mask_token = nn.Parameter(torch.empty(c.decoder_dim))
+        declare(self, "mask_token", "embedding")
         self.decoder = nn.ModuleList(
             MAEBlock(c.decoder_dim, c.decoder_heads, c.decoder_layers) for _ in range(c.decoder_layers)
         )

@@ -168,7 +168,8 @@ class Transformer(nn.Module):
             raise ValueError("activation must be None with experts, whose gate is SiLU")
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.embedding = declare(nn.Parameter(torch.empty(c.vocab_size, c.dim)), "embedding")
+        self.embedding = nn.Parameter(torch.empty(c.vocab_size, c.dim))
+        declare(self, "embedding", "embedding")
         self.blocks = nn.ModuleList(Block(c, index) for index in range(c.layers))
         self.norm = RMSNorm(c.dim, eps=c.norm_eps)
         self.head = None if c.tied else Linear(c.dim, c.vocab_size, std=0.5 * c.dim**-0.5, role="head")

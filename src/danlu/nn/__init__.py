@@ -1,5 +1,6 @@
 """Layers: attention, state spaces, positions, experts, norms; each usable alone in any PyTorch model."""
 
+from danlu._roles import declare
 from danlu.nn.activation import SquarePlus, SquarePlusConfig, squareplus
 from danlu.nn.attention import (
     GQA,
@@ -20,7 +21,7 @@ from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
 from danlu.nn.balance import LossFreeConfig
 from danlu.nn.dynamic_experts import DynamicConfig
 from danlu.nn.feed_forward import FeedForward, swiglu
-from danlu.nn.linear import Linear, declare
+from danlu.nn.linear import Linear
 from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
 from danlu.nn.moe import MoE, MoEConfig, scaling_factor
 from danlu.nn.norm import RMSNorm

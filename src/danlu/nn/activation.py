@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._roles import declare
 from danlu._validate import number
-from danlu.nn.linear import declare
 
 EQUAL_AT_ZERO = 4 * math.log(2) ** 2
 """``b`` at which squareplus(0) is softplus(0) = log 2."""
@@ -199,7 +199,8 @@ class SquarePlus(nn.Module):
         self.config = SquarePlusConfig() if config is None else config
         self.root: nn.Parameter | None = None
         if self.config.learnable:
-            self.root = declare(nn.Parameter(torch.empty(())), "gain")
+            self.root = nn.Parameter(torch.empty(()))
+            declare(self, "root", "gain")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,33 +1,13 @@
 """Linear map whose weight keeps its own precision while the product follows the activations."""
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._roles import Role, declare
 from danlu._validate import integer, number
-
-Role = Literal["matrix", "embedding", "head", "gain", "bias", "conv", "experts"]
-
-
-def declare(parameter: nn.Parameter, role: Role, split: tuple[int, ...] | None = None) -> nn.Parameter:
-    """Write on a parameter what it is, so that ``danlu.optim.param_groups`` need not guess.
-
-    ``split`` lists the row counts of independent matrices that share one fused weight (query, key, value, or heads):
-    an optimizer that acts on whole matrices treats each of them apart, as if they had been separate parameters.
-
-    >>> weight = declare(nn.Parameter(torch.empty(6, 4)), "matrix", split=(4, 2))
-    >>> weight.danlu_role, weight.danlu_split
-    ('matrix', (4, 2))
-    """
-    if split is not None and sum(split) != parameter.shape[-2]:
-        raise ValueError(f"split must add up to the {parameter.shape[-2]} rows of the parameter, got {split}")
-    parameter.danlu_role = role  # type: ignore[attr-defined]
-    parameter.danlu_split = split  # type: ignore[attr-defined]
-    return parameter
-
 
 _SPLIT = 1 << 17
 """Weights of a matrix from which on two threads are quicker than one."""
@@ -86,7 +66,8 @@ class Linear(nn.Module):
             number("std", std, low=0)
         self.in_features, self.out_features = in_features, out_features
         self.std = 1 / math.sqrt(in_features) if std is None else std
-        self.weight = declare(nn.Parameter(torch.empty(out_features, in_features)), role, split)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        declare(self, "weight", role, split)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

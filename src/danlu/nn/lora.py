@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._roles import declare
 from danlu._validate import integer, number, positive
-from danlu.nn.linear import Linear, declare
+from danlu.nn.linear import Linear
 
 __all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear", "apply_lora", "lora_state_dict", "merge_lora"]
 
@@ -78,8 +79,10 @@ class LoRALinear(nn.Module):
         new = base.weight.new_empty
         self.base = base.requires_grad_(False)
         self.scale, self.dropout = config.scale, config.dropout
-        self.lora_A = declare(nn.Parameter(new(config.rank, columns)), "matrix")
-        self.lora_B = declare(nn.Parameter(new(rows, config.rank)), "matrix")
+        self.lora_A = nn.Parameter(new(config.rank, columns))
+        declare(self, "lora_A", "matrix")
+        self.lora_B = nn.Parameter(new(rows, config.rank))
+        declare(self, "lora_B", "matrix")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -128,8 +131,10 @@ class LoRAEmbedding(nn.Module):
         new = base.weight.new_empty
         self.base = base.requires_grad_(False)
         self.scale = config.scale
-        self.lora_embedding_A = declare(nn.Parameter(new(config.rank, base.num_embeddings)), "embedding")
-        self.lora_embedding_B = declare(nn.Parameter(new(base.embedding_dim, config.rank)), "matrix")
+        self.lora_embedding_A = nn.Parameter(new(config.rank, base.num_embeddings))
+        declare(self, "lora_embedding_A", "embedding")
+        self.lora_embedding_B = nn.Parameter(new(base.embedding_dim, config.rank))
+        declare(self, "lora_embedding_B", "matrix")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._roles import declare
 from danlu._validate import choice, integer, positive
 from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
 from danlu.nn.balance import Balancer, LossFreeConfig
 from danlu.nn.dynamic_experts import DynamicConfig, initial_bias
 from danlu.nn.feed_forward import FeedForward
 from danlu.nn.grouped import routed_experts
-from danlu.nn.linear import declare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +172,12 @@ class MoE(nn.Module):
         )
         self.in_std = dim**-0.5
         self.out_std = c.hidden**-0.5 if out_std is None else out_std
-        self.router = declare(nn.Parameter(torch.empty(c.experts, dim)), "matrix")
-        self.w_up = declare(
-            nn.Parameter(torch.empty(c.experts, 2 * c.hidden, dim)), "experts", split=(c.hidden, c.hidden)
-        )
-        self.w_down = declare(nn.Parameter(torch.empty(c.experts, dim, c.hidden)), "experts")
+        self.router = nn.Parameter(torch.empty(c.experts, dim))
+        declare(self, "router", "matrix")
+        self.w_up = nn.Parameter(torch.empty(c.experts, 2 * c.hidden, dim))
+        declare(self, "w_up", "experts", split=(c.hidden, c.hidden))
+        self.w_down = nn.Parameter(torch.empty(c.experts, dim, c.hidden))
+        declare(self, "w_down", "experts")
         self.dynamic = isinstance(c.balance, DynamicConfig)
         start = initial_bias(c.experts, c.active, gate=c.gate) if self.dynamic else 0.0
         self.balancer = Balancer(c.experts, c.balance, budget=c.active, start=start)

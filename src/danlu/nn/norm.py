@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from danlu._roles import declare
 from danlu._validate import integer, positive
-from danlu.nn.linear import declare
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,8 @@ class RMSNorm(nn.Module):
         integer("dim", dim)
         positive("eps", eps)
         self.eps = eps
-        self.weight = declare(nn.Parameter(torch.ones(dim)), "gain")
+        self.weight = nn.Parameter(torch.ones(dim))
+        declare(self, "weight", "gain")
 
     def reset_parameters(self) -> None:
         """Set every gain to one."""

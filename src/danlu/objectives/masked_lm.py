@@ -80,7 +80,8 @@ class MaskedLM(nn.Module):
         self.model, self.config = model, MaskedLMConfig() if config is None else config
         if self.config.drop_tokens:
             check_drops(model)
-        self.mask_token = declare(nn.Parameter(torch.empty(model.config.dim)), "embedding")
+        self.mask_token = nn.Parameter(torch.empty(model.config.dim))
+        declare(self, "mask_token", "embedding")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,5 +1,6 @@
 """Optimizers, the groups their parameters belong in, learning-rate schedules, and clipping."""
 
+from danlu._roles import MATRIX_ROLES, ROLES, declare
 from danlu.optim.amos import Amos, AmosHyperparameters, amos_hyperparameters, amos_scale
 from danlu.optim.build import (
     AdamWConfig,
@@ -19,7 +20,7 @@ from danlu.optim.clip import (
     nonfinite_gradients,
 )
 from danlu.optim.decay import decay_
-from danlu.optim.groups import MATRIX_ROLES, ROLES, check_partition, declarations_kept, describe, param_groups
+from danlu.optim.groups import check_partition, declarations_kept, describe, param_groups
 from danlu.optim.lion import Lion
 from danlu.optim.loraplus import balanced_ratio, loraplus_groups, watch_ratio
 from danlu.optim.muon import Muon, muon_, shape_scale
@@ -58,6 +59,7 @@ __all__ = [
     "clip_groups_",
     "decay_",
     "declarations_kept",
+    "declare",
     "descent_factor",
     "describe",
     "grad_norm",

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from danlu._roles import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
 from danlu.optim._sharded import Part, Triple, local, sharding
-from danlu.optim.groups import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
 
 
 def layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[str, Split]:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu._roles import ROLES, declared
 from danlu._validate import choice, integer, number, positive
 from danlu.optim._common import MomentumOptimizer, check_rate, fusable, is_dtensor, row_pieces
 from danlu.optim._sharded import check_placement, local, sum_shards_
-from danlu.optim.groups import ROLES, declared
 
 #: Roles of which every row, one input of a table or one output of a map, keeps slots of its own.
 _BY_ROWS = ("matrix", "head", "embedding")

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from danlu._roles import MATRIX_ROLES, ROLES
 from danlu._validate import choice, number, positive
 from danlu.optim.amos import Amos
-from danlu.optim.groups import MATRIX_ROLES, ROLES, Group, param_groups
+from danlu.optim.groups import Group, param_groups
 from danlu.optim.lion import Lion
 from danlu.optim.muon import Muon
 from danlu.optim.tiger import Tiger

@@ -2,11 +2,9 @@
 
 A matrix that multiplies activations, a table of embeddings and a gain of a norm are all tensors of floats, but an
 orthogonalised update is right for the first only. The role of a parameter follows from the module that owns it, its
-name and its shape; a layer that knows better says so on the parameter itself:
-
-* ``parameter.danlu_role``: one of :data:`ROLES`;
-* ``parameter.danlu_split``: rows of a fused matrix that belong apart, as a number of equal blocks (heads) or as a
-  tuple of block heights (query, key and value of one projection).
+name and its shape; a layer that knows better says so with :func:`declare`, which also tells which rows of a fused
+matrix belong apart: a number of equal blocks (heads) or a tuple of block heights (query, key and value of one
+projection). A user's last word are the attributes ``danlu_role`` and ``danlu_split`` of the parameter itself.
 """
 
 import contextlib
@@ -18,14 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from danlu._validate import choice
+from danlu._roles import ROLES, Split, declaration, declared
 
-Split = int | tuple[int, ...] | None
 Group = dict[str, Any]
-
-ROLES = ("matrix", "experts", "conv", "embedding", "head", "gain", "bias")
-#: The roles whose parameters are linear maps, for optimizers that orthogonalise.
-MATRIX_ROLES = ("matrix", "experts", "conv")
 
 _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "classifier", "score", "output_projection"}
 _TOP_LEVEL_HEAD_NAMES = {"output", "proj_out", "decoder", "logits"}
@@ -37,51 +30,6 @@ _BIAS_NAME = re.compile(r"(^|_)(bias|beta|b|offset)($|_)")
 _GAIN_NAME = re.compile(r"(^|_)(log|scale|gain|gamma|alpha|temperature|dt)($|_)|^(A|D)$")
 _CONV_TYPES = (nn.modules.conv._ConvNd,)
 _NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
-
-
-def check_split(name: str, split: Split, rows: int) -> None:
-    """Raise unless ``split`` divides the ``rows`` of the parameter called ``name``."""
-    if split is None:
-        return
-    if isinstance(split, bool) or not isinstance(split, (int, tuple)):
-        raise TypeError(f"split of {name} must be an integer, a tuple of integers or None, got {split!r}")
-    if isinstance(split, int):
-        if split < 1 or rows % split:
-            raise ValueError(f"split of {name} must divide its {rows} rows, got {split}")
-        return
-    if not split or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in split) or sum(split) != rows:
-        raise ValueError(f"split of {name} must be positive block heights that sum to its {rows} rows, got {split!r}")
-
-
-def rows_of(role: str, shape: Sequence[int]) -> int:
-    """Return the number of rows of one matrix of a parameter: of one expert for a stack."""
-    return shape[-2] if role == "experts" else shape[0]
-
-
-def declared(name: str, parameter: Tensor) -> tuple[str | None, Split]:
-    """Return the role and the split that a layer declared on its parameter, None where it declared nothing."""
-    role, split = getattr(parameter, "danlu_role", None), getattr(parameter, "danlu_split", None)
-    if role is not None:
-        choice(f"danlu_role of {name}", role, ROLES)
-        needed = {"matrix": 2, "experts": 3, "conv": 2}.get(role, 0)
-        if parameter.ndim < needed or (role == "matrix" and parameter.ndim > 2):
-            raise ValueError(f"{name} is declared {role!r}, which its shape {tuple(parameter.shape)} cannot be")
-    if split is not None and parameter.ndim >= 2:
-        check_split(name, split, rows_of(role or ("experts" if parameter.ndim == 3 else "matrix"), parameter.shape))
-    return role, normal_split(split)
-
-
-def normal_split(split: Split | Sequence[int]) -> Split:
-    """Return equal heights as their number, so that the blocks can be stacked, and one height as no split at all.
-
-    >>> normal_split((4, 4, 4)), normal_split((4, 2)), normal_split((4,))
-    (3, (4, 2), None)
-    """
-    if split is None or isinstance(split, int):
-        return None if split == 1 else split
-    if len(set(split)) == 1:
-        return None if len(split) == 1 else len(split)
-    return tuple(split)
 
 
 def _fused(leaf: str, module: nn.Module, parameter: Tensor) -> Split:
@@ -131,7 +79,7 @@ def _by_shape(path: str, name: str, module: nn.Module, parameter: Tensor) -> tup
 def _classify(path: str, name: str, module: nn.Module, parameter: Tensor, vocabularies: set[int]) -> tuple[str, Split]:
     """Return role and split of the parameter ``name`` that ``module`` at ``path`` owns."""
     full = f"{path}.{name}" if path else name
-    role, split = declared(full, parameter)
+    role, split = declared(full, parameter, module)
     if role is not None:
         return role, split
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -203,7 +151,7 @@ def param_groups(model: nn.Module) -> list[Group]:
         if parameter.is_complex():
             raise TypeError(f"parameter {full} is complex ({parameter.dtype}); accepted are real dtypes")
         role, split = _classify(path, name, module, parameter, vocabularies)
-        said = getattr(parameter, "danlu_role", None) is not None
+        said = declaration(module, name)[0] is not None
         rank = 0 if said else {"embedding": 1, "head": 2}.get(role, 3)
         if id(parameter) not in found or rank < found[id(parameter)][0]:
             first = found[id(parameter)][1] if id(parameter) in found else full

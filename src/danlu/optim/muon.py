@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu._roles import MATRIX_ROLES, Split
 from danlu._validate import choice, integer, number
 from danlu.approx import Composition, optimal_composition, published
 from danlu.linalg._newton_schulz import chunk_length, multiplications, orthogonalize
@@ -35,7 +36,6 @@ from danlu.optim._sharded import (
     step_together,
 )
 from danlu.optim.decay import check_decay, decay_
-from danlu.optim.groups import MATRIX_ROLES, Split
 
 SCALES = ("moonlight", "rms", "plain", "jordan", "mup")
 #: Root mean square that an entry of AdamW's update has in practice, which ``moonlight`` and ``rms`` aim at.

@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from danlu._roles import Split
 from danlu._validate import choice, integer, number, positive
-from danlu.optim.groups import Group, Split, param_groups
+from danlu.optim.groups import Group, param_groups
 from danlu.optim.muon import shape_scale
 
 _RULES = ("adam", "sgd")

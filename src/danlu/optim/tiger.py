@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu._roles import ROLES, declared
 from danlu._validate import choice, integer, number
 from danlu.optim._common import MomentumOptimizer, check_rate, descend_, is_dtensor, on_cpu, pieces, row_pieces
 from danlu.optim._sharded import check_placement, local, sum_shards_
-from danlu.optim.groups import ROLES, declared
 
 SCALES = ("rms", "none")
 _SMALL = ("gain", "bias")  # roles whose s(W) is 1/2, and which do not decay

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._roles import declare
 from danlu._validate import integer
 from danlu.nn.attention.masks import document_mask
-from danlu.nn.linear import Linear, declare
+from danlu.nn.linear import Linear
 from danlu.nn.ssm.blocks import Blocks, advance
 from danlu.nn.ssm.convolution import causal_convolution, fast_length
 from danlu.nn.ssm.rtf import RTF, RTFConfig
@@ -119,7 +120,8 @@ class SSM(nn.Module):
                 self.space = S4(self.channels, config.kernel)
             case RTFConfig():
                 self.space = RTF(self.channels, config.kernel)
-        self.skip = declare(nn.Parameter(torch.ones(self.channels)), "gain")
+        self.skip = nn.Parameter(torch.ones(self.channels))
+        declare(self, "skip", "gain")
         self.out = Linear(self.channels, dim, std=out_std)
 
     def reset_parameters(self) -> None:

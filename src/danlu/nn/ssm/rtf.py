@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._roles import declare
 from danlu._validate import integer
-from danlu.nn.linear import declare
 from danlu.nn.ssm.blocks import Blocks, form_blocks
 from danlu.nn.ssm.s4d import wide
 
@@ -131,8 +131,10 @@ class RTF(nn.Module):
         integer("state", config.state)
         integer("length", config.length, low=config.state + 1)
         self.config, self.channels, self.state = config, channels, config.state
-        self.a = declare(nn.Parameter(torch.empty(channels, config.state)), "gain")
-        self.b = declare(nn.Parameter(torch.empty(channels, config.state)), "gain")
+        self.a = nn.Parameter(torch.empty(channels, config.state))
+        declare(self, "a", "gain")
+        self.b = nn.Parameter(torch.empty(channels, config.state))
+        declare(self, "b", "gain")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from danlu._roles import declare
 from danlu._validate import integer
-from danlu.nn.linear import declare
 from danlu.nn.ssm.blocks import Blocks, form_blocks, rotation
 from danlu.nn.ssm.hippo import legs
 from danlu.nn.ssm.s4d import check_system, draw_log_steps, wide
@@ -175,12 +175,18 @@ class S4(nn.Module):
         check_system(channels, config.state, config.dt_min, config.dt_max)
         self.config, self.channels, self.state = config, channels, config.state
         half = config.state // 2
-        self.log_dt = declare(nn.Parameter(torch.empty(channels)), "gain")
-        self.log_decay = declare(nn.Parameter(torch.empty(channels, half)), "gain")
-        self.frequency = declare(nn.Parameter(torch.empty(channels, half)), "gain")
-        self.p = declare(nn.Parameter(torch.empty(channels, half, 2)), "gain")
-        self.b = declare(nn.Parameter(torch.empty(channels, half, 2)), "gain")
-        self.c = declare(nn.Parameter(torch.empty(channels, half, 2)), "gain")
+        self.log_dt = nn.Parameter(torch.empty(channels))
+        declare(self, "log_dt", "gain")
+        self.log_decay = nn.Parameter(torch.empty(channels, half))
+        declare(self, "log_decay", "gain")
+        self.frequency = nn.Parameter(torch.empty(channels, half))
+        declare(self, "frequency", "gain")
+        self.p = nn.Parameter(torch.empty(channels, half, 2))
+        declare(self, "p", "gain")
+        self.b = nn.Parameter(torch.empty(channels, half, 2))
+        declare(self, "b", "gain")
+        self.c = nn.Parameter(torch.empty(channels, half, 2))
+        declare(self, "c", "gain")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

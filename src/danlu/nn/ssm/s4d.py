@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from danlu._roles import declare
 from danlu._validate import choice, integer, positive
-from danlu.nn.linear import declare
 from danlu.nn.ssm.blocks import Blocks, blocks_of
 
 
@@ -112,10 +112,14 @@ class S4D(nn.Module):
         check_system(channels, config.state, config.dt_min, config.dt_max)
         self.config, self.channels, self.state = config, channels, config.state
         half = config.state // 2
-        self.log_dt = declare(nn.Parameter(torch.empty(channels)), "gain")
-        self.log_decay = declare(nn.Parameter(torch.empty(channels, half)), "gain")
-        self.frequency = declare(nn.Parameter(torch.empty(channels, half)), "gain")
-        self.c = declare(nn.Parameter(torch.empty(channels, half, 2)), "gain")
+        self.log_dt = nn.Parameter(torch.empty(channels))
+        declare(self, "log_dt", "gain")
+        self.log_decay = nn.Parameter(torch.empty(channels, half))
+        declare(self, "log_decay", "gain")
+        self.frequency = nn.Parameter(torch.empty(channels, half))
+        declare(self, "frequency", "gain")
+        self.c = nn.Parameter(torch.empty(channels, half, 2))
+        declare(self, "c", "gain")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
