@@ -26,9 +26,9 @@ from benchmarks.harness import RESULTS
 from benchmarks.lm_study import finished, seconds_a_step
 from benchmarks.machine import describe
 from danlu.config import Pretrained
+from danlu.evaluation import draw, feature_network, measure
 from danlu.objectives import MeanFlowConfig
 from danlu.recipes import load
-from danlu.report.generation import draw, feature_network, measure
 from danlu.train import RunConfig, restore
 
 # Of Heun's method 18 steps are 35 evaluations.

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from benchmarks.machine import describe
 from danlu.data import open_images
+from danlu.evaluation import draw, feature_network, measure
 from danlu.models import UNet
 from danlu.objectives import FlowMatching
 from danlu.recipes import load
-from danlu.report.generation import draw, feature_network, measure
 
 RESULTS = Path(__file__).parent / "results"
 

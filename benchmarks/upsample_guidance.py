@@ -24,9 +24,9 @@ from benchmarks.harness import RESULTS
 from benchmarks.machine import describe
 from danlu.data import open_images
 from danlu.diffusion import euler, prior, time_grid, upsample_guidance
+from danlu.evaluation import feature_network, measure
 from danlu.recipes import load
 from danlu.report import write_images
-from danlu.report.generation import feature_network, measure
 from danlu.train import RunConfig, load_objective, resume, train
 
 WEIGHTS = (1.0, 1.2, 1.5)

@@ -46,7 +46,7 @@ def test_images_go_there_and_back_alone_or_together_whatever_the_threads_and_bad
     assert main(["encode", str(run), str(pictures), "--out", str(codes), *SMALL]) == 1
     said = capsys.readouterr()
     assert "3 images in" in said.out
-    assert "20 bits each, 0.312 bits a pixel; 1 failed" in said.out
+    assert "20 bits each, 0.312 bits per pixel; 1 failed" in said.out
     assert said.err.count("left out:") == 1
     assert "d.png: not an image that Pillow can identify" in said.err
     assert sorted(path.name for path in codes.iterdir()) == ["a.ddcm", "b.ddcm", "c.ddcm"]

@@ -27,13 +27,12 @@ FLOORS = {
     "data": 4,
     "objectives": 5,
     "train": 6,
-    "interop": 6,
-    "serve": 7,
-    "report": 7,
-    "recipes": 8,
-    "claims": 8,
-    "cli": 9,
-    "__main__": 10,
+    "evaluation": 7,
+    "report": 8,
+    "recipes": 9,
+    "claims": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

@@ -1,4 +1,4 @@
-"""What a room exports is listed, is there, and is documented."""
+"""What a package exports is listed, is there, and is documented."""
 
 import importlib
 import inspect
@@ -17,7 +17,7 @@ PACKAGES = sorted(
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_room_lists_its_names_and_says_what_it_is(package: str) -> None:
+def test_a_package_lists_its_names_and_says_what_it_is(package: str) -> None:
     module = importlib.import_module(package)
     assert module.__doc__
     names = module.__all__
@@ -68,10 +68,14 @@ def test_the_check_sees_a_missing_docstring() -> None:
     assert undocumented(holder, "Bare") == ["Bare", "Bare.grow"]
 
 
-@pytest.mark.parametrize("room", danlu._ROOMS)
-def test_a_room_is_reached_by_its_name(room: str) -> None:
-    if not (SOURCE / room).is_dir():
-        with pytest.raises(AttributeError):
-            getattr(danlu, room)
-    else:
-        assert getattr(danlu, room).__name__ == f"danlu.{room}"
+@pytest.mark.parametrize("package", [path.parent.name for path in SOURCE.glob("*/__init__.py")])
+def test_a_package_is_reached_by_its_name_and_listed(package: str) -> None:
+    assert getattr(danlu, package).__name__ == f"danlu.{package}"
+    assert package in dir(danlu)
+
+
+def test_what_is_not_a_package_is_neither_listed_nor_reached() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'interop_of_tomorrow'"):
+        _ = danlu.interop_of_tomorrow
+    named = {name for name in dir(danlu) if not name.startswith("_")}
+    assert {name for name in named if not hasattr(danlu, name)} == set()

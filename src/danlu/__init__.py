@@ -1,45 +1,29 @@
 """danlu: methods that decide how well a model trains, usable alone and together.
 
-The rooms (``approx``, ``linalg``, ``optim``, ``nn``, ``distributions``, ``diffusion``, ``analysis``, ``models``,
-``objectives``, ``data``, ``train``, ``interop``, ``report``, ``recipes``, ``claims``) are imported when they are first
-touched, so that ``import danlu`` itself loads nothing heavy.
+Its packages (``danlu.optim``, ``danlu.nn``, ...; ``dir(danlu)`` lists them) are imported when they are
+first used, so that ``import danlu`` itself loads nothing heavy.
 
 >>> import danlu
 >>> danlu.__version__
 '0.1.0'
+>>> "optim" in dir(danlu)
+True
 """
 
 import importlib
 import importlib.util
+import pkgutil
 from types import ModuleType
 
 __version__ = "0.1.0"
 
-_ROOMS = (
-    "approx",
-    "linalg",
-    "optim",
-    "nn",
-    "distributions",
-    "diffusion",
-    "analysis",
-    "models",
-    "objectives",
-    "data",
-    "train",
-    "interop",
-    "serve",
-    "report",
-    "recipes",
-    "claims",
-)
-
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _ROOMS and importlib.util.find_spec(f"danlu.{name}") is not None:
+    if not name.startswith("_") and importlib.util.find_spec(f"danlu.{name}") is not None:
         return importlib.import_module(f"danlu.{name}")
     raise AttributeError(f"module 'danlu' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ROOMS])
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted({*globals(), *(name for name in modules if not name.startswith("_"))})

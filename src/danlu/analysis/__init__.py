@@ -1,4 +1,4 @@
-"""Instruments: what theory says of training, measured on losses and models of your own; how good a generator is."""
+"""Instruments: what theory says of training, measured on losses and models of your own."""
 
 from danlu.analysis.attention import (
     attention_matrix,
@@ -7,13 +7,6 @@ from danlu.analysis.attention import (
     rank_collapse,
     token_spread,
     triangular_logdet,
-)
-from danlu.analysis.generation import (
-    copied_share,
-    frechet_distance,
-    kernel_distance,
-    nearest_distances,
-    precision_recall,
 )
 from danlu.analysis.gradients import (
     GradientSize,
@@ -71,25 +64,20 @@ __all__ = [
     "average_loss_report",
     "best_fixed",
     "constant_rates",
-    "copied_share",
     "data_loss",
     "descend",
     "drop_ratio",
     "effective_rank",
     "entropy_tail",
     "exponents",
-    "frechet_distance",
     "gradient_size",
     "increasing_rates_example",
     "inverse_root_rates",
-    "kernel_distance",
     "log_log_slope",
-    "nearest_distances",
     "norm_summary",
     "numerical_rank",
     "parity_samples",
     "parity_tasks",
-    "precision_recall",
     "project_to_ball",
     "quanta_frequencies",
     "quanta_loss",

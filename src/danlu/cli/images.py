@@ -1,30 +1,18 @@
-"""What the verbs do with a run that generates images: draw them, and measure them."""
+"""What the commands do with a run that generates images: draw them, and measure them."""
 
 import argparse
 import inspect
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from danlu._validate import choice, integer
 
 __all__ = ["measure", "sample", "write_samples"]
 
 _COUNT = 64
-# What a sampler that follows a differential equation needs; an objective that needs fewer says so itself.
-_STEPS = 50
-
-
-def steps_of(objective: Any, asked: int | None) -> int:
-    """Return the number of steps to sample with: those asked for, or what the objective is made for."""
-    if asked is None:
-        return int(getattr(objective, "sampling_steps", _STEPS))
-    integer("--steps", asked)
-    return asked
 
 
 def write_samples(folder: Path) -> str:
@@ -32,6 +20,7 @@ def write_samples(folder: Path) -> str:
 
     Of few classes each has a column.
     """
+    from danlu.evaluation import draw_classes, sampling_steps
     from danlu.report import write_images
     from danlu.train import run
     from danlu.train.component import component
@@ -39,18 +28,19 @@ def write_samples(folder: Path) -> str:
     if not hasattr(component(run.read_config(folder).objective), "sample"):
         return ""
     objective, config = run.load_objective(folder)
-    steps = steps_of(objective, None)
+    steps = sampling_steps(objective)
     path = folder / "samples.png"
     if not path.exists():
         columns = config.model.num_classes if 1 < config.model.num_classes <= 16 else 8
         count = _COUNT // columns * columns
-        images = _draw(objective, config.model, None, count, steps=steps, seed=config.train.seed)
+        images = draw_classes(objective, config.model, count, steps=steps, seed=config.train.seed)
         print(f"Samples: {write_images(path, images, columns=columns)}")
     return f"--steps {steps} --out samples.png"
 
 
 def sample(arguments: argparse.Namespace) -> int:
     """Draw images and write them as one picture, or the way to them as an animation."""
+    from danlu.evaluation import class_names, draw_classes, sampling_steps
     from danlu.report import write_images
     from danlu.train import run
     from danlu.train.component import component
@@ -80,12 +70,14 @@ def sample(arguments: argparse.Namespace) -> int:
                 f"--upsample is for runs that denoise or follow a velocity, not for one of {kind.__name__}"
             )
         larger = {"upsample": arguments.upsample}
-    images = _draw(
+    if arguments.steps is not None:
+        integer("--steps", arguments.steps)
+    images = draw_classes(
         objective,
         config.model,
-        chosen,
         arguments.count or _COUNT,
-        steps=steps_of(objective, arguments.steps),
+        classes=chosen,
+        steps=sampling_steps(objective, arguments.steps),
         seed=arguments.seed,
         guidance=arguments.guidance,
         trajectory=moving,
@@ -95,52 +87,18 @@ def sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def class_names(folder: str | Path, count: int) -> list[str]:
-    """Return the names of a run's classes, out of its manifest; numbers where it has none."""
-    import json
-
-    path = Path(folder) / "manifest.json"
-    found = json.loads(path.read_text()).get("classes") if path.is_file() else None
-    return [str(name) for name in found] if found else [str(number) for number in range(count)]
-
-
-def _draw(
-    objective: Any,
-    model: Any,
-    classes: Tensor | None,
-    count: int,
-    *,
-    steps: int,
-    seed: int | None,
-    **options: Any,
-) -> Tensor:
-    """Draw images of ``classes`` in turn (None: of all); ``options`` are those of the objective's own ``sample``."""
-    device = next(objective.parameters()).device
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    labels = None
-    if model.num_classes:
-        labels = torch.arange(model.num_classes) if classes is None else classes
-        labels = labels[torch.arange(count) % len(labels)].to(device)
-    side = model.image_size * options.get("upsample", 1)
-    shape = (count, model.channels, side, side)
-    drawn: Tensor = objective.sample(shape, steps=steps, generator=generator, labels=labels, **options)
-    return drawn
-
-
 def measure(arguments: argparse.Namespace, parts: Any) -> None:
     """Print the distances between a run's images and the held-out ones of its data."""
+    from danlu.evaluation import feature_network, measure_images, sampling_steps
     from danlu.recipes import load
-    from danlu.report import generation
     from danlu.train import run
 
     objective, data = parts.objective, parts.data
     if not hasattr(objective, "sample"):
         return
     integer("--count", arguments.count, low=16)
+    if arguments.steps is not None:
+        integer("--steps", arguments.steps)
     if arguments.features is not None:
         network: Any = run.load(arguments.features)[0]
         if not hasattr(network, "features"):
@@ -152,22 +110,11 @@ def measure(arguments: argparse.Namespace, parts: Any) -> None:
         )
     else:
         print("comparing by a classifier of the same images (trained once, then kept) ...", file=sys.stderr, flush=True)
-        recipe = load("digits-classifier")
-        # One classifier of these images, whatever the batches in which a generator saw them.
-        images = replace(parts.config.data, augment=(), batch=recipe.data.batch)
-        network = generation.feature_network(replace(recipe, data=images), sha256=data.manifest["sha256"])
-    steps = steps_of(objective, arguments.steps)
-    drawn = generation.draw(
-        objective,
-        tuple(data.held_out["images"].shape[1:]),
-        data.held_out["labels"] if parts.config.model.num_classes else None,
-        arguments.count,
-        steps=steps,
-        generator=torch.Generator(parts.policy.device).manual_seed(arguments.seed),
-        guidance=arguments.guidance,
-    )
+        network = feature_network(load("digits-classifier"), parts.config.data, sha256=data.manifest["sha256"])
+    steps = sampling_steps(objective, arguments.steps)
     print(f"steps {steps}")
-    device = parts.policy.device
-    found = generation.measure(drawn, data, lambda images: network.features(images.to(device)))
+    found = measure_images(
+        objective, data, network, arguments.count, steps=steps, seed=arguments.seed, guidance=arguments.guidance
+    )
     for name, value in found.items():
         print(f"{name} {value:.6g}")

@@ -68,13 +68,14 @@ def _write_samples(folder: Path) -> str:
 
 def _write_texts(folder: Path) -> None:
     """Write a few texts, from nothing, to samples.txt and the terminal."""
+    from danlu.evaluation import continuation
     from danlu.train import run
 
     model, tokenizer, config = run.load(folder)
     with open(folder / "samples.txt", "w", encoding="utf-8") as file:
         for index in range(_SAMPLES):
             heading = f"--- sample {index + 1} of {_SAMPLES}"
-            text = "".join(_write(model, tokenizer, tokens=_SAMPLE_TOKENS, seed=config.train.seed + index))
+            text = "".join(continuation(model, tokenizer, tokens=_SAMPLE_TOKENS, seed=config.train.seed + index))
             print(heading, _shown(text), sep="\n", flush=True)
             print(heading, text, sep="\n", file=file)
 
@@ -104,6 +105,7 @@ def sample(arguments: argparse.Namespace) -> int:
         integer("--top-k", arguments.top_k)
     if arguments.top_p is not None:
         number("--top-p", arguments.top_p, low=0, high=1, low_open=True)
+    from danlu.evaluation import continuation
     from danlu.train import run
 
     model, tokenizer, _ = run.load(arguments.folder)
@@ -111,7 +113,7 @@ def sample(arguments: argparse.Namespace) -> int:
         if arguments.count > 1:
             print(f"--- {index + 1} of {arguments.count}")
         print(arguments.prompt, end="", flush=True)
-        pieces = _write(
+        pieces = continuation(
             model,
             tokenizer,
             prompt=arguments.prompt,
@@ -125,42 +127,6 @@ def sample(arguments: argparse.Namespace) -> int:
             print(_shown(piece), end="", flush=True)
         print()
     return 0
-
-
-def _write(
-    model: Any,
-    tokenizer: Any,
-    *,
-    prompt: str = "",
-    tokens: int,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Yield the continuation of ``prompt`` piece by piece, until the document ends or the tokens are used up."""
-    import torch
-
-    from danlu.models.generate import generate
-
-    generator = torch.Generator(next(model.parameters()).device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    # In training a document begins after the token that ended the one before.
-    ids = [tokenizer.end, *tokenizer.encode(prompt)]
-    drawn = generate(
-        model,
-        ids,
-        max_new_tokens=tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=generator,
-        stop=tokenizer.end,
-    )
-    return tokenizer.decode_stream(drawn)  # type: ignore[no-any-return]
 
 
 def _shown(text: str) -> str:

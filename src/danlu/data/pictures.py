@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LARGEST = 178_956_970  # pixels; Pillow's own bound against files that unpack to fill the memory
@@ -242,3 +243,23 @@ def decode(data: bytes, *, size: int, channels: int, fit: str) -> NDArray[np.uin
         said = " ".join(str(problem).split())
         raise ValueError("not an image that Pillow can identify" if "cannot identify" in said else said) from None
     return np.asarray(image, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def to_pillow(pixels_chw: Tensor) -> Any:
+    """Return bytes ``(1 or 3, h, w)``, uint8, as a ``PIL.Image``.
+
+    >>> import torch
+    >>> to_pillow(torch.zeros(3, 5, 7, dtype=torch.uint8)).size
+    (7, 5)
+    """
+    from PIL import Image
+
+    gray = len(pixels_chw) == 1
+    return Image.fromarray((pixels_chw[0] if gray else pixels_chw.permute(1, 2, 0).contiguous()).numpy())
+
+
+def to_png(pixels_chw: Tensor) -> bytes:
+    """Return bytes ``(1 or 3, h, w)``, uint8, as the content of a PNG file."""
+    buffer = io.BytesIO()
+    to_pillow(pixels_chw).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,7 +1,7 @@
 """A small convolutional classifier of images, whose features measure generated ones.
 
 Each level gathers patches of 2x2 and adds one 3x3 convolution of the normalised result; the mean over pixels, mapped to
-``features`` numbers, is what `danlu.analysis.frechet_distance` is taken of.
+``features`` numbers, is what `danlu.evaluation.frechet_distance` is taken of.
 
 Shape suffixes: b batch, h w pixels, c channels, f features.
 """

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from danlu._validate import integer, positive
 from danlu.data import to_bytes
+from danlu.data.pictures import to_pillow
 
 _MARGIN = 2
 _SHOWN = 56  # smaller images are enlarged to about this many pixels, for the eye
@@ -42,19 +43,7 @@ def grid(images_bchw: Tensor, *, columns: int | None = None) -> Any:
     for index, image in enumerate(pixels):
         top, left = index // columns * height + _MARGIN, index % columns * width + _MARGIN
         sheet[:, top : top + image.shape[1], left : left + image.shape[2]] = image
-    return picture(sheet)
-
-
-def picture(pixels_chw: Tensor) -> Any:
-    """Return bytes ``(1 or 3, h, w)`` as a ``PIL.Image``.
-
-    >>> picture(torch.zeros(3, 5, 7, dtype=torch.uint8)).size
-    (7, 5)
-    """
-    from PIL import Image
-
-    gray = len(pixels_chw) == 1
-    return Image.fromarray((pixels_chw[0] if gray else pixels_chw.permute(1, 2, 0).contiguous()).numpy())
+    return to_pillow(sheet)
 
 
 def write_images(path: Path | str, images: Tensor, *, columns: int | None = None, seconds: float = 3.0) -> Path:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from danlu.analysis import copied_share, frechet_distance, kernel_distance, nearest_distances, precision_recall
+from danlu.evaluation import copied_share, frechet_distance, kernel_distance, nearest_distances, precision_recall
 
 
 def normal(n, d, seed):
