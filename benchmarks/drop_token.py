@@ -22,7 +22,7 @@ def step(objective: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]
 def text(options: harness.Options) -> harness.Comparison:
     """Two layers of width 256, 2 x 256 tokens, a small head."""
     torch.manual_seed(0)
-    config = TransformerConfig(vocab_size=512, dim=256, layers=2, hidden=640, attention=GQAConfig(heads=4))
+    config = TransformerConfig(vocab_size=512, dim=256, layers=2, hidden=640, attention=GQAConfig(num_heads=4))
     model = Transformer(config)
     tokens = torch.randint(512, (2, 256))
     batch = {"tokens": tokens, "targets": tokens.roll(-1, 1)}

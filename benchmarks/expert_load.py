@@ -53,7 +53,7 @@ def chosen(layer: MoE, scores: Tensor, bias: Tensor) -> Tensor:
     """Zeros and ones: which experts the tokens choose under these biases."""
     if layer.dynamic:
         return (scores + bias > 0).float()
-    return torch.zeros_like(scores).scatter_(-1, (scores + bias).topk(layer.config.active, -1).indices, 1.0)
+    return torch.zeros_like(scores).scatter_(-1, (scores + bias).topk(layer.config.top_k, -1).indices, 1.0)
 
 
 def fitted(layer: MoE, scores: Tensor, steps: int = 150) -> Tensor:
@@ -61,7 +61,7 @@ def fitted(layer: MoE, scores: Tensor, steps: int = 150) -> Tensor:
     flat, bias = scores.flatten(0, 1), layer.balancer.bias.clone()
     for _ in range(steps):
         counts = chosen(layer, flat, bias).sum(0)
-        wanted = len(flat) * layer.config.active / layer.config.experts
+        wanted = len(flat) * layer.config.top_k / layer.config.num_experts
         bias -= 0.05 * (counts / wanted - 1)
     return bias
 

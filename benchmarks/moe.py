@@ -30,8 +30,8 @@ def theirs(ours: MoE, implementation: str) -> nn.Module:
     config = transformers.DeepseekV3Config(
         hidden_size=DIM,
         moe_intermediate_size=HIDDEN,
-        n_routed_experts=ours.config.experts,
-        num_experts_per_tok=ours.config.active,
+        n_routed_experts=ours.config.num_experts,
+        num_experts_per_tok=ours.config.top_k,
         n_shared_experts=1,
         n_group=1,
         topk_group=1,
@@ -65,7 +65,7 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], object]:
 
 def contestants(experts: int, active: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Layers of equal weights."""
-    ours = MoE(DIM, MoEConfig(experts=experts, active=active, hidden=HIDDEN, shared=0))
+    ours = MoE(DIM, MoEConfig(num_experts=experts, top_k=active, hidden=HIDDEN, num_shared_experts=0))
     layers: dict[str, nn.Module] = {
         "transformers eager": theirs(ours, "eager"),
         "transformers grouped_mm": theirs(ours, "grouped_mm"),

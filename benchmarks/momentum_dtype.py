@@ -31,7 +31,7 @@ def config(momentum_dtype: str, seed: int, steps: int) -> RunConfig:
     return replace(
         run,
         data=TextConfig(vocab_size=1024, length=128, batch=8),
-        model=TransformerConfig(dim=128, layers=2, hidden=320, attention=GQAConfig(heads=4)),
+        model=TransformerConfig(dim=128, layers=2, hidden=320, attention=GQAConfig(num_heads=4)),
         optim=replace(run.optim, momentum_dtype=momentum_dtype),
         train=TrainConfig(
             steps=steps, seed=seed, eval_every=steps // 5, eval_batches=16, threads=1, tensorboard=False, keep=1

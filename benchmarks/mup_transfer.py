@@ -37,7 +37,7 @@ def run(parametrisation: str, width: int, lr: float, seed: int, *, steps: int, b
         dim=width,
         layers=LAYERS,
         hidden=5 * width // 2,
-        attention=GQAConfig(heads=width // HEAD),
+        attention=GQAConfig(num_heads=width // HEAD),
     )
     torch.manual_seed(seed)
     objective = CausalLM(Transformer(config), byte_lengths=data.byte_lengths)

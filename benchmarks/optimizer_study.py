@@ -79,7 +79,7 @@ def configured(name: str, lr: float, seed: int, *, full: bool, steps: int) -> Ru
     """Return the recipe under one optimizer: everything but the optimizer and Amos' own schedule is the same."""
     base = load("lm-dense")
     if not full:
-        small = {"dim": 128, "hidden": 320, "attention": GQAConfig(heads=4)}
+        small = {"dim": 128, "hidden": 320, "attention": GQAConfig(num_heads=4)}
         base = replace(base, model=replace(base.model, **small), data=replace(base.data, vocab_size=1024))
     contestant = CONTESTANTS[name]
     loop = replace(base.train, steps=steps, seed=seed, threads=1, device="cpu")

@@ -14,7 +14,7 @@ def dense(size: Size) -> Transformer:
             vocab_size=size.vocab,
             dim=size.width,
             layers=size.depth,
-            attention=GQAConfig(heads=size.heads, head_dim=size.head),
+            attention=GQAConfig(num_heads=size.heads, head_dim=size.head),
             hidden=size.feed_forward,
             tied=True,
         )
@@ -29,7 +29,7 @@ def sparse(size: Size) -> Transformer:
             dim=size.width,
             layers=size.depth,
             attention=MLAConfig(
-                heads=size.heads,
+                num_heads=size.heads,
                 kv_rank=size.latent,
                 nope_dim=size.head,
                 rope_dim=size.rotary,
@@ -37,10 +37,10 @@ def sparse(size: Size) -> Transformer:
             ),
             hidden=size.feed_forward,
             experts=MoEConfig(
-                experts=size.experts,
-                active=size.experts_per_token,
+                num_experts=size.experts,
+                top_k=size.experts_per_token,
                 hidden=size.expert_width,
-                shared=size.shared_experts,
+                num_shared_experts=size.shared_experts,
                 scale=1.0,
             ),
             dense_layers=0,

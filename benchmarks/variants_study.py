@@ -109,7 +109,7 @@ def recorded(folder: Path, last: dict[str, float]) -> dict[str, float]:
 def even_draws(config: RunConfig) -> float:
     """MaxVio of a batch of this run whose tokens choose evenly at random."""
     experts = config.model.experts
-    return noise_floor(experts.experts, experts.active, config.data.length * config.data.batch)
+    return noise_floor(experts.num_experts, experts.top_k, config.data.length * config.data.batch)
 
 
 def cached(config: RunConfig) -> int:

@@ -213,13 +213,13 @@ SMALL = [
     "--model.dim=32",
     "--model.layers=2",
     "--model.hidden=48",
-    "--model.attention.heads=2",
+    "--model.attention.num_heads=2",
     "--model.attention.kv_rank=16",
     "--model.attention.nope_dim=8",
     "--model.attention.rope_dim=8",
     "--model.attention.value_dim=8",
-    "--model.experts.experts=4",
-    "--model.experts.active=2",
+    "--model.experts.num_experts=4",
+    "--model.experts.top_k=2",
     "--model.experts.hidden=16",
 ]
 

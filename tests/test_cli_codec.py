@@ -18,7 +18,7 @@ def run(tmp_path_factory):
         pytest.skip("the extra [images] (scikit-learn) is not installed")
     folder = tmp_path_factory.mktemp("runs") / "flow"
     options = "--train.steps 3 --train.eval_every 3 --train.threads 1 --train.tensorboard False --train.device cpu "
-    options += "--data.batch 20 --data.source digits8 --model.condition 8 --model.heads 2 --model.widths 8 12 "
+    options += "--data.batch 20 --data.source digits8 --model.condition 8 --model.num_heads 2 --model.widths 8 12 "
     options += "--model.blocks 1 1 --schedule.warmup 1"
     assert main(["train", "digits-flow", "--out", str(folder), *options.split()]) == 0
     return folder

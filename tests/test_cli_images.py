@@ -21,7 +21,7 @@ TINY = {
     "--train.device": "cpu",
     "--data.batch": "20",
     "--model.condition": "8",
-    "--model.heads": "2",
+    "--model.num_heads": "2",
 }
 
 

@@ -31,7 +31,7 @@ def test_the_floor_is_the_maximum_of_a_multinomial_draw(load):
 @every_balance
 def test_choices_are_the_layers_own(load, balance):
     torch.manual_seed(0)
-    layer = MoE(8, MoEConfig(experts=5, active=2, hidden=4, balance=balance))
+    layer = MoE(8, MoEConfig(num_experts=5, top_k=2, hidden=4, balance=balance))
     layer.balancer.bias += 0.1 * torch.randn(5)
     x = torch.randn(50, 8)
     own = layer.route(x)[1]
@@ -44,7 +44,7 @@ def test_choices_are_the_layers_own(load, balance):
 def test_fitted_biases_even_the_load_of_all_tokens_together(load, balance):
     torch.manual_seed(0)
     scores = torch.rand(3, 2000, 6) ** torch.tensor([0.4, 0.7, 1.0, 1.5, 2.0, 3.0])
-    layer = MoE(8, MoEConfig(experts=6, active=2, hidden=4, balance=balance))
+    layer = MoE(8, MoEConfig(num_experts=6, top_k=2, hidden=4, balance=balance))
     before, after = (
         load.chosen(layer, scores, bias).sum((0, 1)) for bias in (layer.balancer.bias, load.fitted(layer, scores))
     )

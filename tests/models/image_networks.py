@@ -8,9 +8,9 @@ from torch import nn
 from danlu.models import DiT, DiTConfig, UNet, UNetConfig
 
 SIZES: dict[str, dict[str, Any]] = {
-    "unet": {"widths": (8, 12), "blocks": (1, 2), "patch": 2, "heads": 3, "condition": 10},
-    "flat unet": {"widths": (12,), "blocks": (2,), "patch": 1, "heads": 0, "condition": 10},
-    "dit": {"dim": 24, "layers": 2, "heads": 3, "patch": 4},
+    "unet": {"widths": (8, 12), "blocks": (1, 2), "patch": 2, "num_heads": 3, "condition": 10},
+    "flat unet": {"widths": (12,), "blocks": (2,), "patch": 1, "num_heads": 0, "condition": 10},
+    "dit": {"dim": 24, "layers": 2, "num_heads": 3, "patch": 4},
 }
 
 

@@ -10,7 +10,7 @@ from danlu.nn import GQAConfig, MLAConfig, MoEConfig
 
 def build() -> Transformer:
     torch.manual_seed(9)
-    return Transformer(TransformerConfig(vocab_size=31, dim=16, layers=2, hidden=24, attention=GQAConfig(heads=2)))
+    return Transformer(TransformerConfig(vocab_size=31, dim=16, layers=2, hidden=24, attention=GQAConfig(num_heads=2)))
 
 
 def test_greedy_generation_takes_the_most_likely_token_of_the_full_forward() -> None:
@@ -24,12 +24,12 @@ def test_greedy_generation_takes_the_most_likely_token_of_the_full_forward() -> 
 
 def several() -> dict[str, Transformer | GPT]:
     torch.manual_seed(9)
-    mla = MLAConfig(heads=3, kv_rank=7, nope_dim=5, rope_dim=4, value_dim=11)
+    mla = MLAConfig(num_heads=3, kv_rank=7, nope_dim=5, rope_dim=4, value_dim=11)
     sizes = {"vocab_size": 31, "dim": 13, "layers": 2, "hidden": 24, "attention": mla}
     return {
         "dense": build(),
-        "latent, experts": Transformer(TransformerConfig(**sizes, experts=MoEConfig(experts=5, active=2, hidden=7))),
-        "plain": GPT(GPTConfig(vocab_size=31, dim=12, layers=2, heads=3)),
+        "latent, experts": Transformer(TransformerConfig(**sizes, experts=MoEConfig(num_experts=5, top_k=2, hidden=7))),
+        "plain": GPT(GPTConfig(vocab_size=31, dim=12, layers=2, num_heads=3)),
     }
 
 

@@ -8,7 +8,7 @@ from danlu.models import GPT, GPTConfig
 
 def build() -> GPT:
     torch.manual_seed(13)
-    return GPT(GPTConfig(vocab_size=53, dim=24, layers=2, heads=3, context=23)).double().eval()
+    return GPT(GPTConfig(vocab_size=53, dim=24, layers=2, num_heads=3, context=23)).double().eval()
 
 
 def tokens(batch: int, time: int) -> torch.Tensor:

@@ -178,11 +178,11 @@ def test_dropout_acts_at_the_last_level_in_training_only():
     [
         (UNetConfig(image_size=30), r"image_size that 4 divides, got 30"),
         (UNetConfig(widths=(8,)), r"one entry a level"),
-        (UNetConfig(heads=3), r"heads must divide the width 128, got 3"),
+        (UNetConfig(num_heads=3), r"num_heads must divide the width 128, got 3"),
         (UNetConfig(dropout=1.0), r"dropout must be in \[0, 1\)"),
         (UNetConfig(num_classes=-1), r"num_classes must be an integer of at least 0"),
         (DiTConfig(patch=3), r"patch must divide image_size = 28, got 3"),
-        (DiTConfig(dim=40), r"dim must be a multiple of 4 \* heads"),
+        (DiTConfig(dim=40), r"dim must be a multiple of 4 \* num_heads"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(config, message):

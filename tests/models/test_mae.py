@@ -12,7 +12,15 @@ from danlu.nn.attention import full
 from danlu.objectives import kept_tokens
 
 CONFIG = MAEConfig(
-    channels=3, image_size=20, patch=4, dim=24, layers=3, heads=3, decoder_dim=16, decoder_layers=2, decoder_heads=2
+    channels=3,
+    image_size=20,
+    patch=4,
+    dim=24,
+    layers=3,
+    num_heads=3,
+    decoder_dim=16,
+    decoder_layers=2,
+    decoder_num_heads=2,
 )
 
 
@@ -84,7 +92,7 @@ def test_half_precision_activations_leave_the_weights_and_the_result_alone():
 
 def test_the_work_of_the_encoder_is_what_its_products_take():
     with torch.device("meta"):
-        mae = MAE(MAEConfig(dim=768, layers=2, heads=12))
+        mae = MAE(MAEConfig(dim=768, layers=2, num_heads=12))
     for n in (32, 128):
         assert mae.encoder_flops(n) == 2 * (24 * n * 768**2 + 4 * n**2 * 768)
 
@@ -93,8 +101,8 @@ def test_the_work_of_the_encoder_is_what_its_products_take():
     ("options", "message"),
     [
         ({"patch": 3}, "patch must divide image_size = 20"),
-        ({"dim": 20}, r"dim must be a multiple of 4 \* heads"),
-        ({"decoder_dim": 12}, r"decoder_dim must be a multiple of 4 \* decoder_heads"),
+        ({"dim": 20}, r"dim must be a multiple of 4 \* num_heads"),
+        ({"decoder_dim": 12}, r"decoder_dim must be a multiple of 4 \* decoder_num_heads"),
         ({"layers": 0}, "layers must be an integer"),
     ],
 )

@@ -9,8 +9,8 @@ from danlu.nn import GQAConfig, MLAConfig, text_image_grid
 from danlu.nn.rotary import SCHEMES
 
 ATTENTION = {
-    "gqa": GQAConfig(heads=4, groups=2),
-    "mla": MLAConfig(heads=2, kv_rank=7, nope_dim=4, rope_dim=6, value_dim=5),
+    "gqa": GQAConfig(num_heads=4, num_kv_heads=2),
+    "mla": MLAConfig(num_heads=2, kv_rank=7, nope_dim=4, rope_dim=6, value_dim=5),
 }
 
 

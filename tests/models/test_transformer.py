@@ -30,18 +30,18 @@ CONFIGS = {
         dim=24,
         layers=3,
         hidden=29,
-        attention=MLAConfig(heads=3, kv_rank=13, nope_dim=7, rope_dim=6, value_dim=13),
-        experts=MoEConfig(experts=5, active=2, hidden=11, shared=2, scale=1.3),
+        attention=MLAConfig(num_heads=3, kv_rank=13, nope_dim=7, rope_dim=6, value_dim=13),
+        experts=MoEConfig(num_experts=5, top_k=2, hidden=11, num_shared_experts=2, scale=1.3),
     ),
     "compressed queries": TransformerConfig(
         vocab_size=53,
         dim=24,
         layers=2,
         hidden=29,
-        attention=MLAConfig(heads=3, kv_rank=13, q_rank=17, nope_dim=7, rope_dim=6, value_dim=11),
+        attention=MLAConfig(num_heads=3, kv_rank=13, q_rank=17, nope_dim=7, rope_dim=6, value_dim=11),
     ),
     "grouped queries": TransformerConfig(
-        vocab_size=53, dim=24, layers=2, hidden=29, attention=GQAConfig(heads=4, groups=2)
+        vocab_size=53, dim=24, layers=2, hidden=29, attention=GQAConfig(num_heads=4, num_kv_heads=2)
     ),
     "state spaces": TransformerConfig(
         vocab_size=53, dim=24, layers=2, hidden=29, attention=SSMConfig(kernel=S4DConfig(state=6), channels=23)
@@ -51,11 +51,15 @@ CONFIGS = {
         dim=24,
         layers=4,
         hidden=29,
-        attention=GQAConfig(heads=4, groups=2),
-        mixers=(SSMConfig(kernel=S4DConfig(state=6)), None, MLAConfig(heads=3, kv_rank=13, nope_dim=7, value_dim=13)),
+        attention=GQAConfig(num_heads=4, num_kv_heads=2),
+        mixers=(
+            SSMConfig(kernel=S4DConfig(state=6)),
+            None,
+            MLAConfig(num_heads=3, kv_rank=13, nope_dim=7, value_dim=13),
+        ),
     ),
     "tied multi-head": TransformerConfig(
-        vocab_size=53, dim=24, layers=2, hidden=29, attention=GQAConfig(heads=3), tied=True
+        vocab_size=53, dim=24, layers=2, hidden=29, attention=GQAConfig(num_heads=3), tied=True
     ),
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
@@ -140,7 +144,7 @@ def test_initial_loss_is_near_that_of_guessing_and_the_residual_keeps_its_size_a
     spread = []
     for layers in (2, 13):
         torch.manual_seed(0)
-        config = TransformerConfig(vocab_size=503, dim=48, layers=layers, hidden=96, attention=GQAConfig(heads=3))
+        config = TransformerConfig(vocab_size=503, dim=48, layers=layers, hidden=96, attention=GQAConfig(num_heads=3))
         model = Transformer(config)
         t = torch.randint(0, 503, (3, 41))
         loss = torch.nn.functional.cross_entropy(model(t).flatten(0, 1), t.flatten())
@@ -166,7 +170,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     layers = 3
-    config = TransformerConfig(vocab_size=53, dim=24, layers=layers, hidden=29, attention=GQAConfig(heads=3))
+    config = TransformerConfig(vocab_size=53, dim=24, layers=layers, hidden=29, attention=GQAConfig(num_heads=3))
     model = Transformer(config)
     t = tokens(2, 16)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -243,11 +247,11 @@ def test_deepseek_v3_computes_the_same_from_the_same_weights(name: str) -> None:
         num_hidden_layers=c.layers,
         intermediate_size=c.hidden,
         moe_intermediate_size=e.hidden if e else 8,
-        num_attention_heads=a.heads,
-        num_key_value_heads=a.heads,
-        n_shared_experts=e.shared if e else 1,
-        n_routed_experts=e.experts if e else 2,
-        num_experts_per_tok=e.active if e else 1,
+        num_attention_heads=a.num_heads,
+        num_key_value_heads=a.num_heads,
+        n_shared_experts=e.num_shared_experts if e else 1,
+        n_routed_experts=e.num_experts if e else 2,
+        num_experts_per_tok=e.top_k if e else 1,
         routed_scaling_factor=e.scale if e else 1.0,
         kv_lora_rank=a.kv_rank,
         q_lora_rank=a.q_rank,
@@ -311,7 +315,7 @@ def test_deepseek_v3_computes_the_same_from_the_same_weights(name: str) -> None:
         ({"dense_layers": -1}, "dense_layers"),
         ({"rope_base": 0.0}, "rope_base"),
         ({"mixers": ()}, "mixers must leave a block"),
-        ({"mixers": (GQAConfig(heads=3),)}, "mixers must leave a block"),
+        ({"mixers": (GQAConfig(num_heads=3),)}, "mixers must leave a block"),
     ],
 )
 def test_impossible_fields_are_refused_by_name(changes: dict[str, float], message: str) -> None:

@@ -70,7 +70,7 @@ class Summed(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         balance = AuxiliaryLossConfig(weight=0.3, form=form)  # type: ignore[arg-type]
-        self.layer = MoE(6, MoEConfig(experts=5, active=2, hidden=4, shared=0, balance=balance)).double()
+        self.layer = MoE(6, MoEConfig(num_experts=5, top_k=2, hidden=4, num_shared_experts=0, balance=balance)).double()
         self.layer.w_down.data.zero_()
         self.checkpointed = checkpointed
 

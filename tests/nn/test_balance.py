@@ -38,7 +38,7 @@ def test_nothing_counted_moves_nothing() -> None:
 
 def test_biases_move_after_the_parameters_and_count_every_micro_batch() -> None:
     torch.manual_seed(0)
-    layer = MoE(8, MoEConfig(experts=5, active=2, hidden=4))
+    layer = MoE(8, MoEConfig(num_experts=5, top_k=2, hidden=4))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     attach(layer, optimizer)
     for _ in range(3):
@@ -53,7 +53,7 @@ def test_biases_move_after_the_parameters_and_count_every_micro_batch() -> None:
 
 
 def test_a_rate_of_zero_freezes_the_biases() -> None:
-    layer = MoE(8, MoEConfig(experts=5, active=2, hidden=4, balance=LossFreeConfig(rate=0)))
+    layer = MoE(8, MoEConfig(num_experts=5, top_k=2, hidden=4, balance=LossFreeConfig(rate=0)))
     layer(torch.randn(7, 8)).sum().backward()
     assert layer.balancer.counts.any()
     update(layer)
@@ -61,7 +61,7 @@ def test_a_rate_of_zero_freezes_the_biases() -> None:
 
 
 def test_what_the_next_update_needs_is_saved_with_the_model() -> None:
-    state = MoE(8, MoEConfig(experts=5, active=2, hidden=4)).state_dict()
+    state = MoE(8, MoEConfig(num_experts=5, top_k=2, hidden=4)).state_dict()
     assert {"balancer.bias", "balancer.counts"} <= set(state)
     assert "balancer.load" not in state
 
@@ -138,7 +138,7 @@ def test_a_rate_that_falls_averages_the_noise_of_batches_away() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
     torch.manual_seed(0)
-    layer = MoE(8, MoEConfig(experts=5, active=2, hidden=4))
+    layer = MoE(8, MoEConfig(num_experts=5, top_k=2, hidden=4))
     x = torch.randn(7, 8, requires_grad=True)
     checkpoint(layer, x, use_reentrant=reentrant).sum().backward()  # type: ignore[union-attr]
     assert layer.balancer.counts.sum() == 7 * 2
@@ -175,7 +175,7 @@ def test_counts_are_added_over_ranks(tmp_path: Path) -> None:
 
 
 def test_watching_counts_in_evaluation_and_stops_after_it() -> None:
-    layer = MoE(8, MoEConfig(experts=5, active=2, hidden=4)).eval()
+    layer = MoE(8, MoEConfig(num_experts=5, top_k=2, hidden=4)).eval()
     with torch.no_grad(), watching(layer) as loads:
         layer(torch.randn(7, 8))
         layer(torch.randn(4, 8))

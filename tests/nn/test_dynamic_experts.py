@@ -110,7 +110,7 @@ def test_layer_begins_near_its_budget_never_sorts_and_reports_its_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    layer = MoE(64, MoEConfig(experts=32, active=4, hidden=8, balance=DynamicConfig(rate=1e-2)))
+    layer = MoE(64, MoEConfig(num_experts=32, top_k=4, hidden=8, balance=DynamicConfig(rate=1e-2)))
     monkeypatch.setattr(torch.Tensor, "topk", None)
     monkeypatch.setattr(torch.Tensor, "sort", None)
     monkeypatch.setattr(torch, "argsort", None)
@@ -125,7 +125,7 @@ def test_layer_begins_near_its_budget_never_sorts_and_reports_its_number(
 
 
 def test_a_token_may_use_no_expert() -> None:
-    layer = MoE(6, MoEConfig(experts=5, active=2, hidden=4, shared=0, balance=DynamicConfig()))
+    layer = MoE(6, MoEConfig(num_experts=5, top_k=2, hidden=4, num_shared_experts=0, balance=DynamicConfig()))
     layer.balancer.bias.fill_(-2.0)
     x = torch.randn(7, 6, requires_grad=True)
     y = layer(x)

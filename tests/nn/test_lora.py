@@ -32,7 +32,7 @@ def randomize(model):
 
 
 def small(attention=None):
-    attention = attention or GQAConfig(heads=3)
+    attention = attention or GQAConfig(num_heads=3)
     return Transformer(TransformerConfig(vocab_size=17, dim=12, layers=2, hidden=7, attention=attention))
 
 
@@ -86,7 +86,7 @@ def test_dropout_acts_in_training_only_and_leaves_the_frozen_path_alone():
 
 @pytest.mark.parametrize(
     "attention",
-    [GQAConfig(heads=3), MLAConfig(heads=3, kv_rank=6, nope_dim=4, rope_dim=2, value_dim=4)],
+    [GQAConfig(num_heads=3), MLAConfig(num_heads=3, kv_rank=6, nope_dim=4, rope_dim=2, value_dim=4)],
     ids=["gqa", "mla"],
 )
 def test_a_transformer_with_adapters_merges_to_one_without(attention):

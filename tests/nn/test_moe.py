@@ -14,7 +14,7 @@ from .expert_sums import random, written_out
 
 def build(**changes: object) -> MoE:
     torch.manual_seed(5)
-    sizes: dict[str, object] = {"experts": 7, "active": 3, "hidden": 5, "shared": 2}
+    sizes: dict[str, object] = {"num_experts": 7, "top_k": 3, "hidden": 5, "num_shared_experts": 2}
     return MoE(11, MoEConfig(**(sizes | changes))).double()  # type: ignore[arg-type]
 
 
@@ -22,10 +22,10 @@ def build(**changes: object) -> MoE:
     "changes",
     [
         {},
-        {"shared": 0},
+        {"num_shared_experts": 0},
         {"gate": "softmax", "renormalize": False},
-        {"active": 1},
-        {"active": 7},
+        {"top_k": 1},
+        {"top_k": 7},
         {"scale": 1.75},
         {"gate": "relu", "renormalize": False},
         {"gate": "softmax", "select_by": "sigmoid"},
@@ -36,7 +36,7 @@ def test_layer_is_shared_experts_plus_the_gated_sum_over_chosen_ones(changes: di
     c = layer.config
     logits = x @ layer.router.T
     scores = {"sigmoid": torch.sigmoid, "softmax": lambda z: z.softmax(-1), "relu": F.relu}[c.gate](logits)
-    values, chosen = scores.topk(c.active, -1)
+    values, chosen = scores.topk(c.top_k, -1)
     gate = values / values.sum(-1, keepdim=True) if c.renormalize else values
     expected = layer.scale * written_out(x, gate, chosen, layer.w_up, layer.w_down)
     if layer.shared is not None:
@@ -45,7 +45,7 @@ def test_layer_is_shared_experts_plus_the_gated_sum_over_chosen_ones(changes: di
 
 
 def test_equal_experts_make_the_layer_dense() -> None:
-    layer, x = build(shared=0, scale=1.0), random(13, 11)
+    layer, x = build(num_shared_experts=0, scale=1.0), random(13, 11)
     layer.w_up.data[:] = layer.w_up.data[0]
     layer.w_down.data[:] = layer.w_down.data[0]
     first, second = (x @ layer.w_up[0].T).chunk(2, -1)
@@ -54,7 +54,7 @@ def test_equal_experts_make_the_layer_dense() -> None:
 
 def test_splitting_experts_keeps_total_and_active_parameters() -> None:
     def stack(experts: int, active: int, hidden: int) -> tuple[int, int]:
-        layer = MoE(12, MoEConfig(experts=experts, active=active, hidden=hidden, shared=0))
+        layer = MoE(12, MoEConfig(num_experts=experts, top_k=active, hidden=hidden, num_shared_experts=0))
         total = layer.w_up.numel() + layer.w_down.numel()
         return total, total * active // experts
 
@@ -115,18 +115,18 @@ def test_a_token_that_is_nan_leaves_the_others_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"active": 8}, "active must be an integer from 1 to 7"),
-        ({"experts": 0}, "experts"),
+        ({"top_k": 8}, "top_k must be an integer from 1 to 7"),
+        ({"num_experts": 0}, "num_experts"),
         ({"hidden": 0}, "hidden"),
-        ({"shared": -1}, "shared"),
+        ({"num_shared_experts": -1}, "num_shared_experts"),
         ({"scale": 0.0}, "scale"),
         ({"gate": "sigmod"}, "did you mean 'sigmoid'"),
-        ({"groups": 3}, "groups must divide"),
-        ({"groups": 7, "active_groups": 2}, "active must be at most 2"),
+        ({"num_groups": 3}, "num_groups must divide"),
+        ({"num_groups": 7, "top_k_groups": 2}, "top_k must be at most 2"),
         ({"select_by": "softmax"}, "select_by"),
         ({"balance": AuxiliaryLossConfig(target=(1.0, 2.0))}, "target must name a load for each of 7"),
         ({"balance": DynamicConfig(), "gate": "softmax"}, "dynamic number of experts needs gate"),
-        ({"balance": DynamicConfig(), "active": 7}, "active must be below"),
+        ({"balance": DynamicConfig(), "top_k": 7}, "top_k must be below"),
     ],
 )
 def test_impossible_fields_are_refused_by_name(changes: dict[str, object], message: str) -> None:
@@ -168,18 +168,21 @@ def test_orthogonal_experts_are_best_left_out_by_their_norm() -> None:
 
 
 def test_normalised_experts_do_not_care_for_the_size_of_their_last_layer() -> None:
-    layer, x = build(normalize_experts=True, renormalize=False, gate="relu", shared=0, scale=1.0), random(13, 11)
+    layer, x = (
+        build(normalize_experts=True, renormalize=False, gate="relu", num_shared_experts=0, scale=1.0),
+        random(13, 11),
+    )
     y = layer(x)
     layer.w_down.data[3] *= 100.0
     torch.testing.assert_close(layer(x), y, rtol=1e-8, atol=1e-8)  # the eps of the norm is 1e-12 of a mean square
-    plain = build(shared=0)
+    plain = build(num_shared_experts=0)
     before = plain(x)
     plain.w_down.data[3] *= 100.0
     assert (plain(x) - before).abs().max() > 1
 
 
 def test_group_limited_choice_stays_within_the_best_groups_even_with_negative_scores() -> None:
-    layer, x = build(experts=12, active=4, groups=4, active_groups=2, shared=0), random(50, 11)
+    layer, x = build(num_experts=12, top_k=4, num_groups=4, top_k_groups=2, num_shared_experts=0), random(50, 11)
     layer.balancer.bias -= 5.0  # every biased score is negative: masking with 0 would choose outside
     _, chosen = layer.route(x)
     scores = (x @ layer.router.T).sigmoid().view(50, 4, 3)
@@ -205,7 +208,9 @@ def test_routing_and_layer_equal_deepseek_v3() -> None:
     )
     config._experts_implementation = "eager"
     theirs = DeepseekV3MoE(config).double()
-    ours = MoE(24, MoEConfig(experts=16, active=5, hidden=10, shared=2, groups=4, active_groups=2, scale=2.5)).double()
+    ours = MoE(
+        24, MoEConfig(num_experts=16, top_k=5, hidden=10, num_shared_experts=2, num_groups=4, top_k_groups=2, scale=2.5)
+    ).double()
     with torch.no_grad():
         theirs.gate.weight.copy_(ours.router)
         bias = torch.randn(16, dtype=torch.float64) / 4
@@ -241,7 +246,15 @@ def test_layer_equals_qwen3_moe() -> None:
     theirs = Qwen3MoeSparseMoeBlock(config).double()
     ours = MoE(
         24,
-        MoEConfig(experts=11, active=3, hidden=10, shared=0, gate="softmax", scale=1.0, balance=AuxiliaryLossConfig()),
+        MoEConfig(
+            num_experts=11,
+            top_k=3,
+            hidden=10,
+            num_shared_experts=0,
+            gate="softmax",
+            scale=1.0,
+            balance=AuxiliaryLossConfig(),
+        ),
     ).double()
     with torch.no_grad():
         theirs.gate.weight.copy_(ours.router)

@@ -16,7 +16,7 @@ def build() -> tuple[Captioning, Sentences]:
     images = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8)
     sentences = Sentences(images, torch.arange(20) % 10, CaptionsConfig(patch=2, digits=2), name="test")
     config = TextImageConfig(
-        vocab_size=len(VOCABULARY), patch_values=4, dim=16, layers=1, hidden=24, attention=GQAConfig(heads=2)
+        vocab_size=len(VOCABULARY), patch_values=4, dim=16, layers=1, hidden=24, attention=GQAConfig(num_heads=2)
     )
     return Captioning(TextImage(config), CaptioningConfig(patch_weight=3.0)), sentences
 

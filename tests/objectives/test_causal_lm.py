@@ -13,7 +13,7 @@ from danlu.objectives import CausalLM, CausalLMConfig
 
 def build(byte_lengths: torch.Tensor | None = None) -> CausalLM:
     torch.manual_seed(11)
-    model = Transformer(TransformerConfig(vocab_size=31, dim=16, layers=1, hidden=24, attention=GQAConfig(heads=2)))
+    model = Transformer(TransformerConfig(vocab_size=31, dim=16, layers=1, hidden=24, attention=GQAConfig(num_heads=2)))
     return CausalLM(model, CausalLMConfig(chunk=3), byte_lengths=byte_lengths)
 
 

@@ -10,9 +10,9 @@ from danlu.nn import GQAConfig, MLAConfig, SSMConfig
 from danlu.objectives import CausalLM, CausalLMConfig, drop_tokens, kept_tokens
 
 ATTENTIONS = {
-    "bidirectional": GQAConfig(heads=3, mask="bidirectional"),
-    "causal": GQAConfig(heads=3),
-    "latent": MLAConfig(heads=3, kv_rank=8, nope_dim=6, rope_dim=2, value_dim=5),
+    "bidirectional": GQAConfig(num_heads=3, mask="bidirectional"),
+    "causal": GQAConfig(num_heads=3),
+    "latent": MLAConfig(num_heads=3, kv_rank=8, nope_dim=6, rope_dim=2, value_dim=5),
 }
 
 
@@ -67,7 +67,7 @@ def test_leaving_tokens_out_is_masking_their_columns_in_every_layer(name):
 
 def test_a_table_of_positions_is_looked_up_where_the_tokens_stood():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=31, dim=12, layers=2, heads=3, context=19)).double()
+    model = GPT(GPTConfig(vocab_size=31, dim=12, layers=2, num_heads=3, context=19)).double()
     with torch.no_grad():
         model.positions.mul_(50)
     tokens, kept = draw(2, 19), kept_tokens(2, 19, 0.4, generator=generator())

@@ -6,7 +6,7 @@ import torch
 from danlu.models import MAE, MAEConfig
 from danlu.objectives import MaskedImage, MaskedImageConfig, kept_tokens
 
-SIZES = {"image_size": 12, "patch": 4, "dim": 16, "layers": 1, "heads": 2, "decoder_dim": 8, "decoder_heads": 1}
+SIZES = {"image_size": 12, "patch": 4, "dim": 16, "layers": 1, "num_heads": 2, "decoder_dim": 8, "decoder_num_heads": 1}
 
 
 def build(**options) -> MaskedImage:

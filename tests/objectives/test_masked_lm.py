@@ -9,7 +9,7 @@ from danlu.nn import GQAConfig
 from danlu.objectives import MaskedLM, MaskedLMConfig, expected_embedding
 from danlu.objectives.masked_lm import askable
 
-BIDIRECTIONAL = GQAConfig(heads=2, mask="bidirectional")
+BIDIRECTIONAL = GQAConfig(num_heads=2, mask="bidirectional")
 
 
 def build(vocab: int = 13, **options) -> MaskedLM:

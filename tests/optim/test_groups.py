@@ -121,7 +121,7 @@ def test_frozen_parameters_are_left_out():
 
 def test_danlus_transformer_is_sorted_completely_and_its_router_is_a_matrix():
     config = TransformerConfig(
-        vocab_size=31, dim=24, layers=2, hidden=16, experts=MoEConfig(experts=3, hidden=5, active=2)
+        vocab_size=31, dim=24, layers=2, hidden=16, experts=MoEConfig(num_experts=3, hidden=5, top_k=2)
     )
     model = Transformer(config)
     found = roles(model)

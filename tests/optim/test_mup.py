@@ -99,8 +99,8 @@ def model():
             dim=64,
             layers=2,
             hidden=48,
-            attention=GQAConfig(heads=4, groups=2),
-            experts=MoEConfig(experts=3, active=2, hidden=40),
+            attention=GQAConfig(num_heads=4, num_kv_heads=2),
+            experts=MoEConfig(num_experts=3, top_k=2, hidden=40),
         )
     )
 

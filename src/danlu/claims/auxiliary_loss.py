@@ -31,7 +31,7 @@ def _improvement(weight: float) -> float:
     """How many times MaxVio falls over 120 steps of a skewed router that has no other loss."""
     generator = torch.Generator().manual_seed(0)
     balance = AuxiliaryLossConfig(weight=weight)
-    layer = MoE(6, MoEConfig(experts=5, active=2, hidden=4, shared=0, scale=1.0, balance=balance))
+    layer = MoE(6, MoEConfig(num_experts=5, top_k=2, hidden=4, num_shared_experts=0, scale=1.0, balance=balance))
     with torch.no_grad():
         layer.router.copy_(torch.randn(5, 6, generator=generator) / 6**0.5)
         layer.w_down.zero_()

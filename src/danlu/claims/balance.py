@@ -53,7 +53,7 @@ def _speed(rule: str) -> float:
 def _trace(*, biased_gate: bool) -> float:
     """Largest difference of gates from the chosen experts' own scores, renormalised, under strong biases."""
     generator = torch.Generator().manual_seed(0)
-    layer = MoE(16, MoEConfig(experts=12, active=3, hidden=4, scale=1.0)).double().eval()
+    layer = MoE(16, MoEConfig(num_experts=12, top_k=3, hidden=4, scale=1.0)).double().eval()
     layer.router.copy_(torch.randn(12, 16, generator=generator, dtype=torch.float64))
     layer.balancer.bias.copy_(torch.randn(12, generator=generator))
     x = torch.randn(31, 16, generator=generator, dtype=torch.float64)
@@ -67,7 +67,7 @@ def _trace(*, biased_gate: bool) -> float:
 def _changed_choices(shift: Tensor) -> float:
     """Number of tokens whose set of experts changes when ``shift`` is added to the biases."""
     generator = torch.Generator().manual_seed(0)
-    layer = MoE(16, MoEConfig(experts=12, active=3, hidden=4, scale=1.0)).double().eval()
+    layer = MoE(16, MoEConfig(num_experts=12, top_k=3, hidden=4, scale=1.0)).double().eval()
     layer.router.copy_(torch.randn(12, 16, generator=generator, dtype=torch.float64))
     x = torch.randn(211, 16, generator=generator, dtype=torch.float64)
     _, before = layer.route(x)

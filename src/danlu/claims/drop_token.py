@@ -12,7 +12,7 @@ from danlu.objectives import kept_tokens
 def _difference(*, renumbered: bool) -> float:
     """Largest difference in the kept rows between a sequence without some tokens and one with their columns masked."""
     torch.manual_seed(0)
-    attention = GQAConfig(heads=4, mask="bidirectional")
+    attention = GQAConfig(num_heads=4, mask="bidirectional")
     model = Transformer(TransformerConfig(vocab_size=31, dim=32, layers=3, hidden=48, attention=attention)).double()
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(31, (3, 23), generator=generator)
@@ -57,7 +57,7 @@ def _mean_matrix_error() -> float:
 def _work(visible: int) -> float:
     """Share of the work over 128 tokens that is left, at width 768."""
     with torch.device("meta"):
-        encoder = MAE(MAEConfig(dim=768, heads=12, layers=1))
+        encoder = MAE(MAEConfig(dim=768, num_heads=12, layers=1))
     return encoder.encoder_flops(visible) / encoder.encoder_flops(128)
 
 

@@ -6,7 +6,7 @@ from danlu.claims.frame import Claim, at_most, exact
 from danlu.nn import GQA, GQAConfig, KVShared, KVSharedConfig, rotary_angles
 from danlu.nn.rotary import rotate
 
-_CONFIG = KVSharedConfig(heads=6, groups=3, head_dim=10, rope_dim=4)
+_CONFIG = KVSharedConfig(num_heads=6, num_kv_heads=3, head_dim=10, rope_dim=4)
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def _elements(config: GQAConfig | KVSharedConfig) -> int:
 
 def _attention_weights(heads: int) -> float:
     """Attention weights of a layer of the post's study (model size 2048), in millions."""
-    config = KVSharedConfig(heads=heads, groups=2, head_dim=256, rope_dim=64)
+    config = KVSharedConfig(num_heads=heads, num_kv_heads=2, head_dim=256, rope_dim=64)
     with torch.device("meta"):
         return sum(p.numel() for p in KVShared(2048, config).parameters()) / 1e6
 
@@ -56,8 +56,8 @@ CLAIMS = (
         source="kexue.fm 10907, table of the study (512)",
         expected=512,
         tolerance=exact(),
-        measure=lambda: _elements(KVSharedConfig(heads=16, groups=2, head_dim=256, rope_dim=64)),
-        control=lambda: _elements(GQAConfig(heads=16, groups=2, head_dim=256)),
+        measure=lambda: _elements(KVSharedConfig(num_heads=16, num_kv_heads=2, head_dim=256, rope_dim=64)),
+        control=lambda: _elements(GQAConfig(num_heads=16, num_kv_heads=2, head_dim=256)),
         seconds=0.1,
     ),
     Claim(

@@ -10,7 +10,7 @@ from danlu.objectives import kept_tokens
 def _leak(*, everything: bool) -> float:
     """Largest change of the visible patches' features when the hidden pixels change."""
     torch.manual_seed(0)
-    mae = MAE(MAEConfig(image_size=20, dim=16, layers=2, heads=2, decoder_dim=8, decoder_heads=1))
+    mae = MAE(MAEConfig(image_size=20, dim=16, layers=2, num_heads=2, decoder_dim=8, decoder_num_heads=1))
     visible = kept_tokens(3, 25, 0.75, generator=torch.Generator().manual_seed(1))
     x = torch.randn(3, 1, 20, 20)
     other = torch.randn(3, 25, 16).scatter(1, visible[..., None].expand(-1, -1, 16), 0.0)
@@ -25,7 +25,7 @@ def _leak(*, everything: bool) -> float:
 def _saving(visible: int) -> float:
     """How many times less work the encoder of ViT-L has with these of 196 patches."""
     with torch.device("meta"):
-        encoder = MAE(MAEConfig(dim=1024, heads=16, layers=1))
+        encoder = MAE(MAEConfig(dim=1024, num_heads=16, layers=1))
     return encoder.encoder_flops(196) / encoder.encoder_flops(visible)
 
 

@@ -20,7 +20,7 @@ class _Shown(Transformer):
 def _shown_error(*, fixed: bool) -> float:
     """Largest error of a table as the mean of what is shown for each of 7 tokens, in standard errors of that mean."""
     torch.manual_seed(0)
-    config = TransformerConfig(vocab_size=7, dim=4, layers=1, hidden=4, attention=GQAConfig(heads=1))
+    config = TransformerConfig(vocab_size=7, dim=4, layers=1, hidden=4, attention=GQAConfig(num_heads=1))
     model = _Shown(config)
     objective = MaskedLM(model)
     tokens = torch.randint(7, (2000, 141), generator=torch.Generator().manual_seed(1))

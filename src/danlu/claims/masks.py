@@ -24,7 +24,7 @@ def _fused(mask: Mask) -> Tensor:
 def _written_out(mask: Mask) -> Tensor:
     q, k, v = _sample()
     alone = torch.zeros(1, _TIME, dtype=torch.int64)
-    allowed = document_mask(alone, mask, heads=6, prefix=_PREFIX if mask == "prefix" else None)
+    allowed = document_mask(alone, mask, num_heads=6, prefix=_PREFIX if mask == "prefix" else None)
     scores = (q @ k.repeat_interleave(3, 1).mT / 8**0.5).masked_fill(~allowed, -torch.inf)
     return scores.softmax(-1) @ v.repeat_interleave(3, 1)
 

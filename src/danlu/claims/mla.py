@@ -9,8 +9,8 @@ from danlu.claims.frame import Claim, absolute, at_most, exact, relative
 from danlu.nn.attention import GQA, MLA, GQAConfig, MLAConfig
 from danlu.nn.rotary import rotary_angles, rotate
 
-_V2 = MLAConfig(heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128)
-_LITE = MLAConfig(heads=16, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+_V2 = MLAConfig(num_heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128)
+_LITE = MLAConfig(num_heads=16, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
 
 
 def _latent(dim: int, config: MLAConfig) -> MLA:
@@ -20,7 +20,7 @@ def _latent(dim: int, config: MLAConfig) -> MLA:
 
 def _grouped(dim: int, heads: int, groups: int | None) -> GQA:
     with torch.device("meta"):
-        return GQA(dim, GQAConfig(heads=heads, groups=groups, head_dim=128))
+        return GQA(dim, GQAConfig(num_heads=heads, num_kv_heads=groups, head_dim=128))
 
 
 def _cached(layer: MLA | GQA) -> int:
@@ -43,7 +43,7 @@ def _parameters(config: MLAConfig) -> int:
 def _multi_head(layer: MLA, x_btd: Tensor, *, rotate_latent: bool) -> Tensor:
     """Plain multi-head form with a softmax written out; ``rotate_latent`` puts RoPE on the whole key."""
     B, T, _ = x_btd.shape
-    h, n, r = layer.heads, layer.nope_dim, layer.rope_dim
+    h, n, r = layer.num_heads, layer.nope_dim, layer.rope_dim
     q, c, k_rope = layer.down(x_btd).split((layer.q_rows, layer.kv_rank, r), dim=-1)
     q = q.view(B, T, h, n + r).transpose(1, 2)
     k, v = layer.kv_up(layer.kv_norm(c)).view(B, T, h, -1).transpose(1, 2).split((n, layer.value_dim), dim=-1)
@@ -63,7 +63,7 @@ def _multi_head(layer: MLA, x_btd: Tensor, *, rotate_latent: bool) -> Tensor:
 def _decoding_error(*, rotate_latent: bool) -> float:
     """Relative difference between decoding token by token from the latent cache and the multi-head form."""
     generator = torch.Generator().manual_seed(0)
-    layer = MLA(35, MLAConfig(heads=3, kv_rank=22, nope_dim=14, rope_dim=6, value_dim=13)).double()
+    layer = MLA(35, MLAConfig(num_heads=3, kv_rank=22, nope_dim=14, rope_dim=6, value_dim=13)).double()
     for parameter in layer.parameters():
         if parameter.ndim == 2:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -133,7 +133,7 @@ CLAIMS = (
         expected=149_225_472 + 2_048,
         tolerance=exact(),
         measure=lambda: _parameters(_V2),
-        control=lambda: _parameters(MLAConfig(heads=128, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)),
+        control=lambda: _parameters(MLAConfig(num_heads=128, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)),
         seconds=0.1,
     ),
     Claim(

@@ -20,7 +20,7 @@ def _ratio_of_rms(experts: int, active: int, shared: int) -> float:
 def _equal_experts_error(*, renormalize: bool) -> float:
     """Distance of a layer whose experts are all alike from ``(shared + scale) * expert(x)``, relative."""
     generator = torch.Generator().manual_seed(0)
-    config = MoEConfig(experts=7, active=3, hidden=11, shared=1, scale=2.5, renormalize=renormalize)
+    config = MoEConfig(num_experts=7, top_k=3, hidden=11, num_shared_experts=1, scale=2.5, renormalize=renormalize)
     layer = MoE(13, config).double().eval()
     shared = cast(FeedForward, layer.shared)
     for parameter in layer.parameters():
@@ -35,7 +35,7 @@ def _equal_experts_error(*, renormalize: bool) -> float:
 def _sizes(experts: int, active: int, hidden: int) -> tuple[int, int]:
     """Weights of the routed experts of a layer: all, and those one token meets."""
     with torch.device("meta"):
-        layer = MoE(32, MoEConfig(experts=experts, active=active, hidden=hidden, shared=0, scale=1.0))
+        layer = MoE(32, MoEConfig(num_experts=experts, top_k=active, hidden=hidden, num_shared_experts=0, scale=1.0))
     total = layer.w_up.numel() + layer.w_down.numel()
     return total, total * active // experts
 

@@ -123,7 +123,7 @@ def _remembered(*, attention: bool) -> int:
     """Numbers that a layer of width 64 keeps for one sequence of 1000 tokens."""
     options = {"dtype": torch.float32, "device": torch.device("cpu")}
     if attention:
-        layer = GQA(64, GQAConfig(heads=4))
+        layer = GQA(64, GQAConfig(num_heads=4))
         return 1000 * layer.new_cache(1, 1000, **options).elements_per_token()  # type: ignore[arg-type]
     return SSM(64).new_cache(1, 1000, **options).elements()  # type: ignore[arg-type]
 

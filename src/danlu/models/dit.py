@@ -13,6 +13,7 @@ Shape suffixes: b batch, t tokens, d model size, c channels, h w pixels.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from danlu.nn import FullAttention, Linear, rotary_angles_nd
 class DiTConfig:
     """Sizes of a `DiT`."""
 
+    renamed: ClassVar[dict[str, str]] = {"heads": "num_heads"}
+
     channels: int = 1
     """colour channels of an image; a run sets this to the data's"""
     image_size: int = 28
@@ -39,7 +42,7 @@ class DiTConfig:
     """model size"""
     layers: int = 4
     """blocks"""
-    heads: int = 4
+    num_heads: int = 4
     """attention heads; a head's size must be a multiple of 4"""
     ratio: int = 4
     """width of the feed-forward layers over dim"""
@@ -56,7 +59,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         c = config
         self.modulation = Linear(c.dim, 6 * c.dim, std=0.0, split=(c.dim,) * 6)
-        self.attention = FullAttention(c.dim, c.heads)
+        self.attention = FullAttention(c.dim, c.num_heads)
         self.expand = Linear(c.dim, c.ratio * c.dim)
         self.contract = Linear(c.ratio * c.dim, c.dim)
 
@@ -78,7 +81,7 @@ class DiT(nn.Module):
     Raises:
         ValueError: sizes that do not fit together, naming the field.
 
-    >>> net = DiT(DiTConfig(dim=16, layers=1, heads=2, image_size=12, num_classes=3))
+    >>> net = DiT(DiTConfig(dim=16, layers=1, num_heads=2, image_size=12, num_classes=3))
     >>> net(torch.randn(2, 1, 12, 12), torch.tensor([0.3, 1.0]), classes_b=torch.tensor([0, 3])).shape
     torch.Size([2, 1, 12, 12])
     """
@@ -86,13 +89,13 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         c = config
-        for name in ("channels", "image_size", "patch", "dim", "layers", "heads", "ratio"):
+        for name in ("channels", "image_size", "patch", "dim", "layers", "num_heads", "ratio"):
             integer(name, getattr(c, name))
         positive("rope_base", c.rope_base)
         if c.image_size % c.patch:
             raise ValueError(f"patch must divide image_size = {c.image_size}, got {c.patch}")
-        if c.dim % (4 * c.heads):
-            raise ValueError(f"dim must be a multiple of 4 * heads (rows and columns turn pairs), got {c.dim}")
+        if c.dim % (4 * c.num_heads):
+            raise ValueError(f"dim must be a multiple of 4 * num_heads (rows and columns turn pairs), got {c.dim}")
         integer("num_classes", c.num_classes, low=0)
         self.config = config
         self.num_classes = c.num_classes
@@ -124,7 +127,7 @@ class DiT(nn.Module):
         """Cosines and sines ``(rows * columns, head size)`` of the tokens, row by row."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         grid = torch.cartesian_prod(*(torch.arange(size, device=device, dtype=exact) for size in (rows, columns)))
-        size = self.config.dim // self.config.heads
+        size = self.config.dim // self.config.num_heads
         cos, sin = rotary_angles_nd(grid, size, base=self.config.rope_base, layout="halves")
         return cos.to(dtype), sin.to(dtype)
 

@@ -8,6 +8,7 @@ Shape suffixes: b batch, t time, d model size, v vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,15 @@ _STD = 0.02
 class GPTConfig:
     """Sizes of a `GPT`."""
 
+    renamed: ClassVar[dict[str, str]] = {"heads": "num_heads"}
+
     vocab_size: int = 4096
     """tokens; a recipe that trains its tokenizer sets this to the tokenizer's size"""
     dim: int = 256
     """model size"""
     layers: int = 4
     """blocks"""
-    heads: int = 4
+    num_heads: int = 4
     """attention heads, a divisor of dim"""
     context: int = 1024
     """longest sequence: positions are learned one by one"""
@@ -55,7 +58,7 @@ class GPTBlock(nn.Module):
         super().__init__()
         c, out_std = config, _STD * (2 * config.layers) ** -0.5
         self.attention_norm, self.feed_forward_norm = LayerNorm(c.dim), LayerNorm(c.dim)
-        self.attention = GQA(c.dim, GQAConfig(heads=c.heads, rope_dim=0), out_std=out_std)
+        self.attention = GQA(c.dim, GQAConfig(num_heads=c.num_heads, rope_dim=0), out_std=out_std)
         nn.init.normal_(self.attention.qkv.weight, std=_STD)
         self.up = Linear(c.dim, 4 * c.dim, std=_STD)
         self.down = Linear(4 * c.dim, c.dim, std=out_std)
@@ -75,14 +78,14 @@ class GPT(nn.Module):
     Raises:
         ValueError: sizes that do not fit together, or a sequence beyond ``context``.
 
-    >>> model = GPT(GPTConfig(vocab_size=11, dim=12, layers=2, heads=3, context=5))
+    >>> model = GPT(GPTConfig(vocab_size=11, dim=12, layers=2, num_heads=3, context=5))
     >>> model(torch.tensor([[1, 2, 3]])).shape, model.parameter_counts()
     (torch.Size([1, 3, 11]), (3708, 3708))
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        for name in ("vocab_size", "dim", "layers", "heads", "context"):
+        for name in ("vocab_size", "dim", "layers", "num_heads", "context"):
             integer(name, getattr(config, name))
         self.config = config
         self.compute_dtype: torch.dtype | None = None

@@ -13,6 +13,7 @@ Shape suffixes: b batch, t all tokens, k visible tokens, d model size, e the dec
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ Rope = tuple[Tensor, Tensor]
 class MAEConfig:
     """Sizes of an `MAE`."""
 
+    renamed: ClassVar[dict[str, str]] = {"heads": "num_heads", "decoder_heads": "decoder_num_heads"}
+
     channels: int = 1
     """colour channels of an image; a run sets this to the data's"""
     image_size: int = 28
@@ -38,13 +41,13 @@ class MAEConfig:
     """size of the encoder"""
     layers: int = 4
     """blocks of the encoder"""
-    heads: int = 4
+    num_heads: int = 4
     """attention heads of the encoder; a head's size must be a multiple of 4"""
     decoder_dim: int = 64
     """size of the decoder"""
     decoder_layers: int = 1
     """blocks of the decoder"""
-    decoder_heads: int = 2
+    decoder_num_heads: int = 2
     """attention heads of the decoder; a head's size must be a multiple of 4"""
     rope_base: float = 100.0
     """period scale of the rotary positions"""
@@ -81,7 +84,7 @@ class MAE(nn.Module):
     Raises:
         ValueError: sizes that do not fit together, naming the field.
 
-    >>> mae = MAE(MAEConfig(image_size=8, dim=16, layers=1, heads=2, decoder_dim=8, decoder_heads=1))
+    >>> mae = MAE(MAEConfig(image_size=8, dim=16, layers=1, num_heads=2, decoder_dim=8, decoder_num_heads=1))
     >>> x, visible = torch.randn(2, 1, 8, 8), torch.tensor([[0, 3], [1, 2]])
     >>> mae(x, visible).shape, mae.encode(x, visible).shape, mae.encode(x).shape
     (torch.Size([2, 4, 16]), torch.Size([2, 2, 16]), torch.Size([2, 4, 16]))
@@ -96,32 +99,32 @@ class MAE(nn.Module):
             "patch",
             "dim",
             "layers",
-            "heads",
+            "num_heads",
             "decoder_dim",
             "decoder_layers",
-            "decoder_heads",
+            "decoder_num_heads",
         ):
             integer(name, getattr(c, name))
         positive("rope_base", c.rope_base)
         if c.image_size % c.patch:
             raise ValueError(f"patch must divide image_size = {c.image_size}, got {c.patch}")
         for prefix in ("", "decoder_"):
-            dim, heads = getattr(c, prefix + "dim"), getattr(c, prefix + "heads")
+            dim, heads = getattr(c, prefix + "dim"), getattr(c, prefix + "num_heads")
             if dim % (4 * heads):
                 raise ValueError(
-                    f"{prefix}dim must be a multiple of 4 * {prefix}heads (rows and columns turn pairs), got {dim}"
+                    f"{prefix}dim must be a multiple of 4 * {prefix}num_heads (rows and columns turn pairs), got {dim}"
                 )
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         values = c.patch**2 * c.channels
         self.first = Linear(values, c.dim)
-        self.blocks = nn.ModuleList(MAEBlock(c.dim, c.heads, c.layers) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(MAEBlock(c.dim, c.num_heads, c.layers) for _ in range(c.layers))
         self.norm = RMSNorm(c.dim)
         self.bridge = Linear(c.dim, c.decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(c.decoder_dim))
         declare(self, "mask_token", "embedding")
         self.decoder = nn.ModuleList(
-            MAEBlock(c.decoder_dim, c.decoder_heads, c.decoder_layers) for _ in range(c.decoder_layers)
+            MAEBlock(c.decoder_dim, c.decoder_num_heads, c.decoder_layers) for _ in range(c.decoder_layers)
         )
         self.decoder_norm = RMSNorm(c.decoder_dim)
         self.last = Linear(c.decoder_dim, values, std=0.0, role="head")
@@ -145,7 +148,7 @@ class MAE(nn.Module):
         """
         dtype = self.compute_dtype or self.first.weight.dtype
         patches_btp = self.patches(x_bchw).to(dtype)
-        rope = self._rope(x_bchw, self.config.dim // self.config.heads, dtype)
+        rope = self._rope(x_bchw, self.config.dim // self.config.num_heads, dtype)
         if visible_bk is not None:
             _check_visible(visible_bk, patches_btp)
             patches_btp = _take(patches_btp, visible_bk)
@@ -160,7 +163,7 @@ class MAE(nn.Module):
         """Predicted pixels of all patches ``(b, tokens, patch * patch * channels)``, in the dtype of ``x``."""
         z_bke = self.bridge(self.encode(x_bchw, visible_bk))
         c = self.config
-        rope = self._rope(x_bchw, c.decoder_dim // c.decoder_heads, z_bke.dtype)
+        rope = self._rope(x_bchw, c.decoder_dim // c.decoder_num_heads, z_bke.dtype)
         tokens = rope[0].shape[0]
         hidden_bte = self.mask_token.to(z_bke.dtype).expand(z_bke.shape[0], tokens, -1)
         x_bte = hidden_bte.scatter(1, visible_bk[..., None].expand_as(z_bke), z_bke)

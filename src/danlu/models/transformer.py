@@ -93,12 +93,12 @@ def mixer(dim: int, config: MixerConfig, *, gain: float) -> Mixer:
     """The layer of a config; ``gain`` multiplies the usual standard deviation of its output projection."""
     match config:
         case MLAConfig():
-            return MLA(dim, config, out_std=gain / math.sqrt(config.heads * config.value_dim))
+            return MLA(dim, config, out_std=gain / math.sqrt(config.num_heads * config.value_dim))
         case GQAConfig():
-            inner = config.heads * config.head_dim if config.head_dim else dim
+            inner = config.num_heads * config.head_dim if config.head_dim else dim
             return GQA(dim, config, out_std=gain / math.sqrt(inner))
         case KVSharedConfig():
-            return KVShared(dim, config, out_std=gain / math.sqrt(config.heads * config.head_dim))
+            return KVShared(dim, config, out_std=gain / math.sqrt(config.num_heads * config.head_dim))
         case SSMConfig():
             return SSM(dim, config, out_std=gain / math.sqrt(config.channels or dim))
 
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
     Raises:
         ValueError: sizes that do not fit together, naming the field.
 
-    >>> config = TransformerConfig(vocab_size=11, dim=12, layers=2, hidden=8, attention=GQAConfig(heads=3))
+    >>> config = TransformerConfig(vocab_size=11, dim=12, layers=2, hidden=8, attention=GQAConfig(num_heads=3))
     >>> model = Transformer(config)
     >>> model(torch.tensor([[1, 2, 3]])).shape, model.parameter_counts()
     (torch.Size([1, 3, 11]), (2052, 2052))
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
     ) -> list[Tensor | None]:
         """The mask of each block, made once for each kind; None where the kernels need none."""
         layers = [block.attention for block in self.blocks]
-        kinds: list[Any] = [(getattr(a, "mask", "causal"), getattr(a, "heads", 0)) for a in layers]
+        kinds: list[Any] = [(getattr(a, "mask", "causal"), getattr(a, "num_heads", 0)) for a in layers]
         if prefix is not None and "prefix" not in [kind for kind, _ in kinds]:
             raise ValueError("prefix was given, and no layer of this model has the mask 'prefix'")
         if isinstance(prefix, Tensor) and cached:
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
             key = (kind, heads) if kind == "mixed-heads" else kind
             if key not in made:
                 own = prefix if kind == "prefix" else None
-                made[key] = document_mask(documents, kind, heads=heads, prefix=own)
+                made[key] = document_mask(documents, kind, num_heads=heads, prefix=own)
         return [made[(kind, heads) if kind == "mixed-heads" else kind] for kind, heads in kinds]
 
     def forward(
@@ -291,7 +291,7 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, MoE):
                 stack = module.w_up.numel() + module.w_down.numel()
-                idle += stack - stack * module.config.active // module.config.experts
+                idle += stack - stack * module.config.top_k // module.config.num_experts
         return total, total - idle
 
     def flops_per_token(self, length: int) -> float:

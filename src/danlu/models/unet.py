@@ -16,6 +16,7 @@ Activations are held as (b, h, w, c), the memory order in which this convolution
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from danlu.nn import FullAttention, Linear
 class UNetConfig:
     """Sizes of a `UNet`."""
 
+    renamed: ClassVar[dict[str, str]] = {"heads": "num_heads"}
+
     channels: int = 1
     """colour channels of an image; a run sets this to the data's"""
     image_size: int = 28
@@ -43,7 +46,7 @@ class UNetConfig:
     """blocks of each level: on the way down and again on the way up; of the last level, once"""
     patch: int = 2
     """side of the squares of pixels that the first map gathers"""
-    heads: int = 4
+    num_heads: int = 4
     """attention heads at the last level; 0: no attention"""
     condition: int = 128
     """size of the embedding of time and class"""
@@ -148,7 +151,7 @@ class UNet(nn.Module):
         c = config
         for name in ("channels", "image_size", "patch", "condition"):
             integer(name, getattr(c, name))
-        integer("heads", c.heads, low=0)
+        integer("num_heads", c.num_heads, low=0)
         number("dropout", c.dropout, low=0, high=1, high_open=True)
         if not c.widths or len(c.widths) != len(c.blocks):
             raise ValueError(f"widths and blocks must have one entry a level, got {c.widths} and {c.blocks}")
@@ -175,7 +178,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(level(index) for index in range(len(pairs)))
         self.halving = nn.ModuleList(Linear(4 * wide, narrow) for wide, narrow in pairs)
         self.middle = level(len(pairs))
-        self.attention = PixelAttention(c.widths[-1], c.heads) if c.heads else None
+        self.attention = PixelAttention(c.widths[-1], c.num_heads) if c.num_heads else None
         self.doubling = nn.ModuleList(Linear(narrow, 4 * wide) for wide, narrow in pairs)
         self.up = nn.ModuleList(level(index) for index in range(len(pairs)))
         self.last_modulation = Modulation(c.widths[0], c.condition)

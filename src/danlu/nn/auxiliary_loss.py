@@ -31,7 +31,7 @@ class AuxiliaryLossConfig:
     weight: float = 1e-2
     """factor on the loss, which is an average over tokens: 1e-2 with softmax gates in Switch"""
     form: Literal["square", "entropy"] = "square"
-    """``experts / 2 * |F - Q|^2``, or ``sum F log(F / Q)``"""
+    """``n / 2 * |F - Q|^2``, or ``sum F log(F / Q)``"""
     target: tuple[float, ...] | None = None
     """load Q wanted of each expert, in any unit; None: the same of all"""
 

@@ -94,7 +94,7 @@ class Balancer(nn.Module):
     """What one layer knows of its balance: selection biases, and the choices counted since the last update.
 
     Args:
-        experts: number of routed experts.
+        num_experts: number of routed experts.
         config: kind of balancing.
         budget: experts a token uses, the mean that a dynamic number is held at.
         start: where the biases begin.
@@ -107,17 +107,17 @@ class Balancer(nn.Module):
     load: Tensor
     used: Tensor
 
-    def __init__(self, experts: int, config: BalanceConfig, *, budget: float = 1.0, start: float = 0.0) -> None:
+    def __init__(self, num_experts: int, config: BalanceConfig, *, budget: float = 1.0, start: float = 0.0) -> None:
         super().__init__()
-        if isinstance(config, AuxiliaryLossConfig) and config.target is not None and len(config.target) != experts:
-            raise ValueError(f"target must name a load for each of {experts} experts, got {len(config.target)}")
+        if isinstance(config, AuxiliaryLossConfig) and config.target is not None and len(config.target) != num_experts:
+            raise ValueError(f"target must name a load for each of {num_experts} experts, got {len(config.target)}")
         self.config, self.budget, self.start = config, budget, start
-        self.register_buffer("bias", torch.empty(experts))
+        self.register_buffer("bias", torch.empty(num_experts))
         # Saved too: a step that was skipped leaves its choices to the next update, which may follow a resume.
-        self.register_buffer("counts", torch.empty(experts))
+        self.register_buffer("counts", torch.empty(num_experts))
         self.register_buffer("tokens", torch.empty(()))
         self.register_buffer("updates", torch.empty((), dtype=torch.int64))
-        self.register_buffer("load", torch.empty(experts), persistent=False)
+        self.register_buffer("load", torch.empty(num_experts), persistent=False)
         self.register_buffer("used", torch.empty(()), persistent=False)
         self.upstream: Tensor | None = None
         self.watched: Tensor | None = None
@@ -243,7 +243,7 @@ def attach(
             its backward pass; auxiliary gradients then follow the same scale. None: the loss is a mean over the tokens.
 
     >>> from danlu.nn.moe import MoE, MoEConfig
-    >>> layer = MoE(8, MoEConfig(experts=4, active=2, hidden=4))
+    >>> layer = MoE(8, MoEConfig(num_experts=4, top_k=2, hidden=4))
     >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     >>> handle = attach(layer, optimizer)
     >>> layer(torch.randn(10, 8)).sum().backward()
@@ -278,7 +278,7 @@ def watching(model: nn.Module) -> Iterator[list[Tensor]]:
     """Count the choices of every layer within, in evaluation too: a list of ``(experts,)``, one a layer.
 
     >>> from danlu.nn.moe import MoE, MoEConfig
-    >>> layer = MoE(8, MoEConfig(experts=4, active=2, hidden=4)).eval()
+    >>> layer = MoE(8, MoEConfig(num_experts=4, top_k=2, hidden=4)).eval()
     >>> with torch.no_grad(), watching(layer) as loads:
     ...     y = layer(torch.randn(10, 8))
     >>> loads[0].sum().item()

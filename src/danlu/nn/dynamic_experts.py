@@ -26,7 +26,7 @@ from danlu._validate import choice, integer, number, positive
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicConfig:
-    """A threshold for each expert; the layer's ``active`` is the mean number of experts a token uses."""
+    """A threshold for each expert; the layer's ``top_k`` is the mean number of experts a token uses."""
 
     rate: float = 1e-3
     """step of the bias, in units of the gate's score; 0 freezes the biases"""
@@ -66,18 +66,18 @@ def threshold_step(counts_e: Tensor, tokens: Tensor | float, budget: float, conf
     return torch.where(tokens > 0, -config.rate * direction, 0.0)
 
 
-def _checked(experts: int, budget: float, std: float, gate: str) -> None:
-    integer("experts", experts)
-    number("budget", budget, low=0, high=experts, low_open=True, high_open=True)
+def _checked(num_experts: int, budget: float, std: float, gate: str) -> None:
+    integer("num_experts", num_experts)
+    number("budget", budget, low=0, high=num_experts, low_open=True, high_open=True)
     positive("std", std)
     choice("gate", gate, ("sigmoid", "relu"))
 
 
-def initial_bias(experts: int, budget: float, *, std: float = 1.0, gate: str = "sigmoid") -> float:
+def initial_bias(num_experts: int, budget: float, *, std: float = 1.0, gate: str = "sigmoid") -> float:
     r"""Bias at which Gaussian router logits choose ``budget`` experts a token: :math:`-h(\sigma \Phi^{-1}(1 - k/n))`.
 
     Args:
-        experts: number of routed experts.
+        num_experts: number of routed experts.
         budget: mean number wanted.
         std: standard deviation of the logits: that of the router's weights times the root of the model size.
         gate: ``"sigmoid"`` or ``"relu"``, whose threshold cannot be below 0, so that it chooses at most half of them.
@@ -85,23 +85,23 @@ def initial_bias(experts: int, budget: float, *, std: float = 1.0, gate: str = "
     >>> round(initial_bias(32, 4, std=6e-3 * 1024**0.5), 5)
     -0.55499
     """
-    _checked(experts, budget, std, gate)
-    threshold = std * NormalDist().inv_cdf(1 - budget / experts)
+    _checked(num_experts, budget, std, gate)
+    threshold = std * NormalDist().inv_cdf(1 - budget / num_experts)
     return -1 / (1 + math.exp(-threshold)) if gate == "sigmoid" else -max(threshold, 0.0)
 
 
-def expected_budget(bias: float, experts: int, *, std: float = 1.0, gate: str = "sigmoid") -> float:
+def expected_budget(bias: float, num_experts: int, *, std: float = 1.0, gate: str = "sigmoid") -> float:
     """Mean number of experts chosen at a common ``bias`` by Gaussian router logits, the inverse of `initial_bias`.
 
     >>> round(expected_budget(-0.5546875, 32, std=6e-3 * 1024**0.5), 2)
     4.04
     """
-    _checked(experts, experts / 2, std, gate)
+    _checked(num_experts, num_experts / 2, std, gate)
     number("bias", bias)
     if gate == "sigmoid":
         if not -1 < bias < 0:
-            return float(experts) if bias >= 0 else 0.0
+            return float(num_experts) if bias >= 0 else 0.0
         threshold = math.log(-bias / (1 + bias))
     else:
         threshold = max(-bias, 0.0)
-    return experts * (1 - NormalDist(0, std).cdf(threshold))
+    return num_experts * (1 - NormalDist(0, std).cdf(threshold))

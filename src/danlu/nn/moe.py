@@ -17,7 +17,7 @@ Shape suffixes: N tokens, D model size, E routed experts, K choices a token.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,30 +36,38 @@ from danlu.nn.grouped import routed_experts
 class MoEConfig:
     """Sizes and gate of a `MoE` layer."""
 
-    experts: int = 16
+    renamed: ClassVar[dict[str, str]] = {
+        "experts": "num_experts",
+        "active": "top_k",
+        "shared": "num_shared_experts",
+        "groups": "num_groups",
+        "active_groups": "top_k_groups",
+    }
+
+    num_experts: int = 16
     """routed experts"""
-    active: int = 4
+    top_k: int = 4
     """routed experts a token uses"""
     hidden: int = 128
     """width of one expert"""
-    shared: int = 1
-    """experts that every token uses, as one layer of width shared * hidden"""
+    num_shared_experts: int = 1
+    """experts that every token uses, as one layer of width num_shared_experts * hidden"""
     gate: Literal["sigmoid", "softmax", "relu"] = "sigmoid"
     """score of an expert"""
     select_by: Literal["gate", "sigmoid"] = "gate"
     """what the biases are added to for the choice; sigmoids suit the usual rate whatever the gate"""
     renormalize: bool = True
     """divide the chosen scores by their sum"""
-    groups: int = 1
+    num_groups: int = 1
     """groups of neighbouring experts, ranked by the sum of their two best"""
-    active_groups: int = 1
+    top_k_groups: int = 1
     """groups a token may choose from"""
     normalize_experts: bool = False
     """bring every routed expert's output to one norm, so that the score predicts what it adds"""
     scale: float | None = None
     """factor on the routed sum; None: `scaling_factor`"""
     balance: LossFreeConfig | AuxiliaryLossConfig | DynamicConfig = LossFreeConfig()
-    """how the load is balanced; dynamic: ``active`` is the mean number of experts"""
+    """how the load is balanced; dynamic: ``top_k`` is the mean number of experts"""
 
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -72,7 +80,12 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @lru_cache(maxsize=64)
 def scaling_factor(
-    experts: int, active: int, shared: int, gate: str = "sigmoid", renormalize: bool = True, draws: int = 20_000
+    num_experts: int,
+    top_k: int,
+    num_shared_experts: int,
+    gate: str = "sigmoid",
+    renormalize: bool = True,
+    draws: int = 20_000,
 ) -> float:
     r"""The :math:`\lambda` that gives shared and routed experts equal norm (kexue.fm 10945).
 
@@ -81,9 +94,9 @@ def scaling_factor(
     16.0 and DeepSeek-V3's 256, 8, 1 with renormalised sigmoids 2.83 (its configuration uses 2.5).
 
     Args:
-        experts: routed experts.
-        active: routed experts a token uses.
-        shared: shared experts; 0 counts as one, Moonlight's convention (64, 6, 0 gives its 2.446).
+        num_experts: routed experts.
+        top_k: routed experts a token uses.
+        num_shared_experts: shared experts; 0 counts as one, Moonlight's convention (64, 6, 0 gives its 2.446).
         gate: ``"sigmoid"``, ``"softmax"`` or ``"relu"``.
         renormalize: whether chosen scores are divided by their sum.
         draws: sample size; the generator is seeded, so that the result is the same everywhere.
@@ -91,40 +104,40 @@ def scaling_factor(
     >>> round(scaling_factor(256, 8, 1), 2)
     2.83
     """
-    _check_sizes(experts, active, shared, gate)
-    logits = torch.randn(draws, experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _check_sizes(num_experts, top_k, num_shared_experts, gate)
+    logits = torch.randn(draws, num_experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = GATES[gate](logits)
-    chosen = scores.topk(active, dim=-1).values
+    chosen = scores.topk(top_k, dim=-1).values
     chosen = chosen[chosen.sum(-1) > 0]  # where every ReLU is dead there is no norm to match
     if renormalize:
         chosen = chosen / chosen.sum(-1, keepdim=True)
-    return float((max(shared, 1) ** 0.5 / chosen.square().sum(-1).sqrt()).mean())
+    return float((max(num_shared_experts, 1) ** 0.5 / chosen.square().sum(-1).sqrt()).mean())
 
 
-def _check_sizes(experts: int, active: int, shared: int, gate: str) -> None:
-    integer("experts", experts)
-    integer("active", active, high=experts)
-    integer("shared", shared, low=0)
+def _check_sizes(num_experts: int, top_k: int, num_shared_experts: int, gate: str) -> None:
+    integer("num_experts", num_experts)
+    integer("top_k", top_k, high=num_experts)
+    integer("num_shared_experts", num_shared_experts, low=0)
     choice("gate", gate, tuple(GATES))
 
 
 def _check_routing(c: MoEConfig) -> None:
-    integer("groups", c.groups, high=c.experts)
-    integer("active_groups", c.active_groups, high=c.groups)
-    if c.experts % c.groups:
-        raise ValueError(f"groups must divide experts = {c.experts}, got {c.groups}")
-    reachable = c.experts // c.groups * c.active_groups
-    if c.active > reachable:
-        raise ValueError(f"active must be at most {reachable}, the experts of {c.active_groups} groups, got {c.active}")
+    integer("num_groups", c.num_groups, high=c.num_experts)
+    integer("top_k_groups", c.top_k_groups, high=c.num_groups)
+    if c.num_experts % c.num_groups:
+        raise ValueError(f"num_groups must divide num_experts = {c.num_experts}, got {c.num_groups}")
+    reachable = c.num_experts // c.num_groups * c.top_k_groups
+    if c.top_k > reachable:
+        raise ValueError(f"top_k must be at most {reachable}, the experts of {c.top_k_groups} groups, got {c.top_k}")
     choice("select_by", c.select_by, ("gate", "sigmoid"))
     if isinstance(c.balance, DynamicConfig):
-        if c.gate == "softmax" or c.select_by != "gate" or c.groups > 1:
+        if c.gate == "softmax" or c.select_by != "gate" or c.num_groups > 1:
             raise ValueError(
                 "balance: a dynamic number of experts needs gate 'sigmoid' or 'relu', select_by 'gate' and one group, "
-                f"got {c.gate!r}, {c.select_by!r}, {c.groups}"
+                f"got {c.gate!r}, {c.select_by!r}, {c.num_groups}"
             )
-        if c.active == c.experts:
-            raise ValueError(f"active must be below experts = {c.experts} for a dynamic number, got {c.active}")
+        if c.top_k == c.num_experts:
+            raise ValueError(f"top_k must be below num_experts = {c.num_experts} for a dynamic number, got {c.top_k}")
 
 
 def _in_best_groups(scores_ne: Tensor, groups: int, active: int) -> Tensor:
@@ -149,9 +162,9 @@ class MoE(nn.Module):
         out_std: standard deviation of the down projections; None means ``1 / sqrt(hidden)``.
 
     Raises:
-        ValueError: more active than routed experts, a size below one, or options that exclude one another.
+        ValueError: more chosen than routed experts, a size below one, or options that exclude one another.
 
-    >>> layer = MoE(8, MoEConfig(experts=4, active=2, hidden=6))
+    >>> layer = MoE(8, MoEConfig(num_experts=4, top_k=2, hidden=6))
     >>> y = layer(torch.randn(2, 3, 8))
     >>> y.sum().backward()
     >>> y.shape, layer.balancer.counts.sum().item()
@@ -160,7 +173,7 @@ class MoE(nn.Module):
 
     def __init__(self, dim: int, config: MoEConfig, *, out_std: float | None = None) -> None:
         super().__init__()
-        _check_sizes(config.experts, config.active, config.shared, config.gate)
+        _check_sizes(config.num_experts, config.top_k, config.num_shared_experts, config.gate)
         integer("hidden", config.hidden)
         _check_routing(config)
         if config.scale is not None:
@@ -168,20 +181,24 @@ class MoE(nn.Module):
         self.config = config
         c = config
         self.scale = (
-            scaling_factor(c.experts, c.active, c.shared, c.gate, c.renormalize) if c.scale is None else c.scale
+            scaling_factor(c.num_experts, c.top_k, c.num_shared_experts, c.gate, c.renormalize)
+            if c.scale is None
+            else c.scale
         )
         self.in_std = dim**-0.5
         self.out_std = c.hidden**-0.5 if out_std is None else out_std
-        self.router = nn.Parameter(torch.empty(c.experts, dim))
+        self.router = nn.Parameter(torch.empty(c.num_experts, dim))
         declare(self, "router", "matrix")
-        self.w_up = nn.Parameter(torch.empty(c.experts, 2 * c.hidden, dim))
+        self.w_up = nn.Parameter(torch.empty(c.num_experts, 2 * c.hidden, dim))
         declare(self, "w_up", "experts", split=(c.hidden, c.hidden))
-        self.w_down = nn.Parameter(torch.empty(c.experts, dim, c.hidden))
+        self.w_down = nn.Parameter(torch.empty(c.num_experts, dim, c.hidden))
         declare(self, "w_down", "experts")
         self.dynamic = isinstance(c.balance, DynamicConfig)
-        start = initial_bias(c.experts, c.active, gate=c.gate) if self.dynamic else 0.0
-        self.balancer = Balancer(c.experts, c.balance, budget=c.active, start=start)
-        self.shared = FeedForward(dim, c.shared * c.hidden, out_std=self.out_std) if c.shared else None
+        start = initial_bias(c.num_experts, c.top_k, gate=c.gate) if self.dynamic else 0.0
+        self.balancer = Balancer(c.num_experts, c.balance, budget=c.top_k, start=start)
+        self.shared = (
+            FeedForward(dim, c.num_shared_experts * c.hidden, out_std=self.out_std) if c.num_shared_experts else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -207,10 +224,10 @@ class MoE(nn.Module):
                 chosen = ~(biased <= 0)  # so that NaN chooses, and shows in the output
                 counts = chosen.sum(0)
             else:
-                if c.groups > 1:
-                    biased = _in_best_groups(biased, c.groups, c.active_groups)
-                chosen = biased.topk(c.active, dim=-1).indices
-                counts = torch.bincount(chosen.flatten(), minlength=c.experts)
+                if c.num_groups > 1:
+                    biased = _in_best_groups(biased, c.num_groups, c.top_k_groups)
+                chosen = biased.topk(c.top_k, dim=-1).indices
+                counts = torch.bincount(chosen.flatten(), minlength=c.num_experts)
         scores = self.balancer.watch(scores, counts)
         gate = scores * chosen if self.dynamic else scores.gather(-1, chosen)
         if c.renormalize:

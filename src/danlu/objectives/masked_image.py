@@ -39,7 +39,7 @@ class MaskedImage(ImageObjective):
     A batch is a mapping with ``images`` ``(b, c, h, w)``.
 
     >>> from danlu.models import MAEConfig
-    >>> model = MAE(MAEConfig(image_size=8, dim=16, layers=1, heads=2, decoder_dim=8, decoder_heads=1))
+    >>> model = MAE(MAEConfig(image_size=8, dim=16, layers=1, num_heads=2, decoder_dim=8, decoder_num_heads=1))
     >>> objective = MaskedImage(model)
     >>> batch = {"images": torch.randn(3, 1, 8, 8)}
     >>> objective(batch).shape, objective.count(batch).item()

@@ -66,7 +66,7 @@ class MaskedLM(nn.Module):
 
     >>> from danlu.models import TransformerConfig
     >>> from danlu.nn import GQAConfig
-    >>> attention = GQAConfig(heads=2, mask="bidirectional")
+    >>> attention = GQAConfig(num_heads=2, mask="bidirectional")
     >>> model = Transformer(TransformerConfig(vocab_size=7, dim=16, layers=1, hidden=8, attention=attention))
     >>> tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2]])
     >>> batch = {"tokens": tokens, "targets": tokens.roll(-1)}

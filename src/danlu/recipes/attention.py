@@ -11,15 +11,15 @@ from danlu.recipes.lm import lm_dense
 from danlu.train import RunConfig
 
 VARIANTS: dict[str, GQAConfig | MLAConfig | KVSharedConfig] = {
-    "mha-32": GQAConfig(heads=8),
-    "gqa2-32": GQAConfig(heads=8, groups=2),
-    "gqa1-64": GQAConfig(heads=8, groups=1, head_dim=64),
-    "gqa1-64-partial-rope": GQAConfig(heads=8, groups=1, head_dim=64, rope_dim=16),
-    "kv-shared2-64": KVSharedConfig(heads=8, groups=2, head_dim=64, rope_dim=16),
-    "kv-shared1-128": KVSharedConfig(heads=8, groups=1, head_dim=128, rope_dim=16),
-    "mla-48": MLAConfig(heads=8, kv_rank=112, nope_dim=32, rope_dim=16, value_dim=48),
-    "mla-64": MLAConfig(heads=8, kv_rank=112, nope_dim=48, rope_dim=16, value_dim=64),
-    "mla-64-query-96": MLAConfig(heads=8, kv_rank=112, q_rank=96, nope_dim=48, rope_dim=16, value_dim=64),
+    "mha-32": GQAConfig(num_heads=8),
+    "gqa2-32": GQAConfig(num_heads=8, num_kv_heads=2),
+    "gqa1-64": GQAConfig(num_heads=8, num_kv_heads=1, head_dim=64),
+    "gqa1-64-partial-rope": GQAConfig(num_heads=8, num_kv_heads=1, head_dim=64, rope_dim=16),
+    "kv-shared2-64": KVSharedConfig(num_heads=8, num_kv_heads=2, head_dim=64, rope_dim=16),
+    "kv-shared1-128": KVSharedConfig(num_heads=8, num_kv_heads=1, head_dim=128, rope_dim=16),
+    "mla-48": MLAConfig(num_heads=8, kv_rank=112, nope_dim=32, rope_dim=16, value_dim=48),
+    "mla-64": MLAConfig(num_heads=8, kv_rank=112, nope_dim=48, rope_dim=16, value_dim=64),
+    "mla-64-query-96": MLAConfig(num_heads=8, kv_rank=112, q_rank=96, nope_dim=48, rope_dim=16, value_dim=64),
 }
 """Attention of a model of size 256, by name: kind and groups, then the size of a head."""
 

@@ -22,7 +22,7 @@ def digits_caption() -> RunConfig:
             dim=96,
             layers=3,
             hidden=256,
-            attention=GQAConfig(heads=4),
+            attention=GQAConfig(num_heads=4),
         ),
         objective=CaptioningConfig(),
         optim=MuonConfig(lr=4e-3, embedding_lr=0.04),

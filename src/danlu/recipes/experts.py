@@ -14,7 +14,7 @@ from danlu.train import RunConfig
 def balanced(recipe: str, balance: AuxiliaryLossConfig | LossFreeConfig | DynamicConfig) -> RunConfig:
     """``lm-dense`` with 16 experts of which a token uses 4, beside a shared one."""
     config = lm_dense()
-    experts = MoEConfig(experts=16, active=4, hidden=128, shared=1, balance=balance)
+    experts = MoEConfig(num_experts=16, top_k=4, hidden=128, num_shared_experts=1, balance=balance)
     return replace(config, recipe=recipe, model=replace(config.model, experts=experts))
 
 

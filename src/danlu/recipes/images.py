@@ -117,7 +117,7 @@ def digits_mae() -> RunConfig:
     return RunConfig(
         recipe="digits-mae",
         data=ImagesConfig(source="digits28", batch=128),
-        model=MAEConfig(patch=4, dim=128, layers=4, heads=4, decoder_dim=64, decoder_layers=1, decoder_heads=2),
+        model=MAEConfig(patch=4, dim=128, layers=4, num_heads=4, decoder_dim=64, decoder_layers=1, decoder_num_heads=2),
         objective=MaskedImageConfig(mask=0.75),
         optim=AdamWConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05),
         schedule=WarmupStableDecay(warmup=100, decay=0.5),

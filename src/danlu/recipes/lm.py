@@ -23,8 +23,8 @@ def lm() -> RunConfig:
             dim=256,
             layers=4,
             hidden=640,
-            attention=MLAConfig(heads=4, kv_rank=128, nope_dim=48, rope_dim=16, value_dim=64),
-            experts=MoEConfig(experts=16, active=4, hidden=128, shared=1),
+            attention=MLAConfig(num_heads=4, kv_rank=128, nope_dim=48, rope_dim=16, value_dim=64),
+            experts=MoEConfig(num_experts=16, top_k=4, hidden=128, num_shared_experts=1),
         ),
         objective=CausalLMConfig(),
         optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
@@ -38,7 +38,7 @@ def lm_dense() -> RunConfig:
     return RunConfig(
         recipe="lm-dense",
         data=TextConfig(vocab_size=4096, length=256, batch=16),
-        model=TransformerConfig(dim=256, layers=4, hidden=640, attention=GQAConfig(heads=4)),
+        model=TransformerConfig(dim=256, layers=4, hidden=640, attention=GQAConfig(num_heads=4)),
         objective=CausalLMConfig(),
         optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
         schedule=WarmupStableDecay(warmup=10, decay=0.4),
@@ -83,7 +83,7 @@ def lm_baseline() -> RunConfig:
     return RunConfig(
         recipe="lm-baseline",
         data=TextConfig(vocab_size=4096, length=256, batch=8),
-        model=GPTConfig(dim=256, layers=4, heads=4),
+        model=GPTConfig(dim=256, layers=4, num_heads=4),
         objective=CausalLMConfig(),
         optim=AdamWConfig(lr=1e-3),
         schedule=WarmupStableDecay(warmup=20, decay=0.4),
@@ -97,6 +97,6 @@ def lm_masked() -> RunConfig:
     return replace(
         config,
         recipe="lm-masked",
-        model=replace(config.model, attention=GQAConfig(heads=4, mask="bidirectional")),
+        model=replace(config.model, attention=GQAConfig(num_heads=4, mask="bidirectional")),
         objective=MaskedLMConfig(),
     )

@@ -34,6 +34,6 @@ def lm_hybrid() -> RunConfig:
     """Three blocks with state spaces, one with grouped-query attention, Muon."""
     space = SSMConfig(kernel=S4DConfig(state=32), channels=320)
     model = TransformerConfig(
-        dim=256, layers=4, hidden=640, attention=GQAConfig(heads=4), mixers=(space, space, None, space)
+        dim=256, layers=4, hidden=640, attention=GQAConfig(num_heads=4), mixers=(space, space, None, space)
     )
     return replace(lm_ssm(), recipe="lm-hybrid", model=model)

@@ -12,16 +12,16 @@ from danlu.nn import GQA, MLA, GQAConfig, MLAConfig, causal_mask, document_mask,
 
 DIM = 29
 KINDS: dict[str, Callable[[], GQA | MLA]] = {
-    "mha": lambda: GQA(DIM, GQAConfig(heads=6, head_dim=10)),
-    "gqa": lambda: GQA(DIM, GQAConfig(heads=6, groups=2, head_dim=10)),
-    "mqa": lambda: GQA(DIM, GQAConfig(heads=5, groups=1, head_dim=14)),
-    "partial rope": lambda: GQA(DIM, GQAConfig(heads=6, groups=3, head_dim=10, rope_dim=4)),
-    "no positions": lambda: GQA(DIM, GQAConfig(heads=3, head_dim=10, rope_dim=0)),
-    "mla": lambda: MLA(DIM, MLAConfig(heads=5, kv_rank=13, nope_dim=7, rope_dim=6, value_dim=11)),
+    "mha": lambda: GQA(DIM, GQAConfig(num_heads=6, head_dim=10)),
+    "gqa": lambda: GQA(DIM, GQAConfig(num_heads=6, num_kv_heads=2, head_dim=10)),
+    "mqa": lambda: GQA(DIM, GQAConfig(num_heads=5, num_kv_heads=1, head_dim=14)),
+    "partial rope": lambda: GQA(DIM, GQAConfig(num_heads=6, num_kv_heads=3, head_dim=10, rope_dim=4)),
+    "no positions": lambda: GQA(DIM, GQAConfig(num_heads=3, head_dim=10, rope_dim=0)),
+    "mla": lambda: MLA(DIM, MLAConfig(num_heads=5, kv_rank=13, nope_dim=7, rope_dim=6, value_dim=11)),
     "mla compressed queries": lambda: MLA(
-        DIM, MLAConfig(heads=3, kv_rank=13, q_rank=17, nope_dim=7, rope_dim=4, value_dim=11)
+        DIM, MLAConfig(num_heads=3, kv_rank=13, q_rank=17, nope_dim=7, rope_dim=4, value_dim=11)
     ),
-    "mla without positions": lambda: MLA(DIM, MLAConfig(heads=3, kv_rank=13, nope_dim=7, rope_dim=0, value_dim=7)),
+    "mla without positions": lambda: MLA(DIM, MLAConfig(num_heads=3, kv_rank=13, nope_dim=7, rope_dim=0, value_dim=7)),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -123,7 +123,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def test_grouped_heads_share_keys_in_the_order_one_one_one_one_two_two_two_two() -> None:
     torch.manual_seed(0)
-    layer = GQA(24, GQAConfig(heads=8, groups=2, head_dim=6, rope_dim=0)).double()
+    layer = GQA(24, GQAConfig(num_heads=8, num_kv_heads=2, head_dim=6, rope_dim=0)).double()
     x = random(1, 5, 24)
     q, k, v = (t.view(5, -1, 6).transpose(0, 1) for t in layer.qkv(x)[0].split((48, 12, 12), -1))
     group = [0, 0, 0, 0, 1, 1, 1, 1]
@@ -133,7 +133,7 @@ def test_grouped_heads_share_keys_in_the_order_one_one_one_one_two_two_two_two()
 
 def test_one_group_a_head_is_multi_head_attention_exactly() -> None:
     torch.manual_seed(0)
-    mha, gqa = GQA(24, GQAConfig(heads=6)).double(), GQA(24, GQAConfig(heads=6, groups=6)).double()
+    mha, gqa = GQA(24, GQAConfig(num_heads=6)).double(), GQA(24, GQAConfig(num_heads=6, num_kv_heads=6)).double()
     gqa.load_state_dict(mha.state_dict())
     x = random(2, 7, 24)
     assert torch.equal(mha(x, rope(mha, 0, 7)), gqa(x, rope(gqa, 0, 7)))
@@ -169,7 +169,7 @@ def test_mla_equals_the_written_out_definition() -> None:
 def test_mla_absorbed_form_equals_the_expanded_one(kind: str) -> None:
     layer = build(kind)
     assert isinstance(layer, MLA)
-    q = random(2, 7, layer.heads, layer.nope_dim + layer.rope_dim)
+    q = random(2, 7, layer.num_heads, layer.nope_dim + layer.rope_dim)
     c, k = random(2, 7, 13), random(2, 7, layer.rope_dim)
     mask = causal_mask(7, 7)
     expanded = layer._expanded(q, c, k, None)
@@ -212,9 +212,9 @@ def test_rotating_what_was_compressed_breaks_the_absorbed_form() -> None:
 def test_cache_sizes_are_those_of_the_published_models() -> None:
     """Spec C3.5: DeepSeek-V2's 34,560 elements a token, V2-Lite's 15,552, their MHA counterparts."""
     with torch.device("meta"):
-        v2 = MLA(5120, MLAConfig(heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128))
-        mha = GQA(2048, GQAConfig(heads=16, head_dim=128))
-        gqa = GQA(8192, GQAConfig(heads=64, groups=8, head_dim=128))
+        v2 = MLA(5120, MLAConfig(num_heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128))
+        mha = GQA(2048, GQAConfig(num_heads=16, head_dim=128))
+        gqa = GQA(8192, GQAConfig(num_heads=64, num_kv_heads=8, head_dim=128))
         sizes = [a.new_cache(1, 3, dtype=torch.float32, device=torch.device("meta")) for a in (v2, mha, gqa)]
     a_layer = [cache.elements_per_token() for cache in sizes]
     assert a_layer[0] * 60 == 34_560
@@ -227,11 +227,11 @@ def test_cache_sizes_are_those_of_the_published_models() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GQAConfig(heads=6, groups=4, head_dim=8), "groups must divide heads = 6, got 4"),
-        (GQAConfig(heads=6), "heads must divide dim = 29"),
-        (GQAConfig(heads=0, head_dim=8), "heads"),
-        (GQAConfig(heads=2, head_dim=8, rope_dim=3), "rope_dim must be even"),
-        (GQAConfig(heads=2, head_dim=8, rope_dim=10), "rope_dim"),
+        (GQAConfig(num_heads=6, num_kv_heads=4, head_dim=8), "num_kv_heads must divide num_heads = 6, got 4"),
+        (GQAConfig(num_heads=6), "num_heads must divide dim = 29"),
+        (GQAConfig(num_heads=0, head_dim=8), "num_heads"),
+        (GQAConfig(num_heads=2, head_dim=8, rope_dim=3), "rope_dim must be even"),
+        (GQAConfig(num_heads=2, head_dim=8, rope_dim=10), "rope_dim"),
         (MLAConfig(rope_dim=5), "rope_dim must be even"),
         (MLAConfig(kv_rank=0), "kv_rank"),
         (MLAConfig(q_rank=0), "q_rank"),

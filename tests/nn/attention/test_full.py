@@ -32,5 +32,5 @@ def test_without_positions_tokens_may_be_permuted_and_with_them_not():
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="heads must divide the width 10, got 3"):
+    with pytest.raises(ValueError, match="num_heads must divide the width 10, got 3"):
         FullAttention(10, 3)

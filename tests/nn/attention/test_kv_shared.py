@@ -12,7 +12,9 @@ CPU = torch.device("cpu")
 
 def build(**changes: int) -> KVShared:
     torch.manual_seed(0)
-    return KVShared(17, KVSharedConfig(**({"heads": 6, "groups": 3, "head_dim": 10, "rope_dim": 4} | changes))).double()
+    return KVShared(
+        17, KVSharedConfig(**({"num_heads": 6, "num_kv_heads": 3, "head_dim": 10, "rope_dim": 4} | changes))
+    ).double()
 
 
 def inputs(time: int = 11) -> Tensor:
@@ -27,7 +29,7 @@ def angles(layer: KVShared, time: int = 11, start: float = 0.0) -> tuple[Tensor,
 def written_out(layer: KVShared, x: Tensor, start: float, *, turned_back: bool = True) -> Tensor:
     """Token by token and head by head, from the formula."""
     cos, sin = angles(layer, x.shape[1], start)
-    K, H, per_group = layer.head_dim, layer.heads, layer.heads // layer.groups
+    K, H, per_group = layer.head_dim, layer.num_heads, layer.num_heads // layer.num_kv_heads
     q_and_c = layer.q_kv(x)
     rows = []
     for t in range(x.shape[1]):
@@ -43,7 +45,7 @@ def written_out(layer: KVShared, x: Tensor, start: float, *, turned_back: bool =
     return layer.out(torch.stack(rows, dim=1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"groups": 1}, {"groups": 6}, {"rope_dim": 0}, {"rope_dim": 10}])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"num_kv_heads": 6}, {"rope_dim": 0}, {"rope_dim": 10}])
 def test_layer_is_the_written_out_sum(changes: dict[str, int]) -> None:
     layer, x = build(**changes), inputs()
     torch.testing.assert_close(layer(x, angles(layer)), written_out(layer, x, 0.0), rtol=1e-12, atol=1e-13)
@@ -78,7 +80,7 @@ def test_decoding_from_the_cache_equals_the_whole_pass(chunk: int) -> None:
 def test_cache_is_half_of_grouped_queries_with_the_same_heads() -> None:
     options = {"dtype": torch.float64, "device": CPU}
     shared = build().new_cache(1, 4, **options)  # type: ignore[arg-type]
-    grouped = GQA(17, GQAConfig(heads=6, groups=3, head_dim=10)).new_cache(1, 4, **options)  # type: ignore[arg-type]
+    grouped = GQA(17, GQAConfig(num_heads=6, num_kv_heads=3, head_dim=10)).new_cache(1, 4, **options)  # type: ignore[arg-type]
     assert shared.elements_per_token() * 2 == grouped.elements_per_token() == 60
 
 
@@ -86,8 +88,8 @@ def test_cache_is_half_of_grouped_queries_with_the_same_heads() -> None:
 def test_grouped_queries_without_positions_are_one_shared_key_value_as_wide_as_their_cache() -> None:
     """GQA(g) is a shared key-value of size g (d_k + d_v): keys and values side by side, queries and outputs padded."""
     torch.manual_seed(3)
-    grouped = GQA(17, GQAConfig(heads=6, groups=2, head_dim=5, rope_dim=0)).double()
-    wide = KVShared(17, KVSharedConfig(heads=6, groups=1, head_dim=20, rope_dim=0)).double()
+    grouped = GQA(17, GQAConfig(num_heads=6, num_kv_heads=2, head_dim=5, rope_dim=0)).double()
+    wide = KVShared(17, KVSharedConfig(num_heads=6, num_kv_heads=1, head_dim=20, rope_dim=0)).double()
     q, k, v = grouped.qkv.weight.split((30, 10, 10))
     wide.q_kv.weight.zero_()
     wide.out.weight.zero_()
@@ -112,8 +114,8 @@ def test_nan_in_one_sequence_leaves_the_other_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": 0}, "heads"),
-        ({"groups": 4}, "groups must divide"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"num_kv_heads": 4}, "num_kv_heads must divide"),
         ({"rope_dim": 3}, "even"),
         ({"rope_dim": 12}, "rope_dim"),
     ],
@@ -124,20 +126,20 @@ def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: 
 
 
 def mla(nope: int, value: int) -> MLAConfig:
-    return MLAConfig(heads=16, kv_rank=512, nope_dim=nope, rope_dim=64, value_dim=value)
+    return MLAConfig(num_heads=16, kv_rank=512, nope_dim=nope, rope_dim=64, value_dim=value)
 
 
 @pytest.mark.parametrize(
     ("config", "millions", "cached"),
     [
-        (GQAConfig(heads=16), 16.777, 4096),
-        (GQAConfig(heads=16, groups=2), 9.437, 512),
-        (GQAConfig(heads=16, groups=2, head_dim=192), 14.156, 768),
-        (GQAConfig(heads=16, groups=1, head_dim=256), 17.826, 512),
-        (GQAConfig(heads=16, groups=1, head_dim=256, rope_dim=64), 17.826, 512),
-        (KVSharedConfig(heads=16, groups=2, head_dim=256, rope_dim=64), 17.826, 512),
-        (KVSharedConfig(heads=16, groups=4, head_dim=128, rope_dim=64), 9.437, 512),
-        (KVSharedConfig(heads=16, groups=4, head_dim=192, rope_dim=64), 14.156, 768),
+        (GQAConfig(num_heads=16), 16.777, 4096),
+        (GQAConfig(num_heads=16, num_kv_heads=2), 9.437, 512),
+        (GQAConfig(num_heads=16, num_kv_heads=2, head_dim=192), 14.156, 768),
+        (GQAConfig(num_heads=16, num_kv_heads=1, head_dim=256), 17.826, 512),
+        (GQAConfig(num_heads=16, num_kv_heads=1, head_dim=256, rope_dim=64), 17.826, 512),
+        (KVSharedConfig(num_heads=16, num_kv_heads=2, head_dim=256, rope_dim=64), 17.826, 512),
+        (KVSharedConfig(num_heads=16, num_kv_heads=4, head_dim=128, rope_dim=64), 9.437, 512),
+        (KVSharedConfig(num_heads=16, num_kv_heads=4, head_dim=192, rope_dim=64), 14.156, 768),
         (mla(128, 128), 13.763, 576),
         (mla(192, 256), 21.627, 576),  # the study's MLA-256 widened the values too: 192 would not give its total
     ],

@@ -24,12 +24,12 @@ from danlu.nn.attention.masks import MASKS, Mask
 
 every_mask = pytest.mark.parametrize("mask", MASKS)
 LAYERS: dict[str, GQAConfig | MLAConfig | KVSharedConfig] = {
-    "mha": GQAConfig(heads=4, head_dim=6),
-    "gqa": GQAConfig(heads=4, groups=2, head_dim=6),
-    "mqa": GQAConfig(heads=4, groups=1, head_dim=6),
-    "mla": MLAConfig(heads=4, kv_rank=7, nope_dim=5, rope_dim=4, value_dim=3),
-    "kv-shared": KVSharedConfig(heads=4, groups=2, head_dim=6, rope_dim=4),
-    "kv-shared one group": KVSharedConfig(heads=4, groups=1, head_dim=6, rope_dim=0),
+    "mha": GQAConfig(num_heads=4, head_dim=6),
+    "gqa": GQAConfig(num_heads=4, num_kv_heads=2, head_dim=6),
+    "mqa": GQAConfig(num_heads=4, num_kv_heads=1, head_dim=6),
+    "mla": MLAConfig(num_heads=4, kv_rank=7, nope_dim=5, rope_dim=4, value_dim=3),
+    "kv-shared": KVSharedConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope_dim=4),
+    "kv-shared one group": KVSharedConfig(num_heads=4, num_kv_heads=1, head_dim=6, rope_dim=0),
 }
 KINDS = {GQAConfig: GQA, MLAConfig: MLA, KVSharedConfig: KVShared}
 every_layer = pytest.mark.parametrize("kind", LAYERS)
@@ -111,7 +111,7 @@ def test_a_changed_token_changes_the_outputs_that_may_see_it_and_no_other(mask: 
 def test_packed_documents_equal_each_document_alone_under_every_mask(mask: Mask, kind: str) -> None:
     layer, x = build(kind, mask), random(1, 13, DIM)
     documents = torch.tensor([[4] * 5 + [9] * 8])
-    own = document_mask(documents, mask, heads=4, **given(mask, 3))  # type: ignore[arg-type]
+    own = document_mask(documents, mask, num_heads=4, **given(mask, 3))  # type: ignore[arg-type]
     packed = layer(x, rope(layer, 13), mask=own)
     alone = [layer(t, rope(layer, t.shape[1]), **given(mask, 3)) for t in (x[:, :5], x[:, 5:])]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-12)
@@ -140,7 +140,7 @@ def test_a_prefix_that_was_read_whole_is_continued_over_a_cache(kind: str) -> No
 
 
 def test_a_latent_smaller_than_a_head_reads_its_first_chunk_causally() -> None:
-    layer = MLA(DIM, MLAConfig(heads=2, kv_rank=2, nope_dim=9, rope_dim=2, value_dim=9)).double()
+    layer = MLA(DIM, MLAConfig(num_heads=2, kv_rank=2, nope_dim=9, rope_dim=2, value_dim=9)).double()
     x = random(1, 7, DIM)
     cache = layer.new_cache(1, 7, dtype=torch.float64, device=torch.device("cpu"))
     torch.testing.assert_close(layer(x, rope(layer, 7), cache=cache), layer(x, rope(layer, 7)), rtol=0, atol=1e-12)
@@ -155,7 +155,7 @@ def test_a_mask_that_looks_ahead_keeps_no_cache(mask: str, kind: str) -> None:
 
 def model(mask: str, layers: int = 3, kind: type[GQAConfig | KVSharedConfig] = GQAConfig) -> Transformer:
     torch.manual_seed(1)
-    attention = kind(heads=4, head_dim=6, rope_dim=4, mask=mask)  # type: ignore[arg-type]
+    attention = kind(num_heads=4, head_dim=6, rope_dim=4, mask=mask)  # type: ignore[arg-type]
     return Transformer(TransformerConfig(vocab_size=17, dim=24, layers=layers, hidden=20, attention=attention)).double()
 
 
@@ -204,15 +204,15 @@ def test_a_bidirectional_layer_does_twice_the_work(kind: str) -> None:
 def test_impossible_masks_and_prefixes_are_refused_by_name() -> None:
     q = random(1, 4, 5, 6)
     with pytest.raises(ValueError, match=r"mask must be one of .* did you mean 'causal'"):
-        GQA(24, GQAConfig(heads=4, mask="casual"))  # type: ignore[arg-type]
+        GQA(24, GQAConfig(num_heads=4, mask="casual"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="for a model of several layers"):
-        GQA(24, GQAConfig(heads=4, mask="mixed-layers"))
-    with pytest.raises(ValueError, match="heads must be even"):
-        GQA(24, GQAConfig(heads=3, mask="mixed-heads"))
-    with pytest.raises(ValueError, match="groups must be even or 1"):
-        GQA(36, GQAConfig(heads=6, groups=3, mask="mixed-heads"))
-    with pytest.raises(ValueError, match="groups must be even or 1"):
-        KVShared(36, KVSharedConfig(heads=6, groups=3, mask="mixed-heads"))
+        GQA(24, GQAConfig(num_heads=4, mask="mixed-layers"))
+    with pytest.raises(ValueError, match="num_heads must be even"):
+        GQA(24, GQAConfig(num_heads=3, mask="mixed-heads"))
+    with pytest.raises(ValueError, match="num_kv_heads must be even or 1"):
+        GQA(36, GQAConfig(num_heads=6, num_kv_heads=3, mask="mixed-heads"))
+    with pytest.raises(ValueError, match="num_kv_heads must be even or 1"):
+        KVShared(36, KVSharedConfig(num_heads=6, num_kv_heads=3, mask="mixed-heads"))
     with pytest.raises(ValueError, match="for a model of several layers"):
         KVShared(24, KVSharedConfig(mask="mixed-layers"))
     with pytest.raises(ValueError, match="prefix is for mask 'prefix'"):

@@ -110,7 +110,9 @@ def as_layers(model: Transformer) -> list[RecurrentLayer]:
         assert isinstance(attention, GQA)
 
         def project(h: Tensor, i: int, block: Any = block) -> Tensor:
-            qkv = block.attention.qkv(block.attention_norm(h)).view(3, block.attention.heads, block.attention.head_dim)
+            qkv = block.attention.qkv(block.attention_norm(h)).view(
+                3, block.attention.num_heads, block.attention.head_dim
+            )
             cos, sin = rotary_angles(torch.tensor(float(i), dtype=torch.float64), block.attention.head_dim)
             return torch.cat((rotate(qkv[:2], cos, sin), qkv[2:]))
 
@@ -131,7 +133,7 @@ def as_layers(model: Transformer) -> list[RecurrentLayer]:
 @torch.no_grad()
 def test_a_stack_of_four_layers_equals_the_cached_one_and_is_called_a_binomial_number_of_times() -> None:
     torch.manual_seed(5)
-    config = TransformerConfig(vocab_size=11, dim=6, layers=4, hidden=5, attention=GQAConfig(heads=1))
+    config = TransformerConfig(vocab_size=11, dim=6, layers=4, hidden=5, attention=GQAConfig(num_heads=1))
     model = Transformer(config).double()
     tokens = torch.randint(0, 11, (1, 6))
     cache = model.new_cache(1, 6)

@@ -36,30 +36,30 @@ class FullAttention(nn.Module):
 
     Args:
         dim: model size D.
-        heads: a divisor of ``dim``.
+        num_heads: a divisor of ``dim``.
         out_std: standard deviation of the output projection; None means ``1 / sqrt(dim)``.
 
     Raises:
-        ValueError: ``heads`` does not divide ``dim``.
+        ValueError: ``num_heads`` does not divide ``dim``.
 
     >>> import torch
     >>> FullAttention(12, 3)(torch.randn(2, 5, 12)).shape
     torch.Size([2, 5, 12])
     """
 
-    def __init__(self, dim: int, heads: int, *, out_std: float | None = None) -> None:
+    def __init__(self, dim: int, num_heads: int, *, out_std: float | None = None) -> None:
         super().__init__()
         integer("dim", dim)
-        integer("heads", heads)
-        if dim % heads:
-            raise ValueError(f"heads must divide the width {dim}, got {heads}")
-        self.heads, self.head_dim = heads, dim // heads
+        integer("num_heads", num_heads)
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide the width {dim}, got {num_heads}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = Linear(dim, 3 * dim, split=(dim, dim, dim))
         self.out = Linear(dim, dim, std=out_std)
 
     def flops(self, tokens: int) -> float:
         """Floating-point operations of a forward pass over one sequence of ``tokens``."""
-        dim = self.heads * self.head_dim
+        dim = self.num_heads * self.head_dim
         return 2.0 * tokens * dim * (4 * dim + 2 * tokens)
 
     def forward(self, x_btd: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -69,8 +69,8 @@ class FullAttention(nn.Module):
         tokens of each sequence stand elsewhere.
         """
         B, T, D = x_btd.shape
-        qkv = self.qkv(x_btd).view(B, T, 3 * self.heads, self.head_dim)
-        qk, v = qkv[:, :, : 2 * self.heads], qkv[:, :, 2 * self.heads :]
+        qkv = self.qkv(x_btd).view(B, T, 3 * self.num_heads, self.head_dim)
+        qk, v = qkv[:, :, : 2 * self.num_heads], qkv[:, :, 2 * self.num_heads :]
         if rope is not None:
             cos, sin = (table.unsqueeze(-2) for table in rope)
             qk = rotate(qk, cos, sin)

@@ -2,12 +2,13 @@ r"""Multi-head, grouped-query and multi-query attention.
 
 Head ``s`` of ``h`` uses key and value group ``ceil(s g / h)`` (counted from one): ``g = h`` is multi-head attention
 (Vaswani et al., 1706.03762), ``g = 1`` multi-query attention (Shazeer, 1911.02150), anything between is grouped-query
-attention (Ainslie et al., 2305.13245). Keys and values of the groups are all that is cached.
+attention (Ainslie et al., 2305.13245). Only the groups' keys and values are cached.
 
 Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K head size, D model size.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,14 @@ from danlu.nn.rotary import rotate
 class GQAConfig:
     """Sizes of a `GQA` layer."""
 
-    heads: int = 8
+    renamed: ClassVar[dict[str, str]] = {"heads": "num_heads", "groups": "num_kv_heads"}
+
+    num_heads: int = 8
     """query heads"""
-    groups: int | None = None
-    """key/value groups, a divisor of heads; None: as many as heads (multi-head), 1: multi-query"""
+    num_kv_heads: int | None = None
+    """key and value heads, a divisor of num_heads; None: as many as num_heads (multi-head), 1: multi-query"""
     head_dim: int | None = None
-    """size of a head; None: dim / heads"""
+    """size of a head; None: dim / num_heads"""
     rope_dim: int | None = None
     """rotated coordinates of each head (the last ones); None: all of them, 0: no positions"""
     mask: LayeredMask = "causal"
@@ -45,52 +48,52 @@ class GQAConfig:
 
 
 class GQA(nn.Module):
-    """Attention of ``heads`` queries over ``groups`` keys and values, causal unless ``config.mask`` says otherwise.
+    """Attention of ``num_heads`` queries over ``num_kv_heads`` keys and values, under ``config.mask``.
 
     Args:
         dim: model size D.
         config: sizes.
-        out_std: standard deviation of the output projection; None means ``1 / sqrt(heads * head_dim)``.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(num_heads * head_dim)``.
 
     Raises:
         ValueError: sizes that do not divide, or an odd number of rotated coordinates.
 
     >>> from danlu.nn.rotary import rotary_angles
-    >>> layer = GQA(12, GQAConfig(heads=3, groups=1))
+    >>> layer = GQA(12, GQAConfig(num_heads=3, num_kv_heads=1))
     >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
     torch.Size([2, 5, 12])
     """
 
     def __init__(self, dim: int, config: GQAConfig, *, out_std: float | None = None) -> None:
         super().__init__()
-        integer("heads", config.heads)
-        self.heads = config.heads
-        self.groups = config.heads if config.groups is None else config.groups
-        integer("groups", self.groups)
-        if self.heads % self.groups:
-            raise ValueError(f"groups must divide heads = {self.heads}, got {self.groups}")
-        if config.head_dim is None and dim % self.heads:
-            raise ValueError(f"heads must divide dim = {dim} when head_dim is not given, got {self.heads}")
-        self.head_dim = dim // self.heads if config.head_dim is None else config.head_dim
+        integer("num_heads", config.num_heads)
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
+        integer("num_kv_heads", self.num_kv_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
+        if config.head_dim is None and dim % self.num_heads:
+            raise ValueError(f"num_heads must divide dim = {dim} when head_dim is not given, got {self.num_heads}")
+        self.head_dim = dim // self.num_heads if config.head_dim is None else config.head_dim
         integer("head_dim", self.head_dim)
         self.rope_dim = self.head_dim if config.rope_dim is None else config.rope_dim
         integer("rope_dim", self.rope_dim, low=0, high=self.head_dim)
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {self.rope_dim}")
-        self.mask = check_mask(config.mask, self.heads, self.groups)
-        rows = (self.heads * self.head_dim, self.groups * self.head_dim, self.groups * self.head_dim)
+        self.mask = check_mask(config.mask, self.num_heads, self.num_kv_heads)
+        rows = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim)
         self.qkv = Linear(dim, sum(rows), split=rows)
         self.out = Linear(rows[0], dim, std=out_std)
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Room for ``capacity`` tokens: ``2 * groups * head_dim`` elements each."""
+        """Room for ``capacity`` tokens: ``2 * num_kv_heads * head_dim`` elements each."""
         check_cached(self.mask)
-        shape = (batch, self.groups, capacity, self.head_dim)
+        shape = (batch, self.num_kv_heads, capacity, self.head_dim)
         return LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
 
     def flops_per_token(self, length: int) -> float:
         """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
-        return 2 * self.heads * 2 * self.head_dim * keys_seen(self.mask, length)
+        return 2 * self.num_heads * 2 * self.head_dim * keys_seen(self.mask, length)
 
     def forward(
         self,
@@ -115,7 +118,7 @@ class GQA(nn.Module):
             ``(batch, time, dim)``.
         """
         B, T, _ = x_btd.shape
-        H, G = self.heads, self.groups
+        H, G = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x_btd).view(B, T, H + 2 * G, self.head_dim)
         cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
         qk = rotate(qkv[:, :, : H + G], cos, sin)

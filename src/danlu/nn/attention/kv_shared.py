@@ -6,13 +6,14 @@ output is rotated back by ``t``:
 
 .. math:: o_t = R_t^T \sum_{i \le t} a_{ti} R_i c_i, \qquad a_{ti} \propto \exp(\tau\, (R_t q_t)^T R_i c_i),
 
-which depends on ``t - i`` alone. A token costs ``groups * head_dim`` cached elements, half of a grouped-query layer of
-the same heads: at an equal cache the heads can be twice as large.
+which depends on ``t - i`` alone. A token costs ``num_kv_heads * head_dim`` cached elements, half of a grouped-query
+layer of the same heads: at an equal cache the heads can be twice as large.
 
 Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K head size, D model size.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,12 @@ from danlu.nn.rotary import rotate
 class KVSharedConfig:
     """Sizes of a `KVShared` layer."""
 
-    heads: int = 8
+    renamed: ClassVar[dict[str, str]] = {"heads": "num_heads", "groups": "num_kv_heads"}
+
+    num_heads: int = 8
     """query heads"""
-    groups: int = 1
-    """key-values, a divisor of heads"""
+    num_kv_heads: int = 1
+    """key-values, a divisor of num_heads"""
     head_dim: int = 64
     """size of a head; cached once a group"""
     rope_dim: int = 16
@@ -50,48 +53,48 @@ class KVSharedConfig:
 
 
 class KVShared(nn.Module):
-    """Attention of ``heads`` queries over ``groups`` vectors that are key and value at once, causal unless
-    ``config.mask`` says otherwise.
+    """Attention of ``num_heads`` queries over ``num_kv_heads`` vectors that are key and value at once, under
+    ``config.mask``.
 
     Args:
         dim: model size D.
         config: sizes.
-        out_std: standard deviation of the output projection; None means ``1 / sqrt(heads * head_dim)``.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(num_heads * head_dim)``.
 
     Raises:
         ValueError: sizes that do not divide, or an odd number of rotated coordinates.
 
     >>> from danlu.nn.rotary import rotary_angles
-    >>> layer = KVShared(12, KVSharedConfig(heads=4, groups=2, head_dim=6, rope_dim=2))
+    >>> layer = KVShared(12, KVSharedConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope_dim=2))
     >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
     torch.Size([2, 5, 12])
     """
 
     def __init__(self, dim: int, config: KVSharedConfig, *, out_std: float | None = None) -> None:
         super().__init__()
-        for name in ("heads", "groups", "head_dim"):
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
             integer(name, getattr(config, name))
-        if config.heads % config.groups:
-            raise ValueError(f"groups must divide heads = {config.heads}, got {config.groups}")
+        if config.num_heads % config.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {config.num_heads}, got {config.num_kv_heads}")
         integer("rope_dim", config.rope_dim, low=0, high=config.head_dim)
         if config.rope_dim % 2:
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
-        self.heads, self.groups, self.head_dim = config.heads, config.groups, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.rope_dim = config.rope_dim
-        self.mask = check_mask(config.mask, config.heads, config.groups)
-        rows = (config.heads * config.head_dim, config.groups * config.head_dim)
+        self.mask = check_mask(config.mask, config.num_heads, config.num_kv_heads)
+        rows = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim)
         self.q_kv = Linear(dim, sum(rows), split=rows)
         self.out = Linear(rows[0], dim, std=out_std)
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Room for ``capacity`` tokens: ``groups * head_dim`` elements each."""
+        """Room for ``capacity`` tokens: ``num_kv_heads * head_dim`` elements each."""
         check_cached(self.mask)
-        shape = (batch, self.groups, capacity, self.head_dim)
+        shape = (batch, self.num_kv_heads, capacity, self.head_dim)
         return LayerCache(torch.empty(shape, dtype=dtype, device=device))
 
     def flops_per_token(self, length: int) -> float:
         """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
-        return 2 * self.heads * 2 * self.head_dim * keys_seen(self.mask, length)
+        return 2 * self.num_heads * 2 * self.head_dim * keys_seen(self.mask, length)
 
     def forward(
         self,
@@ -104,7 +107,7 @@ class KVShared(nn.Module):
     ) -> Tensor:
         """Attend; arguments and result as in `danlu.nn.GQA`."""
         B, T, _ = x_btd.shape
-        H, G = self.heads, self.groups
+        H, G = self.num_heads, self.num_kv_heads
         cos, sin = (table[..., :, None, :] for table in rope)
         rotated = rotate(self.q_kv(x_btd).view(B, T, H + G, self.head_dim), cos, sin).transpose(1, 2)
         q_bhtk, c_bglk = rotated[:, :H], rotated[:, H:]

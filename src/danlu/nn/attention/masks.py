@@ -41,14 +41,14 @@ def causal_mask(queries: int, keys: int, *, device: torch.device | None = None) 
 
 
 def document_mask(
-    documents_bt: Tensor, mask: Mask = "causal", *, heads: int = 2, prefix: int | Tensor | None = None
+    documents_bt: Tensor, mask: Mask = "causal", *, num_heads: int = 2, prefix: int | Tensor | None = None
 ) -> Tensor:
     """Mask ``(batch, 1 or heads, time, time)`` that keeps packed documents apart.
 
     Args:
         documents_bt: integer document number of each token, ``(batch, time)``; a document is a run of equal numbers.
         mask: what a token sees of its own document.
-        heads: number of heads, even; only mixed heads differ.
+        num_heads: number of heads, even; only mixed heads differ.
         prefix: for "prefix" the number of first tokens of each document that all of it sees, or booleans
             ``(batch, time)`` that are True for such tokens.
 
@@ -70,8 +70,8 @@ def document_mask(
     if mask == "anti-causal":
         return same & causal.T
     if mask == "mixed-heads":
-        split_heads(heads, heads)
-        return same & torch.stack((causal, causal.T)).repeat_interleave(heads // 2, dim=0)
+        split_heads(num_heads, num_heads)
+        return same & torch.stack((causal, causal.T)).repeat_interleave(num_heads // 2, dim=0)
     if mask == "prefix" and prefix is not None:
         if not isinstance(prefix, Tensor):
             index = torch.arange(time, device=device)
@@ -208,9 +208,9 @@ def check_start(prefix: int | None, seen: int) -> None:
 def split_heads(heads: int, groups: int) -> None:
     """Raise unless the heads, and their groups, fall into halves."""
     if heads % 2:
-        raise ValueError(f"heads must be even for mask 'mixed-heads', got {heads}")
+        raise ValueError(f"num_heads must be even for mask 'mixed-heads', got {heads}")
     if groups % 2 and groups != 1:
-        raise ValueError(f"groups must be even or 1 for mask 'mixed-heads', got {groups}")
+        raise ValueError(f"num_kv_heads must be even or 1 for mask 'mixed-heads', got {groups}")
 
 
 def keys_seen(mask: Mask, length: int) -> float:

@@ -11,6 +11,7 @@ Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, C kv_rank, 
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,9 @@ from danlu.nn.rotary import rotate
 class MLAConfig:
     """Sizes of an `MLA` layer."""
 
-    heads: int = 8
+    renamed: ClassVar[dict[str, str]] = {"heads": "num_heads"}
+
+    num_heads: int = 8
     """attention heads"""
     kv_rank: int = 64
     """size of the latent that keys and values come from (d_c), cached"""
@@ -59,29 +62,29 @@ class MLA(nn.Module):
     Args:
         dim: model size D.
         config: sizes.
-        out_std: standard deviation of the output projection; None means ``1 / sqrt(heads * value_dim)``.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(num_heads * value_dim)``.
 
     Raises:
         ValueError: a size below one, or an odd ``rope_dim``.
 
     >>> from danlu.nn.rotary import rotary_angles
-    >>> layer = MLA(12, MLAConfig(heads=3, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=6))
+    >>> layer = MLA(12, MLAConfig(num_heads=3, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=6))
     >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
     torch.Size([2, 5, 12])
     """
 
     def __init__(self, dim: int, config: MLAConfig, *, out_std: float | None = None) -> None:
         super().__init__()
-        for name in ("heads", "kv_rank", "nope_dim", "value_dim"):
+        for name in ("num_heads", "kv_rank", "nope_dim", "value_dim"):
             integer(name, getattr(config, name))
         integer("rope_dim", config.rope_dim, low=0)
         if config.rope_dim % 2:
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
-        self.heads, self.kv_rank = config.heads, config.kv_rank
+        self.num_heads, self.kv_rank = config.num_heads, config.kv_rank
         self.nope_dim, self.rope_dim, self.value_dim = config.nope_dim, config.rope_dim, config.value_dim
-        self.mask = check_mask(config.mask, config.heads, config.heads)
+        self.mask = check_mask(config.mask, config.num_heads, config.num_heads)
         self.scale = 1 / math.sqrt(config.nope_dim + config.rope_dim)
-        q_out = config.heads * (config.nope_dim + config.rope_dim)
+        q_out = config.num_heads * (config.nope_dim + config.rope_dim)
         # The maps that read x share one product. Queries come first: compressed, or whole.
         self.q_rows = q_out if config.q_rank is None else config.q_rank
         rows = (self.q_rows, config.kv_rank, *((config.rope_dim,) if config.rope_dim else ()))
@@ -92,8 +95,8 @@ class MLA(nn.Module):
             integer("q_rank", config.q_rank)
             self.q_norm, self.q_up = RMSNorm(config.q_rank), Linear(config.q_rank, q_out)
         self.kv_norm = RMSNorm(config.kv_rank)
-        self.kv_up = Linear(config.kv_rank, config.heads * (config.nope_dim + config.value_dim))
-        self.out = Linear(config.heads * config.value_dim, dim, std=out_std)
+        self.kv_up = Linear(config.kv_rank, config.num_heads * (config.nope_dim + config.value_dim))
+        self.out = Linear(config.num_heads * config.value_dim, dim, std=out_std)
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Room for ``capacity`` tokens: ``kv_rank + rope_dim`` elements each, whatever the number of heads."""
@@ -103,7 +106,7 @@ class MLA(nn.Module):
 
     def flops_per_token(self, length: int) -> float:
         """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
-        return 2 * self.heads * (self.nope_dim + self.rope_dim + self.value_dim) * keys_seen(self.mask, length)
+        return 2 * self.num_heads * (self.nope_dim + self.rope_dim + self.value_dim) * keys_seen(self.mask, length)
 
     def forward(
         self,
@@ -132,7 +135,7 @@ class MLA(nn.Module):
         if self.q_up is not None and self.q_norm is not None:
             q = self.q_up(self.q_norm(q))
         cos, sin = rope
-        q_bthk = rotate(q.view(B, T, self.heads, -1), cos.unsqueeze(-2), sin.unsqueeze(-2))
+        q_bthk = rotate(q.view(B, T, self.num_heads, -1), cos.unsqueeze(-2), sin.unsqueeze(-2))
         c_btc, k_btr = self.kv_norm(c_btc), rotate(k_btr, cos, sin)
         if cache is None:
             o_bthv = self._expanded(q_bthk, c_btc, k_btr, mask, prefix)
@@ -149,7 +152,7 @@ class MLA(nn.Module):
                 o_bthv = self._absorbed(q_bthk, seen, mask)
             else:
                 o_bthv = self._expanded(q_bthk, seen[..., : self.kv_rank], seen[..., self.kv_rank :], mask, prefix)
-        y: Tensor = self.out(o_bthv.reshape(B, T, self.heads * self.value_dim))
+        y: Tensor = self.out(o_bthv.reshape(B, T, self.num_heads * self.value_dim))
         return y
 
     def _expanded(
@@ -157,8 +160,8 @@ class MLA(nn.Module):
     ) -> Tensor:
         """Multi-head form: every head's keys and values are formed from the latent."""
         B, L, _ = c_blc.shape
-        kv = self.kv_up(c_blc).view(B, L, self.heads, self.nope_dim + self.value_dim)
-        k_rope = k_blr[:, :, None, :].expand(B, L, self.heads, self.rope_dim)
+        kv = self.kv_up(c_blc).view(B, L, self.num_heads, self.nope_dim + self.value_dim)
+        k_rope = k_blr[:, :, None, :].expand(B, L, self.num_heads, self.rope_dim)
         k_blhk = torch.cat((kv[..., : self.nope_dim], k_rope), dim=-1)
         q, k, v = (t.transpose(1, 2) for t in (q_bthk, k_blhk, kv[..., self.nope_dim :]))
         if mask is None and q.shape[2] == L:
