@@ -194,6 +194,11 @@ class EDM(Schedule):
     The network is told ``ln(sigma) / 4``. Even at t = 0 there is ``sigma_min`` of noise; samplers remove it in a last
     step. Source: Karras et al., arXiv:2206.00364, equation 5.
 
+    Attributes:
+        sigma_min: noise at t = 0.
+        sigma_max: noise at t = 1.
+        rho: how much of the time goes to small noise.
+
     >>> round(EDM().coefficients(0.8)[1].item(), 6)
     24.408342
     """

@@ -13,7 +13,12 @@ __all__ = ["LogNormalNoise", "LogitNormalTimes", "TimesConfig", "UniformTimes"]
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTimes:
-    """Times uniform between ``low`` and ``high``."""
+    """Times uniform between ``low`` and ``high``.
+
+    Attributes:
+        low: smallest time.
+        high: largest time.
+    """
 
     low: float = 0.0
     high: float = 1.0

@@ -258,7 +258,7 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
         policy=parts.policy,
         validation=parts.data.validation,
         folder=out / "checkpoints",
-        described=configs.to_tree(parts.config),
+        described=configs.to_document(parts.config),
         ema=None if config.ema is None else averaged(parts.objective, config.ema),
         flops=plan.training_flops(parts.model, parts.data),
     )
@@ -323,7 +323,7 @@ def _refuse_existing(out: Path, world: World) -> None:
 
 
 def _refuse_other(config: RunConfig, saved: checkpoint.Checkpoint) -> None:
-    lines = configs.differences(configs.to_tree(config), saved.config)
+    lines = configs.differences(config, saved.config)
     lines = [line for line in lines if line.partition(":")[0] not in _FREE]
     if lines:
         raise ValueError(f"{saved.path} is of another configuration (now and then): {'; '.join(lines)}")

@@ -1,0 +1,62 @@
+"""Two configurations side by side, and one number for each."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from danlu.config.tree import from_document, join, to_tree
+
+__all__ = ["differences", "fingerprint", "leaves"]
+
+
+def leaves(tree: Any, where: str = "") -> dict[str, Any]:
+    """Return every option of a configuration (or of its tree) under its dotted path.
+
+    >>> leaves({"model": {"dim": 8, "sizes": [1, 2]}, "seed": 0})
+    {'model.dim': 8, 'model.sizes': [1, 2], 'seed': 0}
+    """
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = to_tree(tree)
+    if not isinstance(tree, Mapping) or (where and not tree):
+        return {where: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found.update(leaves(value, join(where, key)))
+    return found
+
+
+def differences(first: Any, second: Any) -> list[str]:
+    """Return one line for every option in which two configurations (or their trees) differ, sorted by path.
+
+    A configuration and a saved tree (:func:`danlu.config.to_document`) are compared after the tree was read as a
+    configuration of the same class: keys that it lacks have today's defaults, old names and old formats are known.
+
+    Raises:
+        ValueError, TypeError: the tree cannot be read.
+
+    >>> differences({"optim": {"lr": 0.02}, "seed": 0}, {"optim": {"lr": 0.01}, "seed": 0})
+    ['optim.lr: 0.02 and 0.01']
+    """
+    if dataclasses.is_dataclass(first) and isinstance(second, Mapping):
+        second = from_document(type(first), second, name="the saved configuration", quiet=True)
+    left, right = leaves(first), leaves(second)
+    absent = "(absent)"
+    return [
+        f"{key}: {json.dumps(left[key]) if key in left else absent} and "
+        f"{json.dumps(right[key]) if key in right else absent}"
+        for key in sorted(left.keys() | right.keys())
+        if key not in left or key not in right or left[key] != right[key]
+    ]
+
+
+def fingerprint(config: Any) -> str:
+    """Return the SHA-256 (hexadecimal) of the configuration's canonical JSON: equal exactly when the trees are.
+
+    >>> fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
+    True
+    """
+    tree = to_tree(config) if dataclasses.is_dataclass(config) else config
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,48 @@
+"""What changed in saved configurations from release to release: the one place that knows old files.
+
+A renamed field is not here: its class names it in ``renamed``. A key that is absent needs nothing, it takes today's
+default.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["FORMAT", "MOVED", "migrate"]
+
+FORMAT = 2
+"""Number that a configuration is written with under ``"format"``; a file without one is of format 1."""
+
+MOVED: dict[str, str] = {}
+"""Classes that open places were written with, ``module:Class`` as it was to what it is now.
+
+Not needed for a class that its place knows by name: there the old module is ignored.
+"""
+
+
+def _unchanged(tree: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 names the module of every component; the reader takes both forms."""
+    return tree
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _unchanged}
+"""From a format to the next one."""
+
+
+def migrate(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the tree of a saved configuration in today's form, without its format number.
+
+    Raises:
+        ValueError: the format is not a number that this release knows.
+
+    >>> migrate({"format": 2, "seed": 0}, "config.json")
+    {'seed': 0}
+    """
+    tree = dict(document)
+    number = tree.pop("format", 1)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name}: format must be an integer from 1 to {FORMAT}, got {number!r}")
+    if number > FORMAT:
+        raise ValueError(f"{name} has format {number}, this release of danlu reads up to {FORMAT}: use a newer one")
+    for step in range(number, FORMAT):
+        tree = _STEPS[step](tree)
+    return tree
