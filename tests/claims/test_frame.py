@@ -1,4 +1,4 @@
-"""The frame itself: what it accepts, what it refuses, and that a control which passes is called broken."""
+"""Claims themselves: what is accepted and rejected, and that a control which passes is called broken."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-import danlu.claims as room
+import danlu.claims as package
 from danlu.claims import Claim, Tolerance, absolute, at_least, at_most, exact, judge, main, relative, select
 
 
@@ -30,10 +30,10 @@ def toy(monkeypatch):
     """Register one toy method whose claims the test gives."""
 
     def install(*claims: Claim) -> None:
-        module = type(sys)("danlu.claims.toy")
+        module = type(sys)("danlu.claims.nn.toy")
         module.CLAIMS = claims
-        monkeypatch.setitem(sys.modules, "danlu.claims.toy", module)
-        monkeypatch.setattr(room, "REGISTRY", {"toy": "nn"})
+        monkeypatch.setitem(sys.modules, "danlu.claims.nn.toy", module)
+        monkeypatch.setattr(package, "methods", lambda: ["nn/toy"])
 
     return install
 
@@ -57,7 +57,7 @@ def test_a_tolerance_accepts_up_to_its_edge_and_nothing_beyond(tolerance, expect
 
 
 @pytest.mark.parametrize("amount", [-1e-9, math.nan, math.inf])
-def test_a_tolerance_without_a_size_is_refused(amount):
+def test_a_tolerance_without_a_size_is_rejected(amount):
     with pytest.raises(ValueError, match="amount"):
         Tolerance("absolute", amount)
 
@@ -73,7 +73,7 @@ def test_a_tolerance_without_a_size_is_refused(amount):
         (math.nan, 0.7, "fails"),
     ],
 )
-def test_a_verdict_needs_the_value_accepted_and_the_control_refused(value, control, verdict):
+def test_a_verdict_needs_the_value_accepted_and_the_control_rejected(value, control, verdict):
     assert judge("toy/half", claim_of(value, control)).verdict == verdict
 
 
@@ -101,15 +101,26 @@ def test_slow_claims_are_measured_when_asked_for(toy):
     toy(claim_of(0.5, 0.7), claim_of(0.6, 0.7, name="long", seconds=60.0))
     assert main(["--slow"]) == 1
     assert main(["toy/long"]) == 1
+    assert main(["nn/toy/long"]) == 1
     assert main(["toy/half"]) == 0
+    assert main(["toy"]) == 0
+    assert main(["nn"]) == 0
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_one(toy, capsys):
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("toi", "toy"), ("nn/toi", "nn/toy"), ("toy/halve", "nn/toy/half"), ("nn/toy/halve", "nn/toy/half")],
+)
+def test_an_unknown_name_is_an_error_with_the_nearest_one(toy, capsys, name, nearest):
     toy(claim_of(0.5, 0.7))
-    assert main(["toi"]) == 2
-    assert "did you mean 'toy'" in capsys.readouterr().err
-    assert main(["toy/halve"]) == 2
-    assert "did you mean 'toy/half'" in capsys.readouterr().err
+    assert main([name]) == 2
+    assert f"did you mean {nearest!r}" in capsys.readouterr().err
+
+
+def test_a_method_s_name_in_two_packages_is_an_error_that_gives_both(monkeypatch, capsys):
+    monkeypatch.setattr(package, "methods", lambda: ["nn/toy", "optim/toy"])
+    assert main(["toy"]) == 2
+    assert "several methods: nn/toy, optim/toy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--no-such-option"], 2)])
@@ -123,11 +134,11 @@ def test_the_json_file_holds_every_figure(toy, tmp_path):
     path = tmp_path / "claims.json"
     assert main(["--json", str(path)]) == 0
     (row,) = json.loads(path.read_text())
-    assert (row["claim"], row["expected"], row["here"]) == ("toy/half", 0.5, 0.5)
+    assert (row["claim"], row["expected"], row["here"]) == ("nn/toy/half", 0.5, 0.5)
     assert (row["control"], row["verdict"], row["tolerance"]) == ("inf", "holds", "± 0.01")
 
 
-def test_a_json_file_in_no_folder_is_refused_before_anything_is_measured(toy, tmp_path, capsys):
+def test_a_json_file_in_no_folder_is_rejected_before_anything_is_measured(toy, tmp_path, capsys):
     def fail() -> float:
         raise AssertionError("measured")
 
@@ -139,15 +150,17 @@ def test_a_json_file_in_no_folder_is_refused_before_anything_is_measured(toy, tm
 def test_listing_measures_nothing(toy, capsys):
     toy(claim_of(0.5, 0.7, measure=lambda: 1 / 0))
     assert main(["--list"]) == 0
-    assert "toy/half" in capsys.readouterr().out
+    assert "nn/toy/half" in capsys.readouterr().out
 
 
 def test_a_method_s_claims_come_under_its_name(toy):
     toy(claim_of(0.5, 0.7), claim_of(0.6, 0.7, name="other"))
-    assert [name for name, _ in select()] == ["toy/half", "toy/other"]
-    assert [name for name, _ in select(["toy/other"])] == ["toy/other"]
+    assert [name for name, _ in select()] == ["nn/toy/half", "nn/toy/other"]
+    assert [name for name, _ in select(["toy"])] == ["nn/toy/half", "nn/toy/other"]
+    assert [name for name, _ in select(["toy/other"])] == ["nn/toy/other"]
+    assert [name for name, _ in select(["nn/toy/other"])] == ["nn/toy/other"]
 
 
-def test_the_registry_is_read_without_importing_torch():
+def test_the_methods_are_read_without_importing_torch():
     code = "import sys, danlu.claims as c; c.methods(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

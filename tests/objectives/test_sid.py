@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from danlu import config as configs
-from danlu.claims.sid import players
+from danlu.claims.objectives.sid import players
 from danlu.config import Pretrained
 from danlu.data import ImagesConfig
 from danlu.diffusion import EDM, Cosine, LogNormalNoise

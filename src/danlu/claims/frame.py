@@ -97,7 +97,7 @@ class Claim:
     """One stated figure with the two functions that put it to the test.
 
     Args:
-        name: the claim's name inside its method, a few words joined by hyphens; with the method: ``mla/cache-lite``.
+        name: the claim's name inside its method, a few words joined by hyphens; with the method: ``nn/mla/cache-lite``.
         statement: one sentence that says what is measured, with its setting.
         source: where the expected figure stands (paper, section or table; post; or the derivation).
         expected: the figure, or the bound for ``at_most`` and ``at_least``.
@@ -224,7 +224,7 @@ def _control_text(result: Result) -> Text:
         return Text("not a number" if not result.error else "-")
     if result.verdict == "broken control":
         return Text(f"{result.control:.6g} passes too", style="magenta")
-    return Text(f"{result.control:.6g} refused")
+    return Text(f"{result.control:.6g} rejected")
 
 
 def _json_number(value: float) -> float | str:

@@ -1,42 +1,15 @@
-"""One set of trials for every attention kind, and what is special to each."""
+"""One set of trials for every attention kind, and what is special to grouped heads."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from danlu.nn import GQA, MLA, GQAConfig, MLAConfig, causal_mask, document_mask, rotary_angles
+from danlu.nn import GQA, MLA, GQAConfig, MLAConfig, document_mask
 
-DIM = 29
-KINDS: dict[str, Callable[[], GQA | MLA]] = {
-    "mha": lambda: GQA(DIM, GQAConfig(num_heads=6, head_dim=10)),
-    "gqa": lambda: GQA(DIM, GQAConfig(num_heads=6, num_kv_heads=2, head_dim=10)),
-    "mqa": lambda: GQA(DIM, GQAConfig(num_heads=5, num_kv_heads=1, head_dim=14)),
-    "partial rope": lambda: GQA(DIM, GQAConfig(num_heads=6, num_kv_heads=3, head_dim=10, rope_dim=4)),
-    "no positions": lambda: GQA(DIM, GQAConfig(num_heads=3, head_dim=10, rope_dim=0)),
-    "mla": lambda: MLA(DIM, MLAConfig(num_heads=5, kv_rank=13, nope_dim=7, rope_dim=6, value_dim=11)),
-    "mla compressed queries": lambda: MLA(
-        DIM, MLAConfig(num_heads=3, kv_rank=13, q_rank=17, nope_dim=7, rope_dim=4, value_dim=11)
-    ),
-    "mla without positions": lambda: MLA(DIM, MLAConfig(num_heads=3, kv_rank=13, nope_dim=7, rope_dim=0, value_dim=7)),
-}
+from .kinds import DIM, KINDS, build, random, reference, rope
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def build(kind: str) -> GQA | MLA:
-    torch.manual_seed(3)
-    return KINDS[kind]().double()
-
-
-def rope(layer: GQA | MLA, start: int, end: int) -> tuple[Tensor, Tensor]:
-    return rotary_angles(torch.arange(start, end, dtype=torch.float64), layer.rope_dim)
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
 
 @every_kind
@@ -114,13 +87,6 @@ def test_state_dict_round_trip_is_exact(kind: str) -> None:
     assert torch.equal(layer(x, rope(layer, 0, 5)), other(x, rope(layer, 0, 5)))
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Softmax attention written out, (heads, time, size)."""
-    scores = (q @ k.transpose(-1, -2)) * scale
-    scores = scores.masked_fill(~causal_mask(q.shape[-2], k.shape[-2]), -math.inf)
-    return scores.softmax(-1) @ v
-
-
 def test_grouped_heads_share_keys_in_the_order_one_one_one_one_two_two_two_two() -> None:
     torch.manual_seed(0)
     layer = GQA(24, GQAConfig(num_heads=8, num_kv_heads=2, head_dim=6, rope_dim=0)).double()
@@ -139,78 +105,8 @@ def test_one_group_a_head_is_multi_head_attention_exactly() -> None:
     assert torch.equal(mha(x, rope(mha, 0, 7)), gqa(x, rope(gqa, 0, 7)))
 
 
-def test_mla_equals_the_written_out_definition() -> None:
-    layer = build("mla compressed queries")
-    assert isinstance(layer, MLA)
-    assert layer.q_up is not None
-    assert layer.q_norm is not None
-    x = random(1, 9, DIM)
-    cos, sin = rope(layer, 0, 9)
-    w_q, w_c, w_kr = layer.down.weight.split((17, 13, 4))
-    c = F.rms_norm(x[0] @ w_c.T, (13,), layer.kv_norm.weight, 1e-6)
-    q_all = (F.rms_norm(x[0] @ w_q.T, (17,), layer.q_norm.weight, 1e-6) @ layer.q_up.weight.T).view(9, 3, 11)
-
-    def turned(t: Tensor) -> Tensor:
-        half = t.shape[-1] // 2
-        pair = torch.complex(t[:, :half], t[:, half:]) * torch.complex(cos[:, :half], sin[:, :half])
-        return torch.cat((pair.real, pair.imag), -1)
-
-    heads = []
-    for s in range(3):
-        w_k, w_v = layer.kv_up.weight.view(3, 18, 13)[s].split((7, 11))
-        q = torch.cat((q_all[:, s, :7], turned(q_all[:, s, 7:])), -1)
-        k = torch.cat((c @ w_k.T, turned(x[0] @ w_kr.T)), -1)
-        heads.append(reference(q, k, c @ w_v.T, (7 + 4) ** -0.5))
-    expected = torch.cat(heads, -1) @ layer.out.weight.T
-    torch.testing.assert_close(layer(x, (cos, sin))[0], expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["mla", "mla compressed queries", "mla without positions"])
-def test_mla_absorbed_form_equals_the_expanded_one(kind: str) -> None:
-    layer = build(kind)
-    assert isinstance(layer, MLA)
-    q = random(2, 7, layer.num_heads, layer.nope_dim + layer.rope_dim)
-    c, k = random(2, 7, 13), random(2, 7, layer.rope_dim)
-    mask = causal_mask(7, 7)
-    expanded = layer._expanded(q, c, k, None)
-    absorbed = layer._absorbed(q, torch.cat((c, k), -1), mask[None, None])
-    torch.testing.assert_close(absorbed, expanded, rtol=1e-12, atol=1e-12)
-
-
-def test_mla_float32_decoding_stays_within_1e_5() -> None:
-    layer = build("mla").float()
-    x = random(1, 31, DIM).float()
-    full = layer(x, rotary_angles(torch.arange(31), layer.rope_dim))
-    cache = layer.new_cache(1, 31, dtype=torch.float32, device=torch.device("cpu"))
-    steps = [
-        layer(x[:, t : t + 1], rotary_angles(torch.arange(t, t + 1), layer.rope_dim), cache=cache) for t in range(31)
-    ]
-    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-5)
-
-
-def test_rotating_what_was_compressed_breaks_the_absorbed_form() -> None:
-    """Negative control of spec C3.6: with RoPE between them, W_q and W_k cannot be merged."""
-    layer = build("mla")
-    assert isinstance(layer, MLA)
-    c, q = random(1, 7, 13), random(1, 7, 5, 13)
-    cos, sin = rotary_angles(torch.arange(7, dtype=torch.float64), 6)
-    w_k = layer.kv_up.weight.view(5, 18, 13)[0, :6]
-    rotated = c[0] @ w_k.T
-    half = 3
-    turned = torch.cat(
-        (
-            rotated[:, :half] * cos[:, :half] - rotated[:, half:] * sin[:, :half],
-            rotated[:, half:] * cos[:, :half] + rotated[:, :half] * sin[:, :half],
-        ),
-        -1,
-    )
-    scores_rotated = q[0, :, 0, :6] @ turned.T
-    scores_merged = (q[0, :, 0, :6] @ w_k) @ c[0].T
-    assert (scores_rotated - scores_merged).abs().max() > 1e-2
-
-
 def test_cache_sizes_are_those_of_the_published_models() -> None:
-    """Spec C3.5: DeepSeek-V2's 34,560 elements a token, V2-Lite's 15,552, their MHA counterparts."""
+    """DeepSeek-V2's 34,560 cached elements per token, V2-Lite's 15,552, their MHA counterparts."""
     with torch.device("meta"):
         v2 = MLA(5120, MLAConfig(num_heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128))
         mha = GQA(2048, GQAConfig(num_heads=16, head_dim=128))

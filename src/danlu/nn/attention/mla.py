@@ -78,6 +78,8 @@ class MLA(nn.Module):
         for name in ("num_heads", "kv_rank", "nope_dim", "value_dim"):
             integer(name, getattr(config, name))
         integer("rope_dim", config.rope_dim, low=0)
+        if config.q_rank is not None:
+            integer("q_rank", config.q_rank)
         if config.rope_dim % 2:
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
         self.num_heads, self.kv_rank = config.num_heads, config.kv_rank
@@ -92,7 +94,6 @@ class MLA(nn.Module):
         self.q_norm: RMSNorm | None = None
         self.q_up: Linear | None = None
         if config.q_rank is not None:
-            integer("q_rank", config.q_rank)
             self.q_norm, self.q_up = RMSNorm(config.q_rank), Linear(config.q_rank, q_out)
         self.kv_norm = RMSNorm(config.kv_rank)
         self.kv_up = Linear(config.kv_rank, config.num_heads * (config.nope_dim + config.value_dim))

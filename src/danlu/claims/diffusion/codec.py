@@ -90,7 +90,7 @@ CLAIMS = (
     Claim(
         name="words-for-steps",
         statement="distortion at T = 100, K = 64 over that at T = 100, K = 4; control: K = 2 over K = 4",
-        source="measured for the specification: .034 / .098 at T = 50, .0094 / .042 at T = 200",
+        source="own measurement: .034 / .098 at T = 50, .0094 / .042 at T = 200",
         expected=0.35,
         tolerance=at_most(),
         measure=lambda: _distortion(_WORDS) / _distortion(replace(_WORDS, codewords=4)),
@@ -100,7 +100,7 @@ CLAIMS = (
     Claim(
         name="no-information",
         statement="distortion with one codeword; control: two",
-        source="measured for the specification: 1.8 to 2.3",
+        source="own measurement: 1.8 to 2.3",
         expected=1,
         tolerance=at_least(),
         measure=lambda: _distortion(replace(_WORDS, codewords=1)),
@@ -110,7 +110,7 @@ CLAIMS = (
     Claim(
         name="own-codebooks",
         statement="distortion with a codebook a step over that with one for all; control: the other way round",
-        source="measured for the specification: .0082 / .058 at T = 200, K = 64",
+        source="own measurement: .0082 / .058 at T = 200, K = 64",
         expected=0.6,
         tolerance=at_most(),
         measure=lambda: _distortion(_WORDS) / _distortion(replace(_WORDS, shared=True)),
@@ -120,7 +120,7 @@ CLAIMS = (
     Claim(
         name="equal-norms",
         statement="share of cases in which the nearest codeword is the best one, D = 4096; control: raw codewords",
-        source="measured for the specification: 0 of 200 with raw normal codewords",
+        source="own measurement: 0 of 200 with raw normal codewords",
         expected=1,
         tolerance=exact(),
         measure=lambda: _nearest_is_largest(raw=False),
@@ -140,7 +140,7 @@ CLAIMS = (
     Claim(
         name="gain",
         statement="mean largest of K = 256 codewords along a direction; control: K = 16",
-        source="measured for the specification: 2.82",
+        source="own measurement: 2.82",
         expected=2.82,
         tolerance=relative(0.04),
         measure=lambda: _gain(256),

@@ -63,7 +63,7 @@ CLAIMS = (
     Claim(
         name="exact-mean",
         statement="largest |z| of the average's error over five test functions, 4e4 images; control: tau left out",
-        source="arXiv 2404.01709; measured for the specification: all |z| < 2, up to 319 without tau and rho",
+        source="arXiv 2404.01709; own measurement: all |z| < 2, up to 319 without tau and rho",
         expected=4,
         tolerance=at_most(),
         measure=lambda: _largest_z(aligned=True),

@@ -1,0 +1,3 @@
+"""Claims of the methods in danlu.diffusion."""
+
+__all__: list[str] = []

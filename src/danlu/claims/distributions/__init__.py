@@ -1,0 +1,3 @@
+"""Claims of the methods in danlu.distributions."""
+
+__all__: list[str] = []

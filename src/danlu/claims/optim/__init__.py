@@ -1,0 +1,3 @@
+"""Claims of the methods in danlu.optim."""
+
+__all__: list[str] = []

@@ -1,0 +1,80 @@
+"""Latent attention against its definition, and its two forms against one another."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from danlu.nn import MLA, causal_mask, rotary_angles
+
+from .kinds import DIM, build, random, reference, rope
+
+
+def test_mla_equals_the_written_out_definition() -> None:
+    layer = build("mla compressed queries")
+    assert isinstance(layer, MLA)
+    assert layer.q_up is not None
+    assert layer.q_norm is not None
+    x = random(1, 9, DIM)
+    cos, sin = rope(layer, 0, 9)
+    w_q, w_c, w_kr = layer.down.weight.split((17, 13, 4))
+    c = F.rms_norm(x[0] @ w_c.T, (13,), layer.kv_norm.weight, 1e-6)
+    q_all = (F.rms_norm(x[0] @ w_q.T, (17,), layer.q_norm.weight, 1e-6) @ layer.q_up.weight.T).view(9, 3, 11)
+
+    def turned(t: Tensor) -> Tensor:
+        half = t.shape[-1] // 2
+        pair = torch.complex(t[:, :half], t[:, half:]) * torch.complex(cos[:, :half], sin[:, :half])
+        return torch.cat((pair.real, pair.imag), -1)
+
+    heads = []
+    for s in range(3):
+        w_k, w_v = layer.kv_up.weight.view(3, 18, 13)[s].split((7, 11))
+        q = torch.cat((q_all[:, s, :7], turned(q_all[:, s, 7:])), -1)
+        k = torch.cat((c @ w_k.T, turned(x[0] @ w_kr.T)), -1)
+        heads.append(reference(q, k, c @ w_v.T, (7 + 4) ** -0.5))
+    expected = torch.cat(heads, -1) @ layer.out.weight.T
+    torch.testing.assert_close(layer(x, (cos, sin))[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mla", "mla compressed queries", "mla without positions"])
+def test_mla_absorbed_form_equals_the_expanded_one(kind: str) -> None:
+    layer = build(kind)
+    assert isinstance(layer, MLA)
+    q = random(2, 7, layer.num_heads, layer.nope_dim + layer.rope_dim)
+    c, k = random(2, 7, 13), random(2, 7, layer.rope_dim)
+    mask = causal_mask(7, 7)
+    expanded = layer._expanded(q, c, k, None)
+    absorbed = layer._absorbed(q, torch.cat((c, k), -1), mask[None, None])
+    torch.testing.assert_close(absorbed, expanded, rtol=1e-12, atol=1e-12)
+
+
+def test_mla_float32_decoding_stays_within_1e_5() -> None:
+    layer = build("mla").float()
+    x = random(1, 31, DIM).float()
+    full = layer(x, rotary_angles(torch.arange(31), layer.rope_dim))
+    cache = layer.new_cache(1, 31, dtype=torch.float32, device=torch.device("cpu"))
+    steps = [
+        layer(x[:, t : t + 1], rotary_angles(torch.arange(t, t + 1), layer.rope_dim), cache=cache) for t in range(31)
+    ]
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-5)
+
+
+def test_rotating_what_was_compressed_breaks_the_absorbed_form() -> None:
+    """Negative control: with RoPE between them, W_q and W_k cannot be merged."""
+    layer = build("mla")
+    assert isinstance(layer, MLA)
+    c, q = random(1, 7, 13), random(1, 7, 5, 13)
+    cos, sin = rotary_angles(torch.arange(7, dtype=torch.float64), 6)
+    w_k = layer.kv_up.weight.view(5, 18, 13)[0, :6]
+    rotated = c[0] @ w_k.T
+    half = 3
+    turned = torch.cat(
+        (
+            rotated[:, :half] * cos[:, :half] - rotated[:, half:] * sin[:, :half],
+            rotated[:, half:] * cos[:, :half] + rotated[:, :half] * sin[:, :half],
+        ),
+        -1,
+    )
+    scores_rotated = q[0, :, 0, :6] @ turned.T
+    scores_merged = (q[0, :, 0, :6] @ w_k) @ c[0].T
+    assert (scores_rotated - scores_merged).abs().max() > 1e-2
