@@ -7,6 +7,7 @@ Shape suffixes: b batch, h w pixels, c channels, f features.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ class ConvNetConfig:
     """channels of each level; before each the sides are halved"""
     features: int = 64
     """size of the vector that is classified"""
+
+    def build(self, **others: Any) -> "ConvNet":
+        """Make the network with fresh weights."""
+        return ConvNet(self)
 
 
 class ConvNet(nn.Module):

@@ -13,7 +13,7 @@ Shape suffixes: b batch, t tokens, d model size, c channels, h w pixels.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class DiTConfig:
     """period scale of the rotary positions"""
     two_times: bool = False
     """take a second time (`MeanFlow`)"""
+
+    def build(self, **others: Any) -> "DiT":
+        """Make the network with fresh weights."""
+        return DiT(self)
 
 
 class DiTBlock(nn.Module):

@@ -7,15 +7,17 @@ N(0, 0.02^2 / (2 layers)). No biases.
 Shape suffixes: b batch, t time, d model size, v vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from danlu._validate import integer
-from danlu.nn import GQA, GQAConfig, LayerCache, Linear, declare, document_mask, rotary_angles
+from danlu.nn import GQA, GQAConfig, LayerCache, Linear, declare, layer_contexts
+from danlu.protocols import Context
 
 _STD = 0.02
 
@@ -36,6 +38,10 @@ class GPTConfig:
     """attention heads, a divisor of dim"""
     context: int = 1024
     """longest sequence: positions are learned one by one"""
+
+    def build(self, **others: Any) -> "GPT":
+        """Make the network with fresh weights."""
+        return GPT(self)
 
 
 class LayerNorm(nn.Module):
@@ -63,11 +69,9 @@ class GPTBlock(nn.Module):
         self.up = Linear(c.dim, 4 * c.dim, std=_STD)
         self.down = Linear(4 * c.dim, c.dim, std=out_std)
 
-    def forward(
-        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, context: Context[LayerCache]) -> Tensor:
         """``(batch, time, dim)`` to the same."""
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask=mask, cache=cache)
+        x_btd = x_btd + self.attention(self.attention_norm(x_btd), context)
         y: Tensor = x_btd + self.down(F.gelu(self.up(self.feed_forward_norm(x_btd)), approximate="tanh"))
         return y
 
@@ -103,6 +107,11 @@ class GPT(nn.Module):
         nn.init.normal_(self.positions, std=_STD)
 
     @property
+    def mixers(self) -> list[GQA]:
+        """The attention of each block."""
+        return [cast(GPTBlock, block).attention for block in self.blocks]
+
+    @property
     def head_weight(self) -> Tensor:
         """``(vocab, dim)``: the embedding."""
         return self.embedding
@@ -112,7 +121,7 @@ class GPT(nn.Module):
         tokens_bt: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: list[LayerCache] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``; arguments as in `Transformer.hidden`.
@@ -126,15 +135,14 @@ class GPT(nn.Module):
         placed = self.positions[start:end] if positions is None else F.embedding(positions[..., 0], self.positions)
         x_btd = F.embedding(tokens_bt, self.embedding) + placed
         x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
-        none = rotary_angles(torch.arange(start, end, device=tokens_bt.device), 0)
-        mask = None if documents is None else document_mask(documents)
-        for index, block in enumerate(self.blocks):
-            x_btd = block(x_btd, none, mask, None if cache is None else cache[index])
+        contexts = layer_contexts(self.mixers, x_btd, documents=documents, cache=cache)
+        for block, context in zip(self.blocks, contexts):
+            x_btd = block(x_btd, context)
         y: Tensor = self.norm(x_btd)
         return y
 
     def forward(
-        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: list[LayerCache] | None = None
+        self, tokens_bt: Tensor, *, documents: Tensor | None = None, cache: Sequence[LayerCache] | None = None
     ) -> Tensor:
         """Logits ``(batch, time, vocab)``."""
         x_btd = self.hidden(tokens_bt, documents=documents, cache=cache)
@@ -143,7 +151,7 @@ class GPT(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
         """Empty caches, one a block, for ``batch`` sequences of up to ``capacity`` tokens."""
         dtype, device = self.compute_dtype or self.embedding.dtype, self.embedding.device
-        return [block.attention.new_cache(batch, capacity, dtype=dtype, device=device) for block in self.blocks]  # type: ignore[union-attr, operator]
+        return [attention.new_cache(batch, capacity, dtype=dtype, device=device) for attention in self.mixers]
 
     def parameter_counts(self) -> tuple[int, int]:
         """All parameters, twice: every one works on every token."""
@@ -153,5 +161,5 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of a forward and a backward pass a token, as `Transformer.flops_per_token`."""
         linear = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name != "positions")
-        attention = sum(block.attention.flops_per_token(length) for block in self.blocks)  # type: ignore[union-attr, operator]
+        attention = sum(attention.flops_per_token(length) for attention in self.mixers)
         return 6 * linear + 3 * float(attention)

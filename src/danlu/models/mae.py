@@ -13,7 +13,7 @@ Shape suffixes: b batch, t all tokens, k visible tokens, d model size, e the dec
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class MAEConfig:
     """attention heads of the decoder; a head's size must be a multiple of 4"""
     rope_base: float = 100.0
     """period scale of the rotary positions"""
+
+    def build(self, **others: Any) -> "MAE":
+        """Make the network with fresh weights."""
+        return MAE(self)
 
 
 class MAEBlock(nn.Module):

@@ -6,16 +6,19 @@ another the next patch. Where the two stand is the rotary scheme of `danlu.nn.gr
 Shape suffixes: b batch, t time, d model size, p values of a patch, g grid (see `danlu.nn.text_image_grid`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from danlu._validate import choice, integer
-from danlu.models.transformer import Cache, Transformer, TransformerConfig
+from danlu.models.transformer import Transformer, TransformerConfig
 from danlu.nn import Linear, grid_coordinates
 from danlu.nn.rotary import SCHEMES, Scheme
+from danlu.protocols import Cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,10 @@ class TextImageConfig(TransformerConfig):
     """numbers that a patch consists of: its pixels times its channels"""
     scheme: Scheme = "tie"
     """rotary coordinates of patches: tie, tie-wh, tv, unscaled (square steps of one) or flat (as text)"""
+
+    def build(self, **others: Any) -> "TextImage":
+        """Make the network with fresh weights."""
+        return TextImage(self)
 
 
 class TextImage(Transformer):
@@ -50,7 +57,7 @@ class TextImage(Transformer):
         self.patch_out = Linear(config.dim, config.patch_values, std=0.5 * config.dim**-0.5, role="head")
 
     def read(
-        self, tokens_bt: Tensor, patches_btp: Tensor, grid_btg: Tensor, *, cache: list[Cache] | None = None
+        self, tokens_bt: Tensor, patches_btp: Tensor, grid_btg: Tensor, *, cache: Sequence[Cache] | None = None
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``, for ``head_weight`` and for ``patch_out``.
 

@@ -24,22 +24,18 @@ Shape suffixes: b batch, t time, d model size, v vocabulary.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from danlu._validate import integer, positive
 from danlu.nn import (
-    GQA,
-    MLA,
-    SSM,
     FeedForward,
     GQAConfig,
-    KVShared,
     KVSharedConfig,
-    LayerCache,
     Linear,
     MLAConfig,
     MoE,
@@ -47,16 +43,13 @@ from danlu.nn import (
     RMSNorm,
     SquarePlusConfig,
     SSMConfig,
-    StateCache,
     declare,
-    document_mask,
-    rotary_angles_nd,
-    rotary_span,
+    layer_contexts,
 )
+from danlu.protocols import ActivationConfig, Cache, Context, Mixer, MixerConfig
 
-Mixer = MLA | GQA | KVShared | SSM
-MixerConfig = MLAConfig | GQAConfig | KVSharedConfig | SSMConfig
-Cache = LayerCache | StateCache
+AnyMixerConfig = MLAConfig | GQAConfig | KVSharedConfig | SSMConfig | MixerConfig
+"""The mixers of this package by their short names, or any other configuration of a mixer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +62,13 @@ class TransformerConfig:
     """model size"""
     layers: int = 6
     """blocks"""
-    attention: MixerConfig = MLAConfig()
+    attention: AnyMixerConfig = MLAConfig()
     """what mixes the tokens: a kind of attention or a state space, and its sizes"""
-    mixers: tuple[MixerConfig | None, ...] = (None,)
+    mixers: tuple[AnyMixerConfig | None, ...] = (None,)
     """a hybrid's pattern, repeated over the blocks: what mixes the tokens of each, None for ``attention``"""
     hidden: int = 704
     """width of the dense feed-forward layers"""
-    activation: SquarePlusConfig | None = None
+    activation: SquarePlusConfig | ActivationConfig | None = None
     """in the gate of the dense feed-forward layers; None: SiLU, the only one that experts have"""
     experts: MoEConfig | None = None
     """experts in place of the dense layers; None: dense everywhere"""
@@ -88,19 +81,9 @@ class TransformerConfig:
     norm_eps: float = 1e-6
     """added to the mean square in every norm"""
 
-
-def mixer(dim: int, config: MixerConfig, *, gain: float) -> Mixer:
-    """The layer of a config; ``gain`` multiplies the usual standard deviation of its output projection."""
-    match config:
-        case MLAConfig():
-            return MLA(dim, config, out_std=gain / math.sqrt(config.num_heads * config.value_dim))
-        case GQAConfig():
-            inner = config.num_heads * config.head_dim if config.head_dim else dim
-            return GQA(dim, config, out_std=gain / math.sqrt(inner))
-        case KVSharedConfig():
-            return KVShared(dim, config, out_std=gain / math.sqrt(config.num_heads * config.head_dim))
-        case SSMConfig():
-            return SSM(dim, config, out_std=gain / math.sqrt(config.channels or dim))
+    def build(self, **others: Any) -> "Transformer":
+        """Make the network with fresh weights."""
+        return Transformer(self)
 
 
 class Block(nn.Module):
@@ -113,28 +96,18 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(c.dim, eps=c.norm_eps)
         self.feed_forward_norm = RMSNorm(c.dim, eps=c.norm_eps)
         kind = c.mixers[index % len(c.mixers)] or c.attention
-        if isinstance(kind, MLAConfig | GQAConfig | KVSharedConfig) and kind.mask == "mixed-layers":
-            kind = replace(kind, mask="anti-causal" if index % 2 else "causal")
-        self.attention: Mixer = mixer(c.dim, kind, gain=depth)
+        self.attention: Mixer = kind.build(c.dim, out_std=depth / math.sqrt(c.dim), index=index)
         self.feed_forward: MoE | FeedForward
         if c.experts is not None and index >= c.dense_layers:
-            self.feed_forward = MoE(c.dim, c.experts, out_std=depth / math.sqrt(c.experts.hidden))
+            self.feed_forward = c.experts.build(c.dim, out_std=depth / math.sqrt(c.dim))
         else:
             self.feed_forward = FeedForward(
                 c.dim, c.hidden, out_std=depth / math.sqrt(c.hidden), activation=c.activation
             )
 
-    def forward(
-        self,
-        x_btd: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: Cache | None,
-        prefix: int | None = None,
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, context: Context[Any]) -> Tensor:
         """``(batch, time, dim)`` to the same."""
-        more = {} if prefix is None or getattr(self.attention, "mask", None) != "prefix" else {"prefix": prefix}
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask=mask, cache=cache, **more)
+        x_btd = x_btd + self.attention(self.attention_norm(x_btd), context)
         y: Tensor = x_btd + self.feed_forward(self.feed_forward_norm(x_btd))
         return y
 
@@ -180,6 +153,11 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding, std=self.config.dim**-0.5 if self.config.tied else 1.0)
 
     @property
+    def mixers(self) -> list[Mixer]:
+        """What mixes the tokens in each block."""
+        return [cast(Block, block).attention for block in self.blocks]
+
+    @property
     def head_weight(self) -> Tensor:
         """``(vocab, dim)``: the weight that turns hidden states into logits."""
         return self.embedding if self.head is None else self.head.weight
@@ -189,7 +167,7 @@ class Transformer(nn.Module):
         tokens_bt: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: list[Cache] | None = None,
+        cache: Sequence[Cache] | None = None,
         positions: Tensor | None = None,
         prefix: int | Tensor | None = None,
     ) -> Tensor:
@@ -221,56 +199,26 @@ class Transformer(nn.Module):
             raise ValueError(f"positions must be (time, axes) with time = {time}, got {tuple(positions.shape)}")
         x_btd = tokens_bt if given else nn.functional.embedding(tokens_bt, self.embedding)
         x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
-        base = self.config.rope_base
-        start = cache[0].length if cache is not None else 0
-        # Tables of every size that is asked for: kinds of attention rotate differently, a state space not at all.
-        sizes: list[int] = [block.attention.rope_dim for block in self.blocks]  # type: ignore[union-attr, misc]
-        if positions is not None and not any(sizes):
-            raise ValueError("positions were given, and no layer of this model takes any")
-        ropes = {}
-        for size in set(sizes):
-            if positions is None or size == 0:
-                ropes[size] = rotary_span(start, start + time, size, base=base, like=x_btd)
-            else:
-                cos, sin = rotary_angles_nd(positions.double(), size, base=base)
-                ropes[size] = (cos.to(x_btd.dtype), sin.to(x_btd.dtype))
-        masks = self._masks(tokens_bt, documents, prefix, cached=cache is not None)
-        inner = None if isinstance(prefix, Tensor) else prefix
-        for index, block in enumerate(self.blocks):
-            x_btd = block(
-                x_btd, ropes[sizes[index]], masks[index], None if cache is None else cache[index], prefix=inner
-            )
+        contexts = layer_contexts(
+            self.mixers,
+            x_btd,
+            base=self.config.rope_base,
+            documents=documents,
+            positions=positions,
+            prefix=prefix,
+            cache=cache,
+        )
+        for block, context in zip(self.blocks, contexts):
+            x_btd = block(x_btd, context)
         y: Tensor = self.norm(x_btd)
         return y
-
-    def _masks(
-        self, tokens_bt: Tensor, documents: Tensor | None, prefix: int | Tensor | None, *, cached: bool
-    ) -> list[Tensor | None]:
-        """The mask of each block, made once for each kind; None where the kernels need none."""
-        layers = [block.attention for block in self.blocks]
-        kinds: list[Any] = [(getattr(a, "mask", "causal"), getattr(a, "num_heads", 0)) for a in layers]
-        if prefix is not None and "prefix" not in [kind for kind, _ in kinds]:
-            raise ValueError("prefix was given, and no layer of this model has the mask 'prefix'")
-        if isinstance(prefix, Tensor) and cached:
-            raise ValueError("prefix must be a number of tokens when there is a cache")
-        if documents is None and not isinstance(prefix, Tensor):
-            return [None] * len(layers)
-        if documents is None:
-            documents = torch.zeros(tokens_bt.shape[:2], dtype=torch.int64, device=tokens_bt.device)
-        made: dict[Any, Tensor] = {}
-        for kind, heads in kinds:
-            key = (kind, heads) if kind == "mixed-heads" else kind
-            if key not in made:
-                own = prefix if kind == "prefix" else None
-                made[key] = document_mask(documents, kind, num_heads=heads, prefix=own)
-        return [made[(kind, heads) if kind == "mixed-heads" else kind] for kind, heads in kinds]
 
     def forward(
         self,
         tokens_bt: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: list[Cache] | None = None,
+        cache: Sequence[Cache] | None = None,
         positions: Tensor | None = None,
         prefix: int | Tensor | None = None,
     ) -> Tensor:
@@ -281,8 +229,7 @@ class Transformer(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> list[Cache]:
         """Empty caches, one a block, for ``batch`` sequences of up to ``capacity`` tokens."""
         dtype, device = self.compute_dtype or self.embedding.dtype, self.embedding.device
-        attentions = [block.attention for block in self.blocks]
-        return [a.new_cache(batch, capacity, dtype=dtype, device=device) for a in attentions]  # type: ignore[union-attr, operator]
+        return [mixer.new_cache(batch, capacity, dtype=dtype, device=device) for mixer in self.mixers]
 
     def parameter_counts(self) -> tuple[int, int]:
         """All parameters, and those that one token uses (a routed expert counts if chosen)."""
@@ -303,5 +250,5 @@ class Transformer(nn.Module):
         _, active = self.parameter_counts()
         gains = sum(p.numel() for p in self.parameters() if getattr(p, "danlu_role", None) == "gain")
         looked_up = 0 if self.head is None else self.embedding.numel()
-        attention = sum(block.attention.flops_per_token(length) for block in self.blocks)  # type: ignore[union-attr, operator]
+        attention = sum(mixer.flops_per_token(length) for mixer in self.mixers)
         return 6 * (active - gains - looked_up) + 3 * float(attention)

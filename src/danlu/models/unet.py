@@ -16,7 +16,7 @@ Activations are held as (b, h, w, c), the memory order in which this convolution
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,10 @@ class UNetConfig:
     """share of the activations dropped in the blocks of the last level"""
     two_times: bool = False
     """take a second time (`MeanFlow`)"""
+
+    def build(self, **others: Any) -> "UNet":
+        """Make the network with fresh weights."""
+        return UNet(self)
 
 
 class Convolution(nn.Conv2d):

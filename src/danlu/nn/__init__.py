@@ -14,6 +14,7 @@ from danlu.nn.attention import (
     attend,
     causal_mask,
     document_mask,
+    layer_contexts,
     masked_attention,
     recurrent_attention,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "declare",
     "document_mask",
     "grid_coordinates",
+    "layer_contexts",
     "lora_state_dict",
     "masked_attention",
     "merge_lora",

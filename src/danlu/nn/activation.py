@@ -186,6 +186,10 @@ class SquarePlusConfig:
     def __post_init__(self) -> None:
         number("b", self.b, low=0, low_open=self.learnable)
 
+    def build(self, **others: Any) -> "SquarePlus":
+        """Make the activation."""
+        return SquarePlus(self)
+
 
 class SquarePlus(nn.Module):
     """`squareplus` as a layer. A learnable ``b`` is the square of the parameter ``root``, so it stays positive.

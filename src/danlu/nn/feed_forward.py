@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from danlu.nn.activation import SquarePlus, SquarePlusConfig
 from danlu.nn.linear import Linear
+from danlu.protocols import ActivationConfig
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -65,11 +65,11 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, dim: int, hidden: int, *, out_std: float | None = None, activation: SquarePlusConfig | None = None
+        self, dim: int, hidden: int, *, out_std: float | None = None, activation: ActivationConfig | None = None
     ) -> None:
         super().__init__()
         self.gate_up = Linear(dim, 2 * hidden, split=(hidden, hidden))
-        self.activation = None if activation is None else SquarePlus(activation)
+        self.activation = None if activation is None else activation.build()
         self.down = Linear(hidden, dim, std=out_std)
 
     def forward(self, x: Tensor) -> Tensor:

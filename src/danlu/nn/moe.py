@@ -14,10 +14,11 @@ score *is* the predicted norm of what the expert adds, and choosing the largest 
 Shape suffixes: N tokens, D model size, E routed experts, K choices a token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,10 @@ class MoEConfig:
     """factor on the routed sum; None: `scaling_factor`"""
     balance: LossFreeConfig | AuxiliaryLossConfig | DynamicConfig = LossFreeConfig()
     """how the load is balanced; dynamic: ``top_k`` is the mean number of experts"""
+
+    def build(self, dim: int, *, out_std: float, **others: Any) -> "MoE":
+        """Make the layer; ``out_std`` is for an output projection that reads ``dim`` features."""
+        return MoE(dim, self, out_std=out_std * math.sqrt(dim / max(self.hidden, 1)))
 
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from danlu.nn import GQA, MLA, GQAConfig, KVShared, KVSharedConfig, MLAConfig, rotary_angles
 from danlu.nn.rotary import rotate
+from danlu.protocols import Context
 
 CPU = torch.device("cpu")
 
@@ -48,12 +49,14 @@ def written_out(layer: KVShared, x: Tensor, start: float, *, turned_back: bool =
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"num_kv_heads": 6}, {"rope_dim": 0}, {"rope_dim": 10}])
 def test_layer_is_the_written_out_sum(changes: dict[str, int]) -> None:
     layer, x = build(**changes), inputs()
-    torch.testing.assert_close(layer(x, angles(layer)), written_out(layer, x, 0.0), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        layer(x, Context(rope=angles(layer))), written_out(layer, x, 0.0), rtol=1e-12, atol=1e-13
+    )
 
 
 def test_shifting_all_positions_changes_nothing_because_the_output_is_turned_back() -> None:
     layer, x = build(), inputs()
-    here, there = layer(x, angles(layer)), layer(x, angles(layer, start=1000.0))
+    here, there = layer(x, Context(rope=angles(layer))), layer(x, Context(rope=angles(layer, start=1000.0)))
     torch.testing.assert_close(here, there, rtol=0, atol=1e-12)
     unturned = written_out(layer, x, 0.0, turned_back=False) - written_out(layer, x, 1000.0, turned_back=False)
     assert unturned.abs().max() > 1e-2
@@ -61,9 +64,9 @@ def test_shifting_all_positions_changes_nothing_because_the_output_is_turned_bac
 
 def test_no_rotated_coordinates_is_no_position() -> None:
     layer, x = build(rope_dim=0), inputs()
-    y = layer(x, angles(layer))
+    y = layer(x, Context(rope=angles(layer)))
     order = torch.tensor([2, 0, 1, 3, 4, 5, 6, 7, 8, 9, 10])  # the last token sees all others, in any order
-    torch.testing.assert_close(layer(x[:, order], angles(layer))[:, -1], y[:, -1], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer(x[:, order], Context(rope=angles(layer)))[:, -1], y[:, -1], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 11])
@@ -72,9 +75,10 @@ def test_decoding_from_the_cache_equals_the_whole_pass(chunk: int) -> None:
     cos, sin = angles(layer)
     cache = layer.new_cache(2, 11, dtype=torch.float64, device=CPU)
     pieces = [
-        layer(x[:, s : s + chunk], (cos[s : s + chunk], sin[s : s + chunk]), cache=cache) for s in range(0, 11, chunk)
+        layer(x[:, s : s + chunk], Context(rope=(cos[s : s + chunk], sin[s : s + chunk]), cache=cache))
+        for s in range(0, 11, chunk)
     ]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x, (cos, sin)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x, Context(rope=(cos, sin))), rtol=0, atol=1e-12)
 
 
 def test_cache_is_half_of_grouped_queries_with_the_same_heads() -> None:
@@ -101,14 +105,14 @@ def test_grouped_queries_without_positions_are_one_shared_key_value_as_wide_as_t
         wide.out.weight[:, columns] = grouped.out.weight[:, head * 5 : head * 5 + 5]
     wide.q_kv.weight[120:130], wide.q_kv.weight[130:140] = k, v
     x, none = inputs(), rotary_angles(torch.arange(11.0, dtype=torch.float64), 0)
-    torch.testing.assert_close(wide(x, none), grouped(x, none), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(wide(x, Context(rope=none)), grouped(x, Context(rope=none)), rtol=1e-11, atol=1e-12)
 
 
 def test_nan_in_one_sequence_leaves_the_other_alone() -> None:
     layer, x = build(), inputs()
-    clean = layer(x, angles(layer))
+    clean = layer(x, Context(rope=angles(layer)))
     x[0, 3] = torch.nan
-    torch.testing.assert_close(layer(x, angles(layer))[1], clean[1], rtol=0, atol=0)
+    torch.testing.assert_close(layer(x, Context(rope=angles(layer)))[1], clean[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from danlu.nn import (
     rotary_angles,
 )
 from danlu.nn.attention.masks import MASKS, Mask
+from danlu.protocols import Context
 
 every_mask = pytest.mark.parametrize("mask", MASKS)
 LAYERS: dict[str, GQAConfig | MLAConfig | KVSharedConfig] = {
@@ -97,12 +98,12 @@ def test_a_prefix_of_nothing_is_causal_and_of_everything_bidirectional_bit_for_b
 @every_mask
 def test_a_changed_token_changes_the_outputs_that_may_see_it_and_no_other(mask: Mask, kind: str) -> None:
     layer, x = build(kind, mask), random(1, 9, DIM)
-    base = layer(x, rope(layer, 9), **given(mask, 4))
+    base = layer(x, Context(rope=rope(layer, 9), **given(mask, 4)))
     seen = visible(mask, 9, 4).any(0)
     for j in range(9):
         changed = x.clone()
         changed[:, j] += 1
-        moved = (layer(changed, rope(layer, 9), **given(mask, 4)) - base)[0].abs().amax(-1)
+        moved = (layer(changed, Context(rope=rope(layer, 9), **given(mask, 4))) - base)[0].abs().amax(-1)
         assert torch.equal(moved > 1e-9, seen[:, j])
 
 
@@ -112,8 +113,8 @@ def test_packed_documents_equal_each_document_alone_under_every_mask(mask: Mask,
     layer, x = build(kind, mask), random(1, 13, DIM)
     documents = torch.tensor([[4] * 5 + [9] * 8])
     own = document_mask(documents, mask, num_heads=4, **given(mask, 3))  # type: ignore[arg-type]
-    packed = layer(x, rope(layer, 13), mask=own)
-    alone = [layer(t, rope(layer, t.shape[1]), **given(mask, 3)) for t in (x[:, :5], x[:, 5:])]
+    packed = layer(x, Context(rope=rope(layer, 13), mask=own))
+    alone = [layer(t, Context(rope=rope(layer, t.shape[1]), **given(mask, 3))) for t in (x[:, :5], x[:, 5:])]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-12)
 
 
@@ -128,22 +129,24 @@ def test_a_prefix_of_booleans_is_another_length_in_every_sequence() -> None:
 def test_a_prefix_that_was_read_whole_is_continued_over_a_cache(kind: str) -> None:
     layer, x = build(kind, "prefix"), random(2, 11, DIM)
     cos, sin = rope(layer, 11)
-    full = layer(x, (cos, sin), prefix=4)
+    full = layer(x, Context(rope=(cos, sin), prefix=4))
     cache = layer.new_cache(2, 12, dtype=torch.float64, device=torch.device("cpu"))
     parts = []
     for a, b in [(0, 6), (6, 7), (7, 11)]:
         first = {"prefix": 4} if a == 0 else {}
-        parts.append(layer(x[:, a:b], (cos[a:b], sin[a:b]), cache=cache, **first))
+        parts.append(layer(x[:, a:b], Context(rope=(cos[a:b], sin[a:b]), cache=cache, **first)))
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="prefix must be given with the first tokens"):
-        layer(x[:, :1], (cos[:1], sin[:1]), cache=cache, prefix=4)
+        layer(x[:, :1], Context(rope=(cos[:1], sin[:1]), cache=cache, prefix=4))
 
 
 def test_a_latent_smaller_than_a_head_reads_its_first_chunk_causally() -> None:
     layer = MLA(DIM, MLAConfig(num_heads=2, kv_rank=2, nope_dim=9, rope_dim=2, value_dim=9)).double()
     x = random(1, 7, DIM)
     cache = layer.new_cache(1, 7, dtype=torch.float64, device=torch.device("cpu"))
-    torch.testing.assert_close(layer(x, rope(layer, 7), cache=cache), layer(x, rope(layer, 7)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        layer(x, Context(rope=rope(layer, 7), cache=cache)), layer(x, Context(rope=rope(layer, 7))), rtol=0, atol=1e-12
+    )
 
 
 @every_layer

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danlu.nn import MLA, causal_mask, rotary_angles
+from danlu.protocols import Context
 
 from .kinds import DIM, build, random, reference, rope
 
@@ -33,7 +34,7 @@ def test_mla_equals_the_written_out_definition() -> None:
         k = torch.cat((c @ w_k.T, turned(x[0] @ w_kr.T)), -1)
         heads.append(reference(q, k, c @ w_v.T, (7 + 4) ** -0.5))
     expected = torch.cat(heads, -1) @ layer.out.weight.T
-    torch.testing.assert_close(layer(x, (cos, sin))[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x, Context(rope=(cos, sin)))[0], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["mla", "mla compressed queries", "mla without positions"])
@@ -51,10 +52,11 @@ def test_mla_absorbed_form_equals_the_expanded_one(kind: str) -> None:
 def test_mla_float32_decoding_stays_within_1e_5() -> None:
     layer = build("mla").float()
     x = random(1, 31, DIM).float()
-    full = layer(x, rotary_angles(torch.arange(31), layer.rope_dim))
+    full = layer(x, Context(rope=rotary_angles(torch.arange(31), layer.rope_dim)))
     cache = layer.new_cache(1, 31, dtype=torch.float32, device=torch.device("cpu"))
     steps = [
-        layer(x[:, t : t + 1], rotary_angles(torch.arange(t, t + 1), layer.rope_dim), cache=cache) for t in range(31)
+        layer(x[:, t : t + 1], Context(rope=rotary_angles(torch.arange(t, t + 1), layer.rope_dim), cache=cache))
+        for t in range(31)
     ]
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-5)
 

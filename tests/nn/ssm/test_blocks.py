@@ -7,6 +7,7 @@ from torch import Tensor
 from danlu.nn import SSM, SSMConfig
 from danlu.nn.ssm import RTF, S4, S4D, RTFConfig, S4Config, S4DConfig, krylov_kernel
 from danlu.nn.ssm.blocks import advance, form_blocks, rotation
+from danlu.protocols import Context
 
 DIM, TIME = 13, 203
 KERNELS = {
@@ -33,7 +34,7 @@ def build(kind: str) -> SSM:
 
 def read(layer: SSM, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     cache = layer.new_cache(2, TIME, dtype=torch.float64, device=torch.device("cpu"))
-    y = torch.cat([layer(part, cache=cache) for part in parts], 1)
+    y = torch.cat([layer(part, Context(cache=cache)) for part in parts], 1)
     assert cache.length == TIME
     return y, cache.state
 
@@ -107,7 +108,7 @@ def test_a_prompt_in_float32_is_as_near_to_the_truth_as_stepping(kind: str) -> N
     errors = []
     for parts in ((x.float(),), x.float().split(1, 1)):
         cache = layer.new_cache(2, TIME, dtype=torch.float32, device=torch.device("cpu"))
-        y = torch.cat([layer(part, cache=cache) for part in parts], 1)
+        y = torch.cat([layer(part, Context(cache=cache)) for part in parts], 1)
         errors.append(((y.double() - exact).norm() / exact.norm()).item())
     assert errors[0] < max(3 * errors[1], 1e-6)
 

@@ -1,4 +1,4 @@
-"""The state-space layer behind attention's call: packed documents, caches, formats."""
+"""The state-space layer behind attention's call: packed documents, caches, dtypes."""
 
 import math
 from collections.abc import Callable
@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from danlu.nn import SSM, SSMConfig, causal_mask, document_mask
+from danlu.nn import SSM, SSMConfig, causal_mask
 from danlu.nn.ssm import RTFConfig, S4Config, S4DConfig
+from danlu.protocols import Context
 
 DIM = 29
 KINDS: dict[str, Callable[[], SSM]] = {
@@ -37,7 +38,7 @@ def random(*shape: int) -> Tensor:
 def test_decoding_from_the_state_equals_the_convolution(kind: str, chunks: list[int]) -> None:
     layer, x = build(kind), random(2, 23, DIM)
     cache = layer.new_cache(2, 23, dtype=torch.float64, device=torch.device("cpu"))
-    parts = [layer(part, cache=cache) for part in x.split(chunks, 1)]
+    parts = [layer(part, Context(cache=cache)) for part in x.split(chunks, 1)]
     torch.testing.assert_close(torch.cat(parts, 1), layer(x), rtol=1e-12, atol=1e-12)
     assert cache.length == 23
 
@@ -56,7 +57,7 @@ def test_a_token_never_sees_what_follows(kind: str) -> None:
 def test_packed_documents_equal_each_document_alone(kind: str) -> None:
     layer, x = build(kind), random(2, 13, DIM)
     documents = torch.tensor([[4] * 5 + [9] * 7 + [6], [2] * 13])
-    packed = layer(x, mask=document_mask(documents))
+    packed = layer(x, Context(documents=documents))
     alone = torch.cat((layer(x[:1, :5]), layer(x[:1, 5:12]), layer(x[:1, 12:])), 1)
     torch.testing.assert_close(packed, torch.cat((alone, layer(x[1:]))), rtol=1e-12, atol=1e-12)
 
@@ -64,26 +65,24 @@ def test_packed_documents_equal_each_document_alone(kind: str) -> None:
 @every_kind
 def test_gradients_stay_within_a_document(kind: str) -> None:
     layer, x = build(kind), random(1, 13, DIM).requires_grad_()
-    layer(x, mask=document_mask(torch.tensor([[0] * 5 + [1] * 8])))[:, 5:].sum().backward()
+    layer(x, Context(documents=torch.tensor([[0] * 5 + [1] * 8])))[:, 5:].sum().backward()
     assert x.grad is not None
     assert x.grad[:, :5].abs().max() == 0
     assert (x.grad[:, 5:].abs() > 0).all()
 
 
 @every_kind
-def test_a_mask_that_a_state_cannot_follow_is_refused(kind: str) -> None:
-    layer, x = build(kind), random(1, 7, DIM)
+def test_what_a_state_cannot_follow_is_rejected(kind: str) -> None:
+    layer, x = build(kind), random(2, 7, DIM)
     window = causal_mask(7, 7) & ~causal_mask(7, 7).tril(-3)
+    with pytest.raises(ValueError, match="mask must be None"):
+        layer(x, Context(mask=window[None, None]))
     # A document that goes on behind another one: a state cannot be picked up where it was left.
-    resumed = document_mask(torch.tensor([[4, 4, 4, 9, 9, 4, 4]]))
-    for mask in (resumed, window[None, None], torch.ones(1, 1, 7, 7, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="mask must be causal within each document"):
-            layer(x, mask=mask)
-    with pytest.raises(ValueError, match="mask must be"):
-        layer(x, mask=window)
-    cache = layer.new_cache(1, 7, dtype=torch.float64, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="documents must each be one run"):
+        layer(x, Context(documents=torch.tensor([[1] * 7, [4, 4, 4, 9, 9, 4, 4]])))
+    cache = layer.new_cache(2, 7, dtype=torch.float64, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="cannot be combined with a cache"):
-        layer(x, mask=document_mask(torch.zeros(1, 7, dtype=torch.int64)), cache=cache)
+        layer(x, Context(documents=torch.zeros(2, 7, dtype=torch.int64), cache=cache))
 
 
 @every_kind
@@ -105,7 +104,7 @@ def test_bfloat16_is_close_to_float64_forward_and_decoding(kind: str) -> None:
     assert low.dtype == torch.bfloat16
     assert (low.double() - exact).norm() / exact.norm() < 0.02
     cache = layer.new_cache(2, 37, dtype=torch.bfloat16, device=torch.device("cpu"))
-    decoded = layer(x.bfloat16(), cache=cache)
+    decoded = layer(x.bfloat16(), Context(cache=cache))
     assert cache.state.real.dtype == torch.float32
     assert (decoded.double() - exact).norm() / exact.norm() < 0.02
 
@@ -115,7 +114,7 @@ def test_the_state_keeps_its_size(kind: str) -> None:
     layer = build(kind)
     cache = layer.new_cache(3, 5, dtype=torch.float64, device=torch.device("cpu"))
     assert cache.elements() == layer.channels * layer.space.state
-    layer(random(3, 29, DIM), cache=cache)
+    layer(random(3, 29, DIM), Context(cache=cache))
     assert cache.elements() == layer.channels * layer.space.state
 
 

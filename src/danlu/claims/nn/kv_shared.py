@@ -5,6 +5,7 @@ import torch
 from danlu.claims.frame import Claim, at_most, exact
 from danlu.nn import GQA, GQAConfig, KVShared, KVSharedConfig, rotary_angles
 from danlu.nn.rotary import rotate
+from danlu.protocols import Context
 
 _CONFIG = KVSharedConfig(num_heads=6, num_kv_heads=3, head_dim=10, rope_dim=4)
 
@@ -20,7 +21,7 @@ def _shift_error(*, turned_back: bool) -> float:
     found = []
     for start in (0, 1000):
         cos, sin = rotary_angles(torch.arange(13, dtype=torch.float64) + start, 4)
-        heads = layer(x, (cos, sin)).view(1, 13, 6, 10)
+        heads = layer(x, Context(rope=(cos, sin))).view(1, 13, 6, 10)
         if not turned_back:
             heads = rotate(heads, cos[:, None], sin[:, None])
         found.append(heads)

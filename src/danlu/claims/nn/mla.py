@@ -8,6 +8,7 @@ from torch import Tensor
 from danlu.claims.frame import Claim, absolute, at_most, exact, relative
 from danlu.nn.attention import GQA, MLA, GQAConfig, MLAConfig
 from danlu.nn.rotary import rotary_angles, rotate
+from danlu.protocols import Context
 
 _V2 = MLAConfig(num_heads=128, kv_rank=512, q_rank=1536, nope_dim=128, rope_dim=64, value_dim=128)
 _LITE = MLAConfig(num_heads=16, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128)
@@ -71,7 +72,10 @@ def _decoding_error(*, rotate_latent: bool) -> float:
     x = torch.randn(2, 17, 35, generator=generator, dtype=torch.float64)
     cache = layer.new_cache(2, 17, dtype=torch.float64, device=x.device)
     tables = rotary_angles(torch.arange(17, dtype=torch.float64), layer.rope_dim)
-    steps = [layer(x[:, t : t + 1], (tables[0][t : t + 1], tables[1][t : t + 1]), cache=cache) for t in range(17)]
+    steps = [
+        layer(x[:, t : t + 1], Context(rope=(tables[0][t : t + 1], tables[1][t : t + 1]), cache=cache))
+        for t in range(17)
+    ]
     full = _multi_head(layer, x, rotate_latent=rotate_latent)
     return float((torch.cat(steps, dim=1) - full).abs().max() / full.abs().max())
 

@@ -23,6 +23,7 @@ from danlu.nn.ssm import (
     reconstruct,
 )
 from danlu.nn.ssm.s4 import real_form
+from danlu.protocols import Context
 
 
 def _rmse(found: Tensor, wanted: Tensor) -> float:
@@ -96,7 +97,7 @@ def _decoding_error(kernel: S4DConfig | S4Config | RTFConfig, *, late: bool) -> 
         x = torch.randn(2, 37, 29, dtype=torch.float64)
     full = layer(x)
     cache = layer.new_cache(2, 37, dtype=torch.float64, device=x.device)
-    steps = torch.cat([layer(token, cache=cache) for token in x.split(1, 1)], 1)
+    steps = torch.cat([layer(token, Context(cache=cache)) for token in x.split(1, 1)], 1)
     if late:
         steps, full = steps[:, :-1], full[:, 1:]
     return float((steps - full).abs().max() / full.abs().max())

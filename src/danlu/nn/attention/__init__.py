@@ -1,6 +1,7 @@
 """Attention: multi-head, grouped-query, multi-query, latent and key-as-value, with one call and one cache interface."""
 
 from danlu.nn.attention.cache import LayerCache
+from danlu.nn.attention.context import layer_contexts
 from danlu.nn.attention.full import FullAttention, attend
 from danlu.nn.attention.gqa import GQA, GQAConfig
 from danlu.nn.attention.kv_shared import KVShared, KVSharedConfig
@@ -20,6 +21,7 @@ __all__ = [
     "attend",
     "causal_mask",
     "document_mask",
+    "layer_contexts",
     "masked_attention",
     "recurrent_attention",
 ]

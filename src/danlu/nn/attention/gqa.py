@@ -7,8 +7,9 @@ attention (Ainslie et al., 2305.13245). Only the groups' keys and values are cac
 Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K head size, D model size.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from danlu.nn.attention.masks import (
     check_mask,
     check_start,
     keys_seen,
+    mask_of_layer,
     masked_attention,
 )
 from danlu.nn.linear import Linear
 from danlu.nn.rotary import rotate
+from danlu.protocols import Context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,12 @@ class GQAConfig:
     mask: LayeredMask = "causal"
     """which tokens a query sees, see `danlu.nn.attention.masks`"""
 
+    def build(self, dim: int, *, out_std: float, index: int | None = None, **others: Any) -> "GQA":
+        """Make the layer of block ``index``; see `danlu.protocols.MixerConfig`."""
+        inner = self.num_heads * self.head_dim if self.head_dim else dim
+        own = replace(self, mask=mask_of_layer(self.mask, index))
+        return GQA(dim, own, out_std=out_std * math.sqrt(dim / max(inner, 1)))
+
 
 class GQA(nn.Module):
     """Attention of ``num_heads`` queries over ``num_kv_heads`` keys and values, under ``config.mask``.
@@ -60,7 +69,7 @@ class GQA(nn.Module):
 
     >>> from danlu.nn.rotary import rotary_angles
     >>> layer = GQA(12, GQAConfig(num_heads=3, num_kv_heads=1))
-    >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
+    >>> layer(torch.randn(2, 5, 12), Context(rope=rotary_angles(torch.arange(5), layer.rope_dim))).shape
     torch.Size([2, 5, 12])
     """
 
@@ -95,33 +104,23 @@ class GQA(nn.Module):
         """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
         return 2 * self.num_heads * 2 * self.head_dim * keys_seen(self.mask, length)
 
-    def forward(
-        self,
-        x_btd: Tensor,
-        rope: tuple[Tensor, Tensor],
-        *,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        prefix: int | None = None,
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, context: Context[LayerCache] | None = None) -> Tensor:
         """Attend.
 
         Args:
             x_btd: ``(batch, time, dim)``.
-            rope: tables of `danlu.nn.rotary.rotary_angles` for these tokens, ``(time, rope_dim)``.
-            mask: True where a query may look, broadcastable to ``(batch, heads, time, keys)``, in place of the
-                layer's own; None is the layer's own.
-            cache: what earlier calls stored; the new keys and values are appended to it.
-            prefix: first tokens that all see, for the mask "prefix"; with a cache, of the first call.
+            context: the tables ``rope`` for these tokens; ``mask``, ``prefix`` and ``cache`` where there are any.
 
         Returns:
             ``(batch, time, dim)``.
         """
+        context = Context() if context is None else context
+        mask, prefix, cache = context.mask, context.prefix, context.cache
         B, T, _ = x_btd.shape
         H, G = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x_btd).view(B, T, H + 2 * G, self.head_dim)
-        cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
-        qk = rotate(qkv[:, :, : H + G], cos, sin)
+        cos, sin = context.tables(self.rope_dim)
+        qk = rotate(qkv[:, :, : H + G], cos.unsqueeze(-2), sin.unsqueeze(-2))
         q_bhtk = qk[:, :, :H].transpose(1, 2)
         k_bglk, v_bglk = qk[:, :, H:].transpose(1, 2), qkv[:, :, H + G :].transpose(1, 2)
         if cache is not None:

@@ -12,8 +12,9 @@ layer of the same heads: at an equal cache the heads can be twice as large.
 Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K head size, D model size.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,12 @@ from danlu.nn.attention.masks import (
     check_mask,
     check_start,
     keys_seen,
+    mask_of_layer,
     masked_attention,
 )
 from danlu.nn.linear import Linear
 from danlu.nn.rotary import rotate
+from danlu.protocols import Context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,11 @@ class KVSharedConfig:
     mask: LayeredMask = "causal"
     """which tokens a query sees, see `danlu.nn.attention.masks`"""
 
+    def build(self, dim: int, *, out_std: float, index: int | None = None, **others: Any) -> "KVShared":
+        """Make the layer of block ``index``; see `danlu.protocols.MixerConfig`."""
+        own = replace(self, mask=mask_of_layer(self.mask, index))
+        return KVShared(dim, own, out_std=out_std * math.sqrt(dim / max(self.num_heads * self.head_dim, 1)))
+
 
 class KVShared(nn.Module):
     """Attention of ``num_heads`` queries over ``num_kv_heads`` vectors that are key and value at once, under
@@ -66,7 +74,7 @@ class KVShared(nn.Module):
 
     >>> from danlu.nn.rotary import rotary_angles
     >>> layer = KVShared(12, KVSharedConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope_dim=2))
-    >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
+    >>> layer(torch.randn(2, 5, 12), Context(rope=rotary_angles(torch.arange(5), layer.rope_dim))).shape
     torch.Size([2, 5, 12])
     """
 
@@ -96,19 +104,13 @@ class KVShared(nn.Module):
         """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
         return 2 * self.num_heads * 2 * self.head_dim * keys_seen(self.mask, length)
 
-    def forward(
-        self,
-        x_btd: Tensor,
-        rope: tuple[Tensor, Tensor],
-        *,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        prefix: int | None = None,
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, context: Context[LayerCache] | None = None) -> Tensor:
         """Attend; arguments and result as in `danlu.nn.GQA`."""
+        context = Context() if context is None else context
+        mask, prefix, cache = context.mask, context.prefix, context.cache
         B, T, _ = x_btd.shape
         H, G = self.num_heads, self.num_kv_heads
-        cos, sin = (table[..., :, None, :] for table in rope)
+        cos, sin = (table.unsqueeze(-2) for table in context.tables(self.rope_dim))
         rotated = rotate(self.q_kv(x_btd).view(B, T, H + G, self.head_dim), cos, sin).transpose(1, 2)
         q_bhtk, c_bglk = rotated[:, :H], rotated[:, H:]
         if cache is not None:

@@ -169,6 +169,17 @@ def attention_under(
     return F.scaled_dot_product_attention(q_bhtk, k_bgsk, v_bgse, attn_mask=mask, scale=scale, enable_gqa=G != H)
 
 
+def mask_of_layer(mask: LayeredMask, index: int | None) -> LayeredMask:
+    """Return the mask of the layer with this number where a model's layers take turns; None: of no model.
+
+    >>> [mask_of_layer("mixed-layers", index) for index in range(3)]
+    ['causal', 'anti-causal', 'causal']
+    """
+    if mask != "mixed-layers" or index is None:
+        return mask
+    return "anti-causal" if index % 2 else "causal"
+
+
 def check_mask(mask: LayeredMask, heads: int, groups: int) -> Mask:
     """Return the mask of one layer, if it has these heads and groups.
 

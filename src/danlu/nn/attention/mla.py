@@ -10,8 +10,8 @@ Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, C kv_rank, 
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,13 @@ from danlu.nn.attention.masks import (
     check_mask,
     check_start,
     keys_seen,
+    mask_of_layer,
     masked_attention,
 )
 from danlu.nn.linear import Linear
 from danlu.nn.norm import RMSNorm
 from danlu.nn.rotary import rotate
+from danlu.protocols import Context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,11 @@ class MLAConfig:
     mask: LayeredMask = "causal"
     """which tokens a query sees, see `danlu.nn.attention.masks`"""
 
+    def build(self, dim: int, *, out_std: float, index: int | None = None, **others: Any) -> "MLA":
+        """Make the layer of block ``index``; see `danlu.protocols.MixerConfig`."""
+        own = replace(self, mask=mask_of_layer(self.mask, index))
+        return MLA(dim, own, out_std=out_std * math.sqrt(dim / max(self.num_heads * self.value_dim, 1)))
+
 
 class MLA(nn.Module):
     """Multi-head latent attention, causal unless ``config.mask`` says otherwise.
@@ -69,7 +76,7 @@ class MLA(nn.Module):
 
     >>> from danlu.nn.rotary import rotary_angles
     >>> layer = MLA(12, MLAConfig(num_heads=3, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=6))
-    >>> layer(torch.randn(2, 5, 12), rotary_angles(torch.arange(5), layer.rope_dim)).shape
+    >>> layer(torch.randn(2, 5, 12), Context(rope=rotary_angles(torch.arange(5), layer.rope_dim))).shape
     torch.Size([2, 5, 12])
     """
 
@@ -77,6 +84,8 @@ class MLA(nn.Module):
         super().__init__()
         for name in ("num_heads", "kv_rank", "nope_dim", "value_dim"):
             integer(name, getattr(config, name))
+        if config.q_rank is not None:
+            integer("q_rank", config.q_rank)
         integer("rope_dim", config.rope_dim, low=0)
         if config.q_rank is not None:
             integer("q_rank", config.q_rank)
@@ -109,33 +118,24 @@ class MLA(nn.Module):
         """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
         return 2 * self.num_heads * (self.nope_dim + self.rope_dim + self.value_dim) * keys_seen(self.mask, length)
 
-    def forward(
-        self,
-        x_btd: Tensor,
-        rope: tuple[Tensor, Tensor],
-        *,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        prefix: int | None = None,
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, context: Context[LayerCache] | None = None) -> Tensor:
         """Attend.
 
         Args:
             x_btd: ``(batch, time, dim)``.
-            rope: tables of `danlu.nn.rotary.rotary_angles` for these tokens, ``(time, rope_dim)``.
-            mask: True where a query may look, broadcastable to ``(batch, heads, time, keys)`` (with a cache to
-                ``(batch, 1, time, keys)``), in place of the layer's own; None is the layer's own.
-            cache: latents of earlier calls; the new ones are appended.
-            prefix: first tokens that all see, for the mask "prefix"; with a cache, of the first call.
+            context: the tables ``rope`` for these tokens; ``mask`` (with a cache, ``(batch, 1, time, keys)``),
+                ``prefix`` and ``cache`` where there are any.
 
         Returns:
             ``(batch, time, dim)``.
         """
+        context = Context() if context is None else context
+        mask, prefix, cache = context.mask, context.prefix, context.cache
         B, T, _ = x_btd.shape
         q, c_btc, k_btr = self.down(x_btd).split((self.q_rows, self.kv_rank, self.rope_dim), dim=-1)
         if self.q_up is not None and self.q_norm is not None:
             q = self.q_up(self.q_norm(q))
-        cos, sin = rope
+        cos, sin = context.tables(self.rope_dim)
         q_bthk = rotate(q.view(B, T, self.num_heads, -1), cos.unsqueeze(-2), sin.unsqueeze(-2))
         c_btc, k_btr = self.kv_norm(c_btc), rotate(k_btr, cos, sin)
         if cache is None:

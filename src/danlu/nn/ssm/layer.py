@@ -9,6 +9,7 @@ Shape suffixes: B batch, T time, H channels, D model size.
 
 import math
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +17,59 @@ from torch import Tensor, nn
 
 from danlu._roles import declare
 from danlu._validate import integer
-from danlu.nn.attention.masks import document_mask
 from danlu.nn.linear import Linear
 from danlu.nn.ssm.blocks import Blocks, advance
 from danlu.nn.ssm.convolution import causal_convolution, fast_length
-from danlu.nn.ssm.rtf import RTF, RTFConfig
-from danlu.nn.ssm.s4 import S4, S4Config
-from danlu.nn.ssm.s4d import S4D, S4DConfig
+from danlu.nn.ssm.rtf import RTFConfig
+from danlu.nn.ssm.s4 import S4Config
+from danlu.nn.ssm.s4d import S4DConfig
+from danlu.protocols import Context
 
 _BLOCK = 32
 """Tokens of a prompt that are taken at once"""
+
+
+class Space(Protocol):
+    """Linear state spaces, one a channel: what an `SSM` layer needs of its kernel, which is a ``torch.nn.Module``.
+
+    What `step` and `blocks` take as ``system`` are constants that `system` forms from the weights once.
+    """
+
+    def kernel(self, length: int) -> Tensor:
+        """Response to an impulse, ``(channels, length)``."""
+
+    def system(self) -> tuple[Tensor, ...]:
+        """Constants of the recurrence."""
+
+    def new_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zero state ``(batch, channels, ...)``."""
+
+    def blocks(self, system: tuple[Tensor, ...], size: int) -> Blocks:
+        """The recurrence over ``size`` tokens at once, a power of two."""
+
+    def step(self, system: tuple[Tensor, ...], state: Tensor, u_bh: Tensor) -> tuple[Tensor, Tensor]:
+        """One token: the new state and the output ``(batch, channels)``."""
+
+
+class SpaceConfig(Protocol):
+    """Configuration of state spaces."""
+
+    def build(self, channels: int, **others: Any) -> Any:
+        """Make ``channels`` independent ones; they fit `Space`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SSMConfig:
     """Sizes of an `SSM` layer."""
 
-    kernel: S4DConfig | S4Config | RTFConfig = S4DConfig()
+    kernel: S4DConfig | S4Config | RTFConfig | SpaceConfig = S4DConfig()
     """kind of the state space, and its sizes"""
     channels: int | None = None
     """independent state spaces, one a coordinate; None: as many as the model has dimensions"""
+
+    def build(self, dim: int, *, out_std: float, **others: Any) -> "SSM":
+        """Make the layer; see `danlu.protocols.MixerConfig`."""
+        return SSM(dim, self, out_std=out_std * math.sqrt(dim / max(self.channels or dim, 1)))
 
 
 class StateCache:
@@ -55,33 +89,28 @@ class StateCache:
         return self.state[0].numel() * (2 if self.state.is_complex() else 1)
 
 
-def rows_of_documents(mask: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
+def rows_of_documents(documents_bt: Tensor) -> tuple[Tensor, Tensor]:
     """Where each token of packed rows goes when every document is given a row of its own.
 
     Args:
-        mask: `danlu.nn.document_mask` of the rows, ``(batch or 1, 1, time, time)``.
-        batch: number of rows.
-        time: tokens in a row.
+        documents_bt: document number of each token, ``(batch, time)``; a document is a run of equal numbers in a row.
 
     Returns:
         Row and column of each token, both ``(batch, time)``.
 
     Raises:
-        ValueError: another mask: a state carries all of the past or none of it.
+        ValueError: a document goes on behind another one, where a state cannot be resumed.
 
-    >>> mask = document_mask(torch.tensor([[4, 4, 9], [4, 4, 4]]))
-    >>> [t.tolist() for t in rows_of_documents(mask, 2, 3)]
+    >>> [t.tolist() for t in rows_of_documents(torch.tensor([[4, 4, 9], [4, 4, 4]]))]
     [[[0, 0, 1], [2, 2, 2]], [[0, 1, 0], [0, 1, 2]]]
     """
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-2:] != (time, time) or mask.shape[0] not in (1, batch):
-        raise ValueError(f"mask must be (batch, 1, time, time) as document_mask makes it, got {tuple(mask.shape)}")
-    mask = mask[:, 0].expand(batch, time, time)
-    starts = torch.ones(batch, time, dtype=torch.bool, device=mask.device)
-    starts[:, 1:] = ~mask.diagonal(-1, 1, 2)
-    documents = starts.flatten().cumsum(0).view(batch, time) - 1
-    if not torch.equal(mask, document_mask(documents)[:, 0]):
-        raise ValueError("mask must be causal within each document and part documents, as document_mask makes it")
-    here = torch.arange(time, device=mask.device).expand(batch, time)
+    starts = torch.ones_like(documents_bt, dtype=torch.bool)
+    starts[:, 1:] = documents_bt[:, 1:] != documents_bt[:, :-1]
+    in_order = documents_bt.sort(dim=1).values
+    if int(starts.sum()) != len(starts) + int((in_order[:, 1:] != in_order[:, :-1]).sum()):
+        raise ValueError("documents must each be one run of equal numbers: a state cannot be resumed behind another")
+    documents = starts.flatten().cumsum(0).view_as(documents_bt) - 1
+    here = torch.arange(documents_bt.shape[1], device=documents_bt.device).expand_as(documents_bt)
     return documents, here - torch.where(starts, here, 0).cummax(1).values
 
 
@@ -96,7 +125,7 @@ class SSM(nn.Module):
         out_std: standard deviation of the output projection; None means ``1 / sqrt(channels)``.
 
     Raises:
-        ValueError: a size that the kernel refuses.
+        ValueError: a size that the kernel rejects.
 
     >>> layer = SSM(12, SSMConfig(kernel=S4DConfig(state=4)))
     >>> layer(torch.randn(2, 5, 12)).shape
@@ -105,6 +134,9 @@ class SSM(nn.Module):
 
     rope_dim = 0
     """coordinates rotated by position: none, the state knows the order by itself"""
+    mask = None
+    """the state of each document starts empty, so that no mask is needed"""
+    num_heads = 1
 
     def __init__(self, dim: int, config: SSMConfig | None = None, *, out_std: float | None = None) -> None:
         super().__init__()
@@ -112,14 +144,7 @@ class SSM(nn.Module):
         self.channels = dim if config.channels is None else config.channels
         integer("channels", self.channels)
         self.project = Linear(dim, 2 * self.channels, split=(self.channels, self.channels))
-        self.space: S4D | S4 | RTF
-        match config.kernel:
-            case S4DConfig():
-                self.space = S4D(self.channels, config.kernel)
-            case S4Config():
-                self.space = S4(self.channels, config.kernel)
-            case RTFConfig():
-                self.space = RTF(self.channels, config.kernel)
+        self.space: Space = config.kernel.build(self.channels)
         self.skip = nn.Parameter(torch.ones(self.channels))
         declare(self, "skip", "gain")
         self.out = Linear(self.channels, dim, std=out_std)
@@ -142,47 +167,43 @@ class SSM(nn.Module):
         size = fast_length(max(2 * length - 1, 2))
         return self.channels * (2 * 2.5 * size * math.log2(size) + 3 * size) / length
 
-    def forward(
-        self,
-        x_btd: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        *,
-        mask: Tensor | None = None,
-        cache: StateCache | None = None,
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, context: Context[StateCache] | None = None) -> Tensor:
         """Mix along time.
 
         Args:
             x_btd: ``(batch, time, dim)``.
-            rope: taken for the attention layers' sake; a state space needs no positions.
-            mask: None, or what `danlu.nn.document_mask` gives: each document then starts from an empty state.
-            cache: state after earlier calls; it is advanced by these tokens.
+            context: ``documents``, each of which starts from an empty state, or the ``cache`` of earlier calls, which
+                these tokens advance. Positions are not needed.
 
         Returns:
             ``(batch, time, dim)``.
 
         Raises:
-            ValueError: a mask that is not one of documents, or a mask together with a cache.
+            ValueError: documents together with a cache, or a mask: a state carries all of the past or none of it.
         """
+        context = Context() if context is None else context
+        documents, cache = context.documents, context.cache
+        if context.mask is not None:
+            raise ValueError("mask must be None for a state space, which carries all of the past or none of it")
+        if documents is not None and cache is not None:
+            raise ValueError("documents cannot be combined with a cache: a state holds one sequence")
         u_bth, gate_bth = self.project(x_btd).chunk(2, dim=-1)
-        y_bth = self._mix(u_bth, mask) if cache is None else self._advance(u_bth, mask, cache)
+        y_bth = self._mix(u_bth, documents) if cache is None else self._advance(u_bth, cache)
         y_bth = torch.addcmul(y_bth, u_bth, self.skip.to(u_bth.dtype)) * F.silu(gate_bth)
         y: Tensor = self.out(y_bth)
         return y
 
-    def _mix(self, u_bth: Tensor, mask: Tensor | None) -> Tensor:
-        B, T, H = u_bth.shape
-        if mask is None:
+    def _mix(self, u_bth: Tensor, documents: Tensor | None) -> Tensor:
+        _, T, H = u_bth.shape
+        if documents is None:
             return causal_convolution(u_bth.transpose(1, 2), self.space.kernel(T)).transpose(1, 2)
-        row, column = rows_of_documents(mask, B, T)
+        row, column = rows_of_documents(documents)
         shape = (int(row[-1, -1]) + 1, int(column.max()) + 1, H)
         alone = u_bth.new_zeros(shape).index_put((row, column), u_bth)
         y = causal_convolution(alone.transpose(1, 2), self.space.kernel(shape[1]))
         return y.transpose(1, 2)[row, column]
 
-    def _advance(self, u_bth: Tensor, mask: Tensor | None, cache: StateCache) -> Tensor:
-        if mask is not None:
-            raise ValueError("mask cannot be combined with a cache: a state holds one sequence")
+    def _advance(self, u_bth: Tensor, cache: StateCache) -> Tensor:
         time = u_bth.shape[1]
         u = u_bth.to(cache.state.real.dtype)
         outputs = []

@@ -12,6 +12,7 @@ Shape suffixes: h channels, d order, b batch.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,10 @@ class RTFConfig:
     """order d: state numbers a channel"""
     length: int = 1024
     """longest sequence of the convolution, above state; the numerator means nothing without it"""
+
+    def build(self, channels: int, **others: Any) -> "RTF":
+        """Make ``channels`` independent state spaces."""
+        return RTF(channels, self)
 
 
 def rational_kernel(a: Tensor, b: Tensor, length: int) -> Tensor:

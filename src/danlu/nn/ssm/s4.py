@@ -19,6 +19,7 @@ Shape suffixes: h channels, n half the state, N state, b batch.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ class S4Config:
     """shortest step at the start; steps are drawn log-uniformly, a channel each"""
     dt_max: float = 0.1
     """longest step at the start"""
+
+    def build(self, channels: int, **others: Any) -> "S4":
+        """Make ``channels`` independent state spaces."""
+        return S4(channels, self)
 
 
 def legs_dplr(d: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ Shape suffixes: h channels, n half the state, b batch.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ class S4DConfig:
     """shortest step at the start; steps are drawn log-uniformly, a channel each"""
     dt_max: float = 0.1
     """longest step at the start"""
+
+    def build(self, channels: int, **others: Any) -> "S4D":
+        """Make ``channels`` independent state spaces."""
+        return S4D(channels, self)
 
 
 def check_system(channels: int, state: int, dt_min: float, dt_max: float) -> None:
