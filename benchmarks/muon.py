@@ -20,7 +20,7 @@ from benchmarks import harness
 from danlu.models import Transformer
 from danlu.nn.balance import attach
 from danlu.objectives import CausalLM
-from danlu.optim import AdamWConfig, Muon, build_optimizers
+from danlu.optim import MATRIX_ROLES, AdamWConfig, Muon, MuonConfig
 from danlu.recipes.lm import lm
 from danlu.train.device import choose
 
@@ -194,29 +194,30 @@ def share(options: harness.Options) -> harness.Comparison:
     tokens = torch.randint(4096, (run.data.batch, run.data.length), generator=torch.Generator().manual_seed(0))
     targets = tokens.roll(-1, dims=1)
 
-    def trained(config: object) -> tuple[harness.Run, list[Optimizer]]:
+    def trained(config: AdamWConfig | MuonConfig) -> tuple[harness.Run, Optimizer]:
         torch.manual_seed(0)
         model = Transformer(run.model)
         model.compute_dtype = policy.dtype
         objective = CausalLM(model, run.objective, byte_lengths=torch.ones(4096))
-        optimizers = build_optimizers(model, config)
-        for optimizer in optimizers[:1]:
-            attach(model, optimizer)
+        optimizer = config.build(model)
+        attach(model, optimizer)
 
         def gradients() -> None:
             model.zero_grad(set_to_none=True)
             objective({"tokens": tokens, "targets": targets}).backward()
 
         gradients()
-        return gradients, optimizers
+        return gradients, optimizer
 
     gradients, muon = trained(run.optim)
     _, adamw = trained(AdamWConfig())
-    matrices = parameters([tuple(p.shape) for g in muon[0].param_groups for p in g["params"]], stacked=False)
+    matrices = parameters(
+        [tuple(p.shape) for g in muon.param_groups if g["role"] in MATRIX_ROLES for p in g["params"]], stacked=False
+    )
     runs: dict[str, harness.Run] = {
         "forward and backward": gradients,
-        "danlu Muon and AdamW": lambda: [optimizer.step() for optimizer in muon],
-        "AdamW alone": adamw[0].step,
+        "danlu Muon and AdamW": muon.step,
+        "AdamW alone": adamw.step,
         "torch Muon, matrices alone": CONTESTANTS["torch"](matrices).step,
         "torch's steps in float32, matrices alone": CONTESTANTS["torch's steps in float32"](matrices).step,
     }

@@ -17,7 +17,7 @@ from benchmarks import harness, ours, peers
 from benchmarks.peers import SIZES, Setting, Size, SizeName
 from danlu.nn.balance import attach
 from danlu.objectives import CausalLM
-from danlu.optim import MuonConfig, build_optimizers
+from danlu.optim import MuonConfig
 
 BATCH, LENGTH = 8, 256
 PARTS = ("dense-10M", "dense-30M", "sparse-10M", "sparse-30M", "optimizer", "growth")
@@ -149,20 +149,16 @@ def optimizer_share(name: SizeName, options: harness.Options) -> harness.Compari
     muon = torch.optim.Muon(matrices, lr=1e-4, adjust_lr_fn="match_rms_adamw")
     rest = torch.optim.AdamW(others, lr=1e-4, fused=True)
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    danlu = build_optimizers(model, MuonConfig(lr=1e-4))
+    danlu = MuonConfig(lr=1e-4).build(model)
 
     def peer_muon() -> None:
         muon.step()
         rest.step()
 
-    def danlu_muon() -> None:
-        for optimizer in danlu:
-            optimizer.step()
-
     runs = {
         "torch.optim.Muon + AdamW": peer_muon,
         "AdamW fused": adamw.step,
-        "danlu Muon + AdamW": danlu_muon,
+        "danlu Muon + AdamW": danlu.step,
         # Last: it makes new gradients for the next round.
         "danlu forward and backward": forward_backward,
     }

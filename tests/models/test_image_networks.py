@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from danlu.models import DiT, DiTConfig, UNet, UNetConfig
-from danlu.optim import AdamWConfig, MuonConfig, build_optimizers
+from danlu.optim import AdamWConfig, MuonConfig
 
 from .image_networks import SIZES, build
 
@@ -132,13 +132,8 @@ def test_flops_are_those_that_torch_counts(name):
 @pytest.mark.parametrize("config", [MuonConfig(), AdamWConfig()], ids=["muon", "adamw"])
 def test_every_parameter_has_a_role_and_learns(name, config):
     network = build(name, num_classes=3, two_times=True)
-    optimizers = build_optimizers(network, config)
-    roles = {
-        parameter: group["role"]
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    optimizer = config.build(network)
+    roles = {parameter: group["role"] for group in optimizer.param_groups for parameter in group["params"]}
     assert set(roles) == set(network.parameters())
     assert roles[network.last.weight] == "head"
     assert roles[network.condition.classes] == "embedding"
@@ -146,8 +141,7 @@ def test_every_parameter_has_a_role_and_learns(name, config):
     network(x, t, torch.tensor([0, 1, 2, 3, 0]), t / 2).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().amax() > 0 for p in network.parameters())
     before = [p.detach().clone() for p in network.parameters()]
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
     assert all(not torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
 
 

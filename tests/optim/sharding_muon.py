@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-import danlu.optim.muon
+import danlu.optim.muon_step
 from danlu.optim import Muon
 
 
@@ -114,13 +114,13 @@ def check_a_gradient_placed_otherwise_than_its_parameter_is_moved(world):
 
 def check_each_matrix_is_iterated_once_and_work_is_balanced(world):
     iterated = []
-    original = danlu.optim.muon.orthogonalize
+    original = danlu.optim.muon_step.orthogonalize
 
     def counting(stack, *args, **kwargs):
         iterated.extend(stack.shape[0] * [tuple(stack.shape[1:])])
         return original(stack, *args, **kwargs)
 
-    danlu.optim.muon.orthogonalize = counting
+    danlu.optim.muon_step.orthogonalize = counting
     try:
         for place, group in ((cut_over(world.four), None), (here, dist.group.WORLD)):
             iterated.clear()
@@ -137,7 +137,7 @@ def check_each_matrix_is_iterated_once_and_work_is_balanced(world):
             for share in shares:
                 assert (share.count((16, 24)) == 3) == (share.count((16, 8)) == 0) or share.count((16, 8)) <= 3
     finally:
-        danlu.optim.muon.orthogonalize = original
+        danlu.optim.muon_step.orthogonalize = original
 
 
 def check_a_bucket_costs_two_collectives_cut_and_one_replicated(world):

@@ -1,10 +1,19 @@
-"""Optimizers from a config: every parameter once, each under its rule."""
+"""One optimizer from a configuration: every parameter once, each under its rule."""
 
 import pytest
 import torch
 from torch import nn
 
-from danlu.optim import AdamWConfig, AmosConfig, LionConfig, Muon, MuonConfig, TigerConfig, build_optimizers
+from danlu.optim import (
+    AdamWConfig,
+    AmosConfig,
+    CombinedOptimizer,
+    LionConfig,
+    Muon,
+    MuonConfig,
+    TigerConfig,
+    build_optimizers,
+)
 
 
 def model():
@@ -14,7 +23,9 @@ def model():
 
 def test_muon_takes_the_linear_maps_and_adamw_the_rest_each_parameter_once():
     network = model()
-    muon, adamw = build_optimizers(network, MuonConfig(lr=0.02))
+    optimizer = MuonConfig(lr=0.02).build(network)
+    assert isinstance(optimizer, CombinedOptimizer)
+    muon, adamw = optimizer.rules
     assert isinstance(muon, Muon)
     assert isinstance(adamw, torch.optim.AdamW)
     assert {g["role"] for g in muon.param_groups} == {"matrix"}
@@ -24,10 +35,10 @@ def test_muon_takes_the_linear_maps_and_adamw_the_rest_each_parameter_once():
 
 
 def test_both_share_rate_and_decay_unless_told_otherwise():
-    shared = build_optimizers(model(), MuonConfig(lr=0.02, weight_decay=0.3))
-    assert {(g["lr"], g["weight_decay"]) for o in shared for g in o.param_groups} == {(0.02, 0.3)}
-    apart = build_optimizers(model(), MuonConfig(lr=0.02, adamw_lr=0.5))
-    assert {g["lr"] for g in apart[1].param_groups} == {0.5}
+    shared = MuonConfig(lr=0.02, weight_decay=0.3).build(model())
+    assert {(g["lr"], g["weight_decay"]) for g in shared.param_groups} == {(0.02, 0.3)}
+    apart = MuonConfig(lr=0.02, adamw_lr=0.5).build(model())
+    assert {g["lr"] for g in apart.param_groups if g["role"] != "matrix"} == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -39,21 +50,21 @@ def test_both_share_rate_and_decay_unless_told_otherwise():
     ],
 )
 def test_embeddings_take_their_own_rate_where_one_is_given(config):
-    last = build_optimizers(model(), config)[-1]
-    rates = {group["role"]: group["lr"] for group in last.param_groups}
+    rates = {group["role"]: group["lr"] for group in config.build(model()).param_groups}
     assert rates.pop("embedding") == 0.3
+    rates.pop("matrix")
     assert set(rates.values()) == {0.02}
 
 
 @pytest.mark.parametrize("config", [MuonConfig(no_decay=("gain", "bias")), AdamWConfig(no_decay=("gain", "bias"))])
 def test_roles_without_decay_have_none(config):
-    decays = {g["role"]: g["weight_decay"] for o in build_optimizers(model(), config) for g in o.param_groups}
+    decays = {g["role"]: g["weight_decay"] for g in config.build(model()).param_groups}
     assert decays["gain"] == decays["bias"] == 0
     assert decays["embedding"] == decays["matrix"] == 0.1
 
 
 def test_adamw_is_torchs_fused_adamw():
-    (optimizer,) = build_optimizers(model(), AdamWConfig(lr=0.1))
+    optimizer = AdamWConfig(lr=0.1).build(model())
     assert optimizer.defaults["fused"]
 
 
@@ -63,7 +74,7 @@ def test_adamw_is_right_for_a_parameter_whose_memory_has_gaps():
     whole.load_state_dict(network.state_dict())
     network.weight = nn.Parameter(torch.cat([network.weight, network.weight], 1).detach()[:, :6])
     for each in (network, whole):
-        (optimizer,) = build_optimizers(each, AdamWConfig(lr=0.1))
+        optimizer = AdamWConfig(lr=0.1).build(each)
         for _ in range(2):
             each(torch.ones(2, 6)).square().sum().backward()
             optimizer.step()
@@ -73,7 +84,7 @@ def test_adamw_is_right_for_a_parameter_whose_memory_has_gaps():
 @pytest.mark.parametrize("config", [LionConfig(lr=1e-2), TigerConfig(lr=3e-2), AmosConfig(lr=0.03, embedding_eta=1.0)])
 def test_one_optimizer_takes_every_parameter_with_its_role(config):
     network = model()
-    (optimizer,) = build_optimizers(network, config)
+    optimizer = config.build(network)
     assert type(config).__name__ == f"{type(optimizer).__name__}Config"
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in network.parameters()}
     roles = {g["role"]: g for g in optimizer.param_groups}
@@ -112,26 +123,25 @@ def test_configs_name_what_is_out_of_range(kind, options, says):
 
 
 def test_a_model_of_linear_maps_alone_needs_no_adamw():
-    assert len(build_optimizers(nn.Linear(3, 5, bias=False), MuonConfig())) == 1
+    assert type(MuonConfig().build(nn.Linear(3, 5, bias=False))) is Muon
 
 
-def test_both_optimizers_lower_the_loss():
+def test_both_rules_lower_the_loss():
     network, tokens, targets = model(), torch.arange(11), torch.arange(11) % 3
-    optimizers = build_optimizers(network, MuonConfig(lr=0.05, weight_decay=0.0))
+    optimizer = MuonConfig(lr=0.05, weight_decay=0.0).build(network)
     losses = []
     for _ in range(60):
         loss = nn.functional.cross_entropy(network(tokens), targets)
         losses.append(loss.item())
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert losses[-1] < 0.05 * losses[0]
 
 
 def test_options_of_the_config_reach_muon():
     config = MuonConfig(momentum=0.9, nesterov=False, scale="rms", method="jordan", steps=5, dtype="bfloat16")
-    muon = build_optimizers(nn.Linear(3, 5, bias=False), config)[0]
+    muon = config.build(nn.Linear(3, 5, bias=False))
     assert (muon.defaults["momentum"], muon.defaults["nesterov"], muon.defaults["scale"]) == (0.9, False, "rms")
     assert (muon.composition.name, muon.dtype) == ("jordan", torch.bfloat16)
 
@@ -153,6 +163,12 @@ def test_bad_values_are_named(make, says):
         make()
 
 
-def test_another_config_is_refused():
-    with pytest.raises(TypeError, match=r"config must be AdamWConfig, MuonConfig, .* or AmosConfig, got str"):
+def test_the_list_of_earlier_releases_is_the_one_optimizer_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"use config.build\(model\)"):
+        (optimizer,) = build_optimizers(model(), MuonConfig(lr=0.02))
+    assert isinstance(optimizer, CombinedOptimizer)
+
+
+def test_what_cannot_build_is_rejected_by_the_alias():
+    with pytest.raises(TypeError, match=r"config must have a method build\(model\), .*got str"):
         build_optimizers(model(), "muon")

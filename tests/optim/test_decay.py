@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.optim import Muon, MuonConfig, build_optimizers, decay_
+from danlu.optim import Muon, MuonConfig, decay_
 
 
 def gaussian(*shape, seed=0):
@@ -128,7 +128,7 @@ def test_a_state_saved_before_there_was_a_choice_still_steps():
 
 def test_the_configuration_hands_the_choice_to_muon():
     config = MuonConfig(decay="clipped", decay_bound=3.0)
-    group = build_optimizers(nn.Linear(3, 5, bias=False), config)[0].param_groups[0]
+    group = config.build(nn.Linear(3, 5, bias=False)).param_groups[0]
     assert (group["decay"], group["decay_bound"]) == ("clipped", 3.0)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from danlu.approx import optimal_composition, published
 from danlu.linalg._newton_schulz import multiplications
 from danlu.optim import Muon, shape_scale
-from danlu.optim.muon import SCALES
+from danlu.optim.muon_step import SCALES
 
 EXACT = optimal_composition(1e-3, 9)  # error below float64 rounding on [1e-3, 1]
 

@@ -1,16 +1,9 @@
 """Optimizers, the groups their parameters belong in, learning-rate schedules, and clipping."""
 
 from danlu._roles import MATRIX_ROLES, ROLES, declare
-from danlu.optim.amos import Amos, AmosHyperparameters, amos_hyperparameters, amos_scale
-from danlu.optim.build import (
-    AdamWConfig,
-    AmosConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    TigerConfig,
-    build_optimizers,
-)
+from danlu.optim.adamw import AdamWConfig
+from danlu.optim.amos import Amos, AmosConfig, AmosHyperparameters, amos_hyperparameters, amos_scale
+from danlu.optim.build import build_optimizers
 from danlu.optim.clip import (
     NonFiniteGuard,
     clip_grad_norm_,
@@ -19,15 +12,18 @@ from danlu.optim.clip import (
     grad_norm,
     nonfinite_gradients,
 )
+from danlu.optim.combined import CombinedOptimizer, merged_state_dicts
 from danlu.optim.decay import decay_
 from danlu.optim.groups import check_partition, declarations_kept, describe, param_groups
-from danlu.optim.lion import Lion
+from danlu.optim.lion import Lion, LionConfig
 from danlu.optim.loraplus import balanced_ratio, loraplus_groups, watch_ratio
-from danlu.optim.muon import Muon, muon_, shape_scale
+from danlu.optim.muon import Muon, MuonConfig
+from danlu.optim.muon_step import muon_, shape_scale
 from danlu.optim.mup import muon_from_adamw, mup_factor, mup_groups, spectral_init_, spectral_std
 from danlu.optim.schedules import Constant, Cosine, InverseTime, ScheduleConfig, WarmupStableDecay, schedule
+from danlu.optim.state_bytes import state_bytes
 from danlu.optim.telemetry import Update, measured_step, singular_entropy
-from danlu.optim.tiger import Tiger
+from danlu.optim.tiger import Tiger, TigerConfig
 
 __all__ = [
     "MATRIX_ROLES",
@@ -36,6 +32,7 @@ __all__ = [
     "Amos",
     "AmosConfig",
     "AmosHyperparameters",
+    "CombinedOptimizer",
     "Constant",
     "Cosine",
     "InverseTime",
@@ -44,7 +41,6 @@ __all__ = [
     "Muon",
     "MuonConfig",
     "NonFiniteGuard",
-    "OptimizerConfig",
     "ScheduleConfig",
     "Tiger",
     "TigerConfig",
@@ -65,6 +61,7 @@ __all__ = [
     "grad_norm",
     "loraplus_groups",
     "measured_step",
+    "merged_state_dicts",
     "muon_",
     "muon_from_adamw",
     "mup_factor",
@@ -76,5 +73,6 @@ __all__ = [
     "singular_entropy",
     "spectral_init_",
     "spectral_std",
+    "state_bytes",
     "watch_ratio",
 ]

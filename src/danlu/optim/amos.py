@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from danlu._roles import ROLES, declared
 from danlu._validate import choice, integer, number, positive
 from danlu.optim._common import MomentumOptimizer, check_rate, fusable, is_dtensor, row_pieces
+from danlu.optim._config import probe
 from danlu.optim._sharded import check_placement, local, sum_shards_
+from danlu.optim.groups import param_groups
 
 #: Roles of which every row, one input of a table or one output of a map, keeps slots of its own.
 _BY_ROWS = ("matrix", "head", "embedding")
@@ -328,3 +330,55 @@ def amos_hyperparameters(
     sigma = 0.5 if role in ("gain", "bias") else 1.0 / math.sqrt(d)
     life = (math.sqrt(2.0) - 1.0) / (step * alignment) if constant else 1.0 / (2.0 * step * alignment)
     return AmosHyperparameters(lr=step * sigma, weight_decay=step / (2.0 * sigma), half_life=life)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmosConfig:
+    """Amos for every parameter, each by the scale that its role gives it.
+
+    Attributes:
+        lr: relative step, about one over the root of the number of batches in the data.
+        beta: decay of the second moment.
+        momentum: decay of the average over updates; None for none.
+        clip: largest size of an entry of a gradient; None for no limit.
+        extra_l2: fraction of the weights that goes each step besides Amos' own decay.
+        c_coef: how fast the decay slows down.
+        d_coef: how fast the steps become smaller.
+        embedding_eta: scale expected of embeddings; None for sqrt(2 / width).
+    """
+
+    lr: float = 0.01
+    beta: float = 0.99
+    momentum: float | None = 0.9
+    clip: float | None = None
+    extra_l2: float = 0.0
+    c_coef: float = 0.25
+    d_coef: float = 0.25
+    embedding_eta: float | None = None
+
+    def __post_init__(self) -> None:
+        Amos(probe(), **self.options())
+        if self.embedding_eta is not None:
+            positive("embedding_eta", self.embedding_eta)
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of :class:`Amos`."""
+        return {
+            "lr": self.lr,
+            "beta": self.beta,
+            "momentum": self.momentum,
+            "clip": self.clip,
+            "extra_l2": self.extra_l2,
+            "c_coef": self.c_coef,
+            "d_coef": self.d_coef,
+        }
+
+    def build(self, model: nn.Module, **others: Any) -> Amos:
+        """Return the optimizer of all parameters of ``model`` that require a gradient, grouped by role.
+
+        >>> AmosConfig(embedding_eta=0.5).build(nn.Embedding(5, 2)).param_groups[0]["eta"]
+        0.5
+        """
+        groups = param_groups(model)
+        eta = {"embedding": self.embedding_eta}
+        return Amos([{**group, "eta": eta.get(group["role"])} for group in groups], **self.options())

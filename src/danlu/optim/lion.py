@@ -8,14 +8,17 @@ Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from danlu._validate import choice, number
 from danlu.optim._common import MomentumOptimizer, check_rate, descend_, pieces
+from danlu.optim._config import by_role, check_by_role, dtype_of, probe
 from danlu.optim._sharded import check_placement, local
+from danlu.optim.groups import param_groups
 
 
 class Lion(MomentumOptimizer):
@@ -142,3 +145,46 @@ def _mixed(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
         return torch.lerp(momentum, grad, 1.0 - beta)
     wide = torch.promote_types(momentum.dtype, grad.dtype)
     return momentum.to(wide).mul_(beta).add_(grad, alpha=1.0 - beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionConfig:
+    """Lion for every parameter.
+
+    Attributes:
+        lr: learning rate, AdamW's divided by 3 to 10.
+        betas: weight of the momentum inside the sign, and decay of the momentum.
+        weight_decay: decoupled decay, AdamW's times what the learning rate was divided by.
+        momentum_dtype: dtype of the momentum; ``auto`` is the parameter's own.
+        embedding_lr: learning rate of the embeddings; None for lr.
+        no_decay: roles without decay.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.95, 0.98)
+    weight_decay: float = 0.3
+    momentum_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    embedding_lr: float | None = None
+    no_decay: tuple[str, ...] = ("gain", "bias")
+
+    def __post_init__(self) -> None:
+        Lion(probe(), **self.options())
+        check_by_role(self.embedding_lr, self.no_decay)
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of :class:`Lion`."""
+        return {
+            "lr": self.lr,
+            "betas": self.betas,
+            "weight_decay": self.weight_decay,
+            "momentum_dtype": dtype_of("momentum_dtype", self.momentum_dtype),
+        }
+
+    def build(self, model: nn.Module, **others: Any) -> Lion:
+        """Return the optimizer of all parameters of ``model`` that require a gradient, grouped by role.
+
+        >>> LionConfig(lr=0.1).build(nn.Linear(2, 3)).param_groups[1]["weight_decay"]
+        0.0
+        """
+        groups = by_role(param_groups(model), embedding_lr=self.embedding_lr, no_decay=self.no_decay)
+        return Lion(groups, **self.options())

@@ -10,100 +10,36 @@ arXiv:2505.16932 (the iteration).
 """
 
 import copy
-import functools
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from danlu._roles import MATRIX_ROLES, Split
+from danlu._roles import MATRIX_ROLES, ROLES
 from danlu._validate import choice, integer, number
-from danlu.approx import Composition, optimal_composition, published
-from danlu.linalg._newton_schulz import chunk_length, multiplications, orthogonalize
+from danlu.approx import Composition
 from danlu.optim._common import MomentumOptimizer, check_rate, is_dtensor
+from danlu.optim._config import by_role, dtype_of, probe
 from danlu.optim._layout import layout, parts
-from danlu.optim._sharded import (
-    Bucket,
-    Part,
-    agreed_matmul_dtype,
-    local,
-    sharing_group,
-    step_alone,
-    step_together,
-)
+from danlu.optim._sharded import local, sharing_group
+from danlu.optim.adamw import AdamWConfig
+from danlu.optim.combined import CombinedOptimizer
 from danlu.optim.decay import check_decay, decay_
+from danlu.optim.groups import param_groups
+from danlu.optim.muon_step import SCALES, composition_of, muon_, muon_uncompiled_
 
-SCALES = ("moonlight", "rms", "plain", "jordan", "mup")
-#: Root mean square that an entry of AdamW's update has in practice, which ``moonlight`` and ``rms`` aim at.
-ADAMW_RMS = 0.2
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
-def shape_scale(scale: str, rows: int, columns: int) -> float:
-    """Return the factor on the orthogonal update of a ``(rows, columns)`` matrix that maps columns to rows.
-
-    ``plain`` 1; ``jordan`` sqrt(max(1, rows/columns)); ``mup`` sqrt(rows/columns); ``moonlight``
-    0.2 sqrt(max(rows, columns)), with which the rates and decays of AdamW carry over. ``rms`` is ``moonlight`` for an
-    update that is exactly orthogonal; :class:`Muon` then corrects it by the norm that the update really has.
-
-    >>> [round(shape_scale(scale, 400, 100), 3) for scale in SCALES]
-    [4.0, 4.0, 1.0, 2.0, 2.0]
-    """
-    choice("scale", scale, SCALES)
-    if scale == "plain":
-        return 1.0
-    if scale == "jordan":
-        return math.sqrt(max(1.0, rows / columns))
-    if scale == "mup":
-        return math.sqrt(rows / columns)
-    return ADAMW_RMS * math.sqrt(max(rows, columns))
-
-
-@functools.cache
-def _fast_composition() -> Composition:
-    """Return what ``fast`` iterates: three steps of degree 5 and one of degree 9, designed for [3.2e-3, 1].
-
-    The step of degree 9 costs one small product more than one of degree 5 and does nearly the work of two. It comes
-    last, where its terms are small: before, they cancel to less than a half format can hold.
-    """
-    lower = 3.2e-3
-    quintics = optimal_composition(lower, 4, cushion=0.02, safety=1.01)
-    reached = 1 - quintics.errors[2]
-    last = optimal_composition(reached, 1, degree=9, upper=2 - reached)
-    return replace(quintics, coefficients=quintics.coefficients[:3] + last.coefficients, name="fast").on(lower)
-
-
-def _composition(method: str | Composition, steps: int | None) -> Composition:
-    """Return the polynomials that ``method`` and ``steps`` name.
-
-    ``auto`` is designed for [2e-3, 1] with the safety factor and cushion that the half formats need: with the tight
-    scale of :func:`~danlu.linalg._newton_schulz.orthogonalize` five such steps have a smaller error on every spectrum
-    than five of Jordan's or of the published Polar Express, which start from the Frobenius norm.
-    """
-    if steps is not None and not isinstance(method, Composition):
-        integer("steps", steps, high=100)
-    if method == "fast":
-        method = _fast_composition()
-    if isinstance(method, Composition):
-        if steps is not None and steps != method.steps:
-            raise ValueError(f"steps must be None or the composition's own {method.steps}, got {steps}")
-        return method
-    if not isinstance(method, str):
-        raise TypeError(f"method must be a name or a danlu.approx.Composition, got {type(method).__name__}")
-    if method == "auto":
-        return optimal_composition(2e-3, steps or 5, cushion=0.04, safety=1.01)
-    return published(method, steps)
+_OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "scale", "ema", "maximize", "role", "split")
 
 
 class Muon(MomentumOptimizer):
     """Momentum orthogonalised by matrix products, for matrices, stacks of expert matrices and convolutions.
 
     Embeddings, heads, gains and biases are no linear maps between activations: give them to AdamW
-    (:func:`danlu.optim.build_optimizers` does). Equal shapes are stacked and iterated together. Nothing in ``step``
+    (:class:`MuonConfig` does). Equal shapes are stacked and iterated together. Nothing in ``step``
     waits for the device, gradients are left unmodified, and the result does not depend on the scale of the loss.
 
     Args:
@@ -130,9 +66,9 @@ class Muon(MomentumOptimizer):
         method: ``auto``; ``fast``, a tenth quicker at about twice the error, which is still below that of Jordan's
             five steps; a name of :func:`danlu.approx.published`; or any :class:`danlu.approx.Composition`.
         steps: number of polynomials; None for what ``method`` is made for (5 for ``auto``).
-        dtype: format of the iteration. None: float64 for float64 parameters, otherwise the faster of bfloat16 and
+        dtype: dtype of the iteration. None: float64 for float64 parameters, otherwise the faster of bfloat16 and
             float32 on the device. In bfloat16 the update has a relative error of about 1e-2.
-        momentum_dtype: format of the momentum; None for the parameter's own.
+        momentum_dtype: dtype of the momentum; None for the parameter's own.
         chunk_bytes: bytes of one stack in the iteration, which needs up to about fifteen times as much for square
             matrices. None: 4 MiB on a CPU, where a stack should stay in cache, and unlimited
             elsewhere. Where it is given, each process also sends and receives about that much at a time.
@@ -182,7 +118,7 @@ class Muon(MomentumOptimizer):
                 choice(name, value, _DTYPES)
         if chunk_bytes is not None:
             integer("chunk_bytes", chunk_bytes)
-        self.composition = _composition(method, steps)
+        self.composition = composition_of(method, steps)
         self.dtype, self.momentum_dtype, self.chunk_bytes, self.foreach = dtype, momentum_dtype, chunk_bytes, foreach
         self.process_group = sharing_group(process_group)
         defaults = {
@@ -234,7 +170,7 @@ class Muon(MomentumOptimizer):
             self._decay(group, params)
             options["weight_decay"] = 0.0
         together = self.process_group is not None or any(map(is_dtensor, params))
-        step = _uncompiled if together else muon_  # an exchange that overlaps with work has no place in a graph
+        step = muon_uncompiled_ if together else muon_  # an exchange that overlaps with work has no place in a graph
         step(
             params,
             grads,
@@ -265,135 +201,106 @@ class Muon(MomentumOptimizer):
         return twin
 
 
-_OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "scale", "ema", "maximize", "role", "split")
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Muon for the linear maps, AdamW for embeddings, head, gains and biases.
 
+    With the scales ``moonlight`` and ``rms`` both take the same learning rate and decay (Liu et al.,
+    arXiv:2502.16982), which None stands for.
 
-def muon_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    *,
-    composition: Composition,
-    lr: float | Tensor,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    scale: str,
-    ema: bool = True,
-    maximize: bool = False,
-    role: str | None = None,
-    split: Split = None,
-    dtype: torch.dtype | None = None,
-    chunk_bytes: int | None = None,
-    foreach: bool | None = None,
-    process_group: Any = None,
-) -> None:
-    """Update parameters and momenta in place: the functional form of :class:`Muon`, which documents the arguments."""
-    here: dict[Any, list[Part]] = {}  # matrices that are whole here and nobody else's concern
-    shared: dict[Any, list[Part]] = {}
-    loads: dict[Any, list[float]] = {}  # of the processes of a group, by what each holds whole
-    for index, (parameter, grad, buffer) in enumerate(zip(params, grads, momenta)):
-        name = f"parameter {index}"
-        kind, rows = layout(name, parameter, {"role": role, "split": split})
-        for part in parts(name, (parameter, -grad if maximize else grad, buffer), kind, rows, process_group):
-            p, (m, n) = part.tensors[0], part.shape
-            alone = part.group is None or part.dim == 0
-            work = dtype or (torch.float64 if p.dtype == torch.float64 else agreed_matmul_dtype(p.device, part.group))
-            key = (part.group, part.dim is None, m, n, p.device, p.dtype, buffer.dtype, work)
-            if not alone:
-                shared.setdefault(key, []).append(part)
-            elif part.size:
-                here.setdefault(key[2:], []).append(part)
-            if part.dim == 0:
-                load = loads.setdefault(part.group, len(part.lengths) * [0.0])
-                cost = multiplications(composition.coefficients, m, n, work)
-                loads[part.group] = [held + cost * count for held, count in zip(load, part.lengths)]
+    Attributes:
+        lr: Muon's learning rate.
+        momentum: decay of Muon's momentum.
+        nesterov: look one step ahead.
+        weight_decay: decay of both, decoupled in AdamW.
+        decay: what Muon's decay shrinks, ``decoupled``, ``spectral`` or ``clipped``, see :class:`danlu.optim.Muon`.
+        decay_bound: of ``clipped``, where decay begins.
+        scale: factor by shape, see :func:`danlu.optim.shape_scale`.
+        method: iteration, ``auto``, ``fast`` or a name of :func:`danlu.approx.published`.
+        steps: number of polynomials; None for what ``method`` is made for.
+        dtype: dtype of the iteration; ``auto`` takes the faster of float32 and bfloat16.
+        momentum_dtype: dtype of Muon's momentum; ``auto`` is the parameter's own.
+        adamw_lr: AdamW's learning rate; None for Muon's.
+        embedding_lr: learning rate of the embeddings, whose entries of size one want larger steps than a matrix;
+            None for adamw_lr.
+        betas: AdamW's decays of the first and of the second moment.
+        eps: added to the root of AdamW's second moment.
+        no_decay: roles without decay.
+    """
 
-    # A graph can hold no subscripted type, hence the quotes.
-    def bucket(held: "Sequence[Part]", m: int, n: int, device: torch.device, work: torch.dtype) -> Bucket:
-        fused = foreach if foreach is not None else device.type != "cpu"
-        return Bucket(
-            parts=held,
-            shape=(m, n),
-            dtype=work,
-            most=max(1, min(chunk_length(m, n, work, device, chunk_bytes), sum(part.size for part in held))),
-            cost=multiplications(composition.coefficients, m, n, work),
-            accumulate=partial(_accumulate, momentum=momentum, nesterov=nesterov, ema=ema, foreach=fused),
-            iterate=partial(_orthogonal, composition=composition, scale=scale),
-            apply=partial(_apply, lr=lr, decay=weight_decay, factor=shape_scale(scale, m, n), foreach=fused),
+    lr: float = 1e-3
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.1
+    decay: Literal["decoupled", "spectral", "clipped"] = "decoupled"
+    decay_bound: float | None = None
+    scale: Literal["moonlight", "rms", "plain", "jordan", "mup"] = "moonlight"
+    method: str = "auto"
+    steps: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    momentum_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    adamw_lr: float | None = None
+    embedding_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    no_decay: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        Muon(probe(), **self.muon_options())
+        if self.adamw_lr is not None:
+            number("adamw_lr", self.adamw_lr, low=0)
+        self._adamw()
+
+    def muon_options(self) -> dict[str, Any]:
+        """Return the arguments of :class:`Muon`."""
+        return {
+            "lr": self.lr,
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "weight_decay": self.weight_decay,
+            "decay": self.decay,
+            "decay_bound": self.decay_bound,
+            "scale": self.scale,
+            "method": self.method,
+            "steps": self.steps,
+            "dtype": dtype_of("dtype", self.dtype),
+            "momentum_dtype": dtype_of("momentum_dtype", self.momentum_dtype),
+        }
+
+    def _adamw(self) -> AdamWConfig:
+        return AdamWConfig(
+            lr=self.lr if self.adamw_lr is None else self.adamw_lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            embedding_lr=self.embedding_lr,
+            no_decay=self.no_decay,
         )
 
-    own = [bucket(held, m, n, device, work) for (m, n, device, *_, work), held in here.items()]
-    if shared:
-        exchanged = [bucket(held, m, n, device, work) for (*_, m, n, device, _, _, work), held in shared.items()]
-        step_together(exchanged, own, loads, bounded=chunk_bytes is not None)
-    else:
-        for each in own:
-            step_alone(each)
+    def build(self, model: nn.Module, *, process_group: Any = None, **others: Any) -> Optimizer:
+        """Return one optimizer of all parameters of ``model`` that require a gradient, grouped by role.
 
+        Args:
+            model: sorted by :func:`danlu.optim.param_groups`.
+            process_group: processes that hold replicas of the model, among which Muon shares its work; None for none.
+            others: nothing that it needs.
 
-_uncompiled = torch.compiler.disable(muon_)
+        Returns:
+            A :class:`danlu.optim.CombinedOptimizer` of Muon and AdamW, or the one of them that the model needs.
 
-
-def _orthogonal(stack_bmn: Tensor, *, composition: Composition, scale: str) -> Tensor:
-    """Return the updates along a stack of directions, before the factor by shape."""
-    update = orthogonalize(stack_bmn, composition, chunk_bytes=stack_bmn.nbytes)
-    if scale == "rms":
-        wide = torch.promote_types(update.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True, dtype=wide)
-        update.mul_(torch.where(norm > 0, math.sqrt(min(update.shape[1:])) / norm, norm))
-    return update
-
-
-def _accumulate(
-    M: list[Tensor],
-    G: list[Tensor],
-    D: list[Tensor] | None,
-    *,
-    momentum: float,
-    nesterov: bool,
-    ema: bool,
-    foreach: bool,
-) -> None:
-    """Add the gradients ``G`` to the momenta ``M`` and write the direction to follow into ``D``, unless it is None."""
-    weight = 1.0 - momentum if ema else 1.0
-    if foreach:
-        torch._foreach_mul_(M, momentum)
-        torch._foreach_add_(M, G, alpha=weight)
-        if D is not None:
-            look = torch._foreach_add(torch._foreach_mul(G, weight), M, alpha=momentum) if nesterov else M
-            torch._foreach_copy_(D, look)
-        return
-    for buffer, grad, direction in zip(M, G, [None] * len(M) if D is None else D):
-        if ema and buffer.dtype == grad.dtype:
-            buffer.lerp_(grad, weight)
-        else:
-            buffer.mul_(momentum).add_(grad, alpha=weight)
-        if direction is None:
-            continue
-        if not nesterov:
-            direction.copy_(buffer)
-        elif ema and buffer.dtype == grad.dtype == direction.dtype:
-            torch.lerp(grad, buffer, momentum, out=direction)
-        elif ema and buffer.dtype == grad.dtype:  # rounded once
-            direction.copy_(torch.lerp(grad, buffer, momentum))
-        else:
-            direction.copy_(buffer).mul_(momentum).add_(grad, alpha=weight)
-
-
-def _apply(P: list[Tensor], U: list[Tensor], *, lr: float | Tensor, decay: float, factor: float, foreach: bool) -> None:
-    """Shrink the weights and take the step along ``U``; a learning rate that is a tensor is never read by the host."""
-    if isinstance(lr, Tensor):
-        # In the parameter's format: a product with a tensor of no dimensions would be rounded to the iteration's.
-        U, alpha = list(torch._foreach_mul([u.to(p.dtype) for p, u in zip(P, U)], lr * factor)), -1.0
-    else:
-        alpha = -lr * factor
-    if foreach:
-        if decay:
-            torch._foreach_mul_(P, 1.0 - lr * decay)
-        torch._foreach_add_(P, U, alpha=alpha)
-        return
-    for parameter, update in zip(P, U):
-        if decay:
-            parameter.mul_(1.0 - lr * decay)
-        parameter.add_(update, alpha=alpha)
+        >>> model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 8), nn.LayerNorm(8))
+        >>> optimizer = MuonConfig(lr=0.01).build(model)
+        >>> [group["role"] for group in optimizer.param_groups]
+        ['matrix', 'embedding', 'gain', 'bias']
+        """
+        groups = param_groups(model)
+        maps = [group for group in groups if group["role"] in MATRIX_ROLES]
+        rest = [group for group in groups if group["role"] not in MATRIX_ROLES]
+        if not maps:
+            return self._adamw().of_groups(rest)
+        maps = by_role(maps, embedding_lr=None, no_decay=self.no_decay)
+        muon = Muon(maps, process_group=process_group, **self.muon_options())
+        if not rest:
+            return muon
+        others_roles = [role for role in ROLES if role not in MATRIX_ROLES]
+        return CombinedOptimizer([(muon, MATRIX_ROLES), (self._adamw().of_groups(rest), others_roles)], model=model)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from danlu._roles import Split
 from danlu._validate import choice, integer, number, positive
 from danlu.optim.groups import Group, param_groups
-from danlu.optim.muon import shape_scale
+from danlu.optim.muon_step import shape_scale
 
 _RULES = ("adam", "sgd")
 

@@ -10,15 +10,18 @@ Source: Su, "Tiger: A Tight-fisted Optimizer" (kexue.fm 9512, 2023).
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from danlu._roles import ROLES, declared
 from danlu._validate import choice, integer, number
 from danlu.optim._common import MomentumOptimizer, check_rate, descend_, is_dtensor, on_cpu, pieces, row_pieces
+from danlu.optim._config import probe
 from danlu.optim._sharded import check_placement, local, sum_shards_
+from danlu.optim.groups import param_groups
 
 SCALES = ("rms", "none")
 _SMALL = ("gain", "bias")  # roles whose s(W) is 1/2, and which do not decay
@@ -229,3 +232,33 @@ def _update(
         moved = parameter * (1.0 - rate * decay) - momentum.sign() * rate
     shrunk = (parameter - neutral).mul_(group["shrink"]).add_(neutral)
     parameter.copy_(torch.where(finite, moved, shrunk))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TigerConfig:
+    """Tiger for every parameter, each by the size that its role gives it.
+
+    Attributes:
+        lr: relative learning rate.
+        beta: decay of the momentum.
+        weight_decay: decoupled decay, not for gains and biases.
+    """
+
+    lr: float = 2e-3
+    beta: float = 0.965
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        Tiger(probe(), **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of :class:`Tiger`."""
+        return {"lr": self.lr, "beta": self.beta, "weight_decay": self.weight_decay}
+
+    def build(self, model: nn.Module, **others: Any) -> Tiger:
+        """Return the optimizer of all parameters of ``model`` that require a gradient, grouped by role.
+
+        >>> [group["role"] for group in TigerConfig().build(nn.Linear(2, 3)).param_groups]
+        ['matrix', 'bias']
+        """
+        return Tiger(param_groups(model), **self.options())

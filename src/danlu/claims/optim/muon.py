@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from danlu.approx import optimal_composition
 from danlu.claims.frame import Claim, absolute, at_most, exact, relative
 from danlu.optim import Muon
-from danlu.optim.muon import ADAMW_RMS
+from danlu.optim.muon_step import ADAMW_RMS
 
 _Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 _EXACT = optimal_composition(1e-3, 9)

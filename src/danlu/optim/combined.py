@@ -1,0 +1,216 @@
+"""Several update rules as one optimizer, so that whatever takes a ``torch.optim.Optimizer`` takes them."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from danlu._roles import ROLES, declared
+from danlu._validate import choice
+from danlu.optim._common import label
+from danlu.optim.groups import check_partition
+
+Rule = tuple[Optimizer, Sequence[str]]
+
+
+class CombinedOptimizer(Optimizer):
+    """One optimizer whose groups are each updated by one of several rules.
+
+    Its ``param_groups`` are the rules' own dictionaries, so that a scheduler that writes ``lr`` reaches them, its
+    ``state`` is the state of all, and its ``state_dict`` has torch's format. Schedulers, hooks, closures,
+    ``torch.amp.GradScaler`` and ``torch.distributed.checkpoint.state_dict`` see an ordinary optimizer. The rules belong
+    to it from then on: step, save and load the whole, not a part.
+
+    Args:
+        rules: each an optimizer with its groups, and the roles (see :data:`danlu.optim.ROLES`) of the groups that
+            :meth:`add_param_group` is to give it.
+        model: if given, each of its parameters that requires a gradient has to be in a group.
+
+    Raises:
+        TypeError: a rule is no optimizer.
+        ValueError: a parameter is in two rules, or in none of them, and is named; a role has two rules.
+
+    >>> hidden, head = nn.Linear(2, 4, bias=False), nn.Linear(4, 2, bias=False)
+    >>> sgd, adamw = torch.optim.SGD(hidden.parameters(), lr=0.1), torch.optim.AdamW(head.parameters(), lr=0.01)
+    >>> optimizer = CombinedOptimizer([(sgd, ("matrix",)), (adamw, ("head",))], model=nn.Sequential(hidden, head))
+    >>> [group["lr"] for group in optimizer.param_groups]
+    [0.1, 0.01]
+    """
+
+    def __init__(self, rules: Iterable[Rule], *, model: nn.Module | None = None) -> None:
+        rules = [(rule, tuple(roles)) for rule, roles in rules]
+        if not rules:
+            raise ValueError("rules must hold at least one optimizer")
+        for rule, _ in rules:
+            if not isinstance(rule, Optimizer):
+                raise TypeError(f"rules must hold torch.optim.Optimizer objects, got {type(rule).__name__}")
+        self.rules = tuple(rule for rule, _ in rules)
+        self._by_role = _by_role(rules)
+        groups = [group for rule in self.rules for group in rule.param_groups]
+        names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        _check_once(groups, names)
+        if model is not None:
+            check_partition(groups, model)
+        first, *others = (rule.defaults for rule in self.rules)
+        # What all the rules have: schedulers look for it here.
+        super().__init__(groups, {key: first[key] for key in first if all(key in other for other in others)})
+        held = [(parameter, state) for rule in self.rules for parameter, state in rule.state.items()]
+        self._share(defaultdict(dict, held))
+
+    def _share(self, state: "defaultdict[Any, Any]") -> None:
+        """Let the rules keep what they know of each parameter in the one state of this optimizer."""
+        self.state = state
+        for rule in self.rules:
+            rule.state = state
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Return for each group which rule holds it, and at which place among that rule's groups."""
+        held = {
+            id(group): (index, place)
+            for index, rule in enumerate(self.rules)
+            for place, group in enumerate(rule.param_groups)
+        }
+        return [held[id(group)] for group in self.param_groups]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rules": self.rules, "_by_role": self._by_role}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the rule for its role.
+
+        Args:
+            param_group: as for any optimizer, with ``role``, one of :data:`danlu.optim.ROLES`. It may be left out
+                where a layer has declared the same role of all the parameters.
+
+        Raises:
+            ValueError: the role is unknown or missing, no rule takes it, or a parameter is in a group already.
+        """
+        if any(param_group is group for rule in self.rules for group in rule.param_groups):
+            super().add_param_group(param_group)  # a rule's own, while this optimizer is made of them
+            return
+        param_group = _unnamed(param_group)
+        position = len(self.param_groups)
+        _check_once([*self.param_groups, param_group], {})
+        rule = self.rules[self._by_role[_role(position, param_group, self._by_role)]]
+        rule.add_param_group(param_group)
+        try:
+            super().add_param_group(rule.param_groups[-1])
+        except (TypeError, ValueError):
+            rule.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore state and options of all the rules, each in the dtypes that it keeps.
+
+        Raises:
+            ValueError: the state is of other groups, or of other rules.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        places = self._places()
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != saved:
+            raise ValueError(f"state_dict has groups of {saved} parameters, expected {sizes}")
+        for index, rule in enumerate(self.rules):
+            groups = [group for group, (owner, _) in zip(state_dict["param_groups"], places) if owner == index]
+            keys = {key for group in groups for key in group["params"]}
+            state = {key: value for key, value in state_dict["state"].items() if key in keys}
+            rule.load_state_dict({"state": state, "param_groups": groups})
+        # Loading gave each rule new dictionaries.
+        self.param_groups = [self.rules[index].param_groups[place] for index, place in places]
+        self._share(defaultdict(dict, [item for rule in self.rules for item in rule.state.items()]))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with every rule; return the closure's loss if there is a closure, which is called once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for rule in self.rules:
+            _unhooked_step(type(rule))(rule)
+        return loss
+
+
+def _unhooked_step(kind: type[Optimizer]) -> Callable[[Optimizer], Any]:
+    """Return the step of a class of optimizers without torch's hooks, which are called once for the whole."""
+    step: Callable[[Optimizer], Any] = inspect.unwrap(kind.step, stop=lambda f: not hasattr(f, "hooked"))
+    return step
+
+
+def _by_role(rules: Sequence[Rule]) -> dict[str, int]:
+    """Return which rule takes the groups of a role."""
+    found: dict[str, int] = {}
+    for index, (_, roles) in enumerate(rules):
+        for role in roles:
+            choice("role of a rule", role, ROLES)
+            if role in found:
+                raise ValueError(f"two rules take the role {role!r}; accepted is one")
+            found[role] = index
+    return found
+
+
+def _role(position: int, group: Mapping[str, Any], by_role: Mapping[str, int]) -> str:
+    """Return the role of a group that is added: its own, or the one that its parameters were declared to have."""
+    role: str | None = group.get("role")
+    if role is None:
+        said = {declared(label(position, group, i), p)[0] for i, p in enumerate(group["params"])}
+        role = said.pop() if len(said) == 1 else None
+        if role is None:
+            raise ValueError(f"{label(position, group, 0)} has no rule: give the group a role, one of {_list(by_role)}")
+    choice(f"role of group {position}", role, ROLES)
+    if role not in by_role:
+        raise ValueError(f"{label(position, group, 0)} of role {role!r} has no rule; accepted are {_list(by_role)}")
+    return role
+
+
+def _list(by_role: Mapping[str, int]) -> str:
+    return ", ".join(by_role)
+
+
+def _unnamed(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with its parameters in a list, and their names apart if they came as (name, parameter)."""
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    if not all(isinstance(p, tuple) for p in params):
+        return {**group, "params": params}
+    return {**group, "params": [p for _, p in params], "param_names": [name for name, _ in params]}
+
+
+def _check_once(groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> None:
+    """Raise unless every parameter is in one group only."""
+    seen: dict[int, int] = {}
+    for position, group in enumerate(groups):
+        for index, parameter in enumerate(group["params"]):
+            if seen.setdefault(id(parameter), position) != position:
+                name = names.get(id(parameter))
+                called = label(position, group, index) if name is None else f"parameter {name} of group {position}"
+                raise ValueError(f"{called} is in group {seen[id(parameter)]} already; accepted is one rule for each")
+
+
+def merged_state_dicts(state_dicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state of several optimizers as that of one whose groups are theirs, in their order.
+
+    What was saved when Muon and AdamW were stepped apart is loaded by :class:`CombinedOptimizer` in this form.
+
+    Args:
+        state_dicts: what the optimizers' ``state_dict`` returned.
+
+    >>> parts = [torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=lr).state_dict() for lr in (0.1, 0.2)]
+    >>> [(group["lr"], group["params"]) for group in merged_state_dicts(parts)["param_groups"]]
+    [(0.1, [0]), (0.2, [1])]
+    """
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for part in state_dicts:
+        offset = sum(len(group["params"]) for group in groups)
+        state.update({key + offset: value for key, value in part["state"].items()})
+        groups += [{**group, "params": [key + offset for key in group["params"]]} for group in part["param_groups"]]
+    return {"state": state, "param_groups": groups}
