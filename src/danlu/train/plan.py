@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from danlu import optim
 from danlu.train import rng
 from danlu.train.device import Policy
 from danlu.train.progress import duration
@@ -16,8 +17,6 @@ __all__ = ["EXPECTED_SHARE", "activation_bytes", "sentences", "state_bytes", "tr
 
 EXPECTED_SHARE = 0.4
 """Share of the measured rate of matrix products that a training step is expected to reach; the run shows the truth."""
-
-_STATES = {"Muon": 1, "SGD": 1, "Lion": 1}  # numbers kept a parameter; the Adam family keeps two
 
 
 def activation_bytes(objective: nn.Module, batch: Batch) -> int:
@@ -54,12 +53,7 @@ def activation_bytes(objective: nn.Module, batch: Batch) -> int:
 
 def state_bytes(optimizers: Sequence[Optimizer]) -> int:
     """Return the bytes that ``optimizers`` will keep between steps."""
-    return sum(
-        _STATES.get(type(optimizer).__name__, 2) * parameter.nbytes
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+    return sum(map(optim.state_bytes, optimizers))
 
 
 def training_flops(model: nn.Module, data: Any) -> float | None:
