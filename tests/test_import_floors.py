@@ -12,6 +12,7 @@ import danlu
 
 SOURCE = Path(danlu.__file__).parent
 FLOORS = {
+    "_cache": -1,
     "_validate": -1,
     "_roles": 0,
     "config": 0,

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danlu.data.corpus import Corpus, Document, open_corpus, split, survey
+from danlu.data import Document
+from danlu.data.corpus import Corpus, open_corpus, split, survey
 
 
 def read(*paths, **options):

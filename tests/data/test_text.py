@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from danlu.data import shards
 from danlu.data.corpus import open_corpus, survey
 from danlu.data.loader import IGNORE
-from danlu.data.shards import cache_root, cached
+from danlu.data.shards import cached
 from danlu.data.text import TextConfig, _pieces, _tokenizer_texts, open_text
 
 SENTENCES = [
@@ -226,14 +226,6 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path):
         cached(tmp_path / "entry", build, lambda folder: folder.exists())
     assert "DANLU_CACHE" in caught.value.__notes__[0]
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("DANLU_CACHE", raising=False)
-    assert cache_root() == tmp_path / "danlu"
-    monkeypatch.setenv("DANLU_CACHE", str(tmp_path / "own"))
-    assert cache_root() == tmp_path / "own"
 
 
 def test_a_word_without_end_is_cut_where_the_tokenizer_learns_and_nowhere_else(tmp_path):

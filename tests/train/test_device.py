@@ -4,8 +4,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from danlu.linalg import _kernels
 from danlu.train import device
 from danlu.train.device import Probe, Rate, choose, probe
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a choice teaches this process is forgotten after each test."""
+    monkeypatch.setattr(_kernels, "_KNOWN", {})
 
 
 def machine(*rates: tuple[str, str, float, float]) -> Probe:
@@ -45,6 +52,23 @@ def test_the_fastest_arithmetic_whose_error_is_that_of_float32_is_chosen(
     assert (policy.dtype, policy.matmul_precision) == (dtype, matmul)
     assert policy.rate == pytest.approx(rate)
     assert policy.sentence().startswith("a processor: computes in ")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("AVX-512 without bfloat16", torch.float32),
+        ("a slow default kernel and AVX-512 bfloat16", torch.bfloat16),
+        ("matrix tiles", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+def test_matrix_functions_follow_what_was_measured_for_the_run(
+    name: str, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "probe", lambda *_, **__: PROCESSORS[name])
+    choose(precision, device="cpu")  # type: ignore[arg-type]
+    assert _kernels.fast_matmul_dtype("cpu") == dtype
 
 
 def test_a_probe_measures_and_leaves_the_process_as_it_was() -> None:
@@ -93,16 +117,6 @@ def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch: pytest.Monkey
     monkeypatch.setenv("DANLU_CACHE", str(tmp_path / "file" / "below"))
     monkeypatch.setattr(device, "_measure", lambda *_: PROCESSORS["matrix tiles"].rates)
     assert probe("cpu", threads=1).threads == 1
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DANLU_CACHE", str(tmp_path / "a"))
-    assert device.cache_dir() == tmp_path / "a"
-    monkeypatch.delenv("DANLU_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert device.cache_dir() == tmp_path / "b" / "danlu"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert device.cache_dir() == Path.home() / ".cache" / "danlu"
 
 
 def test_threads_are_those_asked_for_or_the_cores_shared_by_local_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from danlu.train.device import Policy, cache_dir, choose, probe
+from danlu._cache import cache_folder
+from danlu.train.device import Policy, choose, probe
 
 __all__ = ["examine"]
 
@@ -72,7 +73,7 @@ def _choices(policy: Policy) -> _Rows:
         ("float32 products at precision", policy.matmul_precision),
         ("threads", str(policy.threads)),
         ("attention kernel", "PyTorch's scaled_dot_product_attention"),
-        ("cache folder", str(cache_dir())),
+        ("cache folder", str(cache_folder())),
     ]
 
 

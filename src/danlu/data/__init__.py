@@ -6,7 +6,8 @@
 """
 
 from danlu.data.captions import CaptionsConfig, CaptionsData, open_captions
-from danlu.data.corpus import Corpus, Document, open_corpus
+from danlu.data.corpus import Corpus, open_corpus
+from danlu.data.document import Document
 from danlu.data.examples import ExampleLoader
 from danlu.data.images import ImagesConfig, ImagesData, open_images, to_bytes, to_float
 from danlu.data.loader import IGNORE, Loader, validation_batches

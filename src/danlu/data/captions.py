@@ -19,7 +19,8 @@ from torch import Tensor
 
 from danlu._validate import integer, number
 from danlu.data.images import ImagesConfig, open_images
-from danlu.data.loader import IGNORE, Batch, check_identity, check_shares
+from danlu.data.loader import IGNORE, Batch
+from danlu.data.position import Positioned
 from danlu.data.shuffle import keys
 from danlu.nn.rotary import text_image_grid
 
@@ -192,39 +193,16 @@ class CaptionsData:
                 yield self.held_out.batch(mine)
 
 
-class CaptionLoader:
+class CaptionLoader(Positioned):
     """An endless stream of batches of `Sentences`; its state is the number of examples taken by all ranks together."""
 
     def __init__(self, sentences: Sentences, *, rank: int = 0, world: int = 1, sha256: str = "") -> None:
-        self.batch = sentences.config.batch
-        check_shares(self.batch, rank, world)
-        self.sentences, self.rank, self.world, self.sha256 = sentences, rank, world, sha256
-        self.position = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+        identity = {"stream": sentences.name, "sha256": sha256}
+        super().__init__(sentences.config.batch, rank=rank, world=world, identity=identity)
+        self.sentences, self.sha256 = sentences, sha256
 
     def __next__(self) -> Batch:
-        share = self.batch // self.world
-        first = self.position + self.rank * share
-        self.position += self.batch
-        return self.sentences.batch(range(first, first + share))
-
-    def state_dict(self) -> dict[str, int | str]:
-        """Return the position and what it is a position in."""
-        return {"position": self.position, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; the number of processes may differ.
-
-        Raises:
-            ValueError: the state is of other data, another seed or batch.
-        """
-        check_identity(state, self._identity())
-        self.position = state["position"]
-
-    def _identity(self) -> dict[str, int | str]:
-        return {"stream": self.sentences.name, "batch": self.batch, "sha256": self.sha256}
+        return self.sentences.batch(self.take())
 
 
 def open_captions(config: CaptionsConfig, *, seed: int = 0, rank: int = 0, world: int = 1) -> CaptionsData:

@@ -7,7 +7,7 @@ number of threads.
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from danlu.data.images import to_bytes, to_float
+from danlu.data.paths import expand
 from danlu.data.pictures import decode as read_picture
 from danlu.data.pictures import find_pictures, to_png
 from danlu.diffusion import CodecConfig, CodecFile, Codes, Denoiser, Schedule, image_digest, pack, unpack
@@ -109,7 +110,7 @@ def decode_files(
     """Write a PNG for every ``.ddcm`` file, called as the file is.
 
     Args:
-        paths: ``.ddcm`` files, or folders of them at any depth.
+        paths: ``.ddcm`` files, folders of them at any depth, globs.
         out, denoiser, schedule, model, progress: as for :func:`encode_files`.
 
     Raises:
@@ -172,14 +173,9 @@ def _of(progress: Progress | None, count: int) -> Callable[[int, int], None] | N
     return None if progress is None else lambda done, total: progress(count, done, total)
 
 
-def _ddcm_files(paths: Iterable[str]) -> Iterator[Path]:
-    for path in map(Path, paths):
-        if path.is_dir():
-            yield from sorted(path.rglob("*.ddcm"))
-        elif path.exists():
-            yield path
-        else:
-            raise FileNotFoundError(f"no file or folder is called {path}")
+def _ddcm_files(paths: Sequence[str]) -> Iterator[Path]:
+    for path, _ in expand(paths):
+        yield from sorted(path.rglob("*.ddcm")) if path.is_dir() else [path]
 
 
 def _targets(out: str | os.PathLike[str], names: list[str], suffix: str) -> list[Path]:

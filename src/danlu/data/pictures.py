@@ -4,7 +4,6 @@ Nothing that is read can run code: images are decoded by Pillow, tables and shar
 """
 
 import csv
-import glob
 import io
 import json
 import tarfile
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from danlu.data.paths import expand
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LARGEST = 178_956_970  # pixels; Pillow's own bound against files that unpack to fill the memory
@@ -56,22 +57,8 @@ def find_pictures(paths: Sequence[str], *, image_field: str = "image", label_fie
         ValueError: no images, a table without those columns, or another kind of file.
         ImportError: a Hugging Face data set, and the package datasets is not installed.
     """
-    if isinstance(paths, str):
-        raise TypeError(f"path must be a sequence of paths, got the string {paths!r}; give ({paths!r},)")
-    if not paths:
-        raise ValueError("path must name at least one file, folder or glob, got an empty list")
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.exists():
-            yield from _open(path, image_field, label_field)
-        elif glob.has_magic(given):
-            matches = sorted(glob.glob(str(path), recursive=True))
-            if not matches:
-                raise FileNotFoundError(f"the pattern {given} matches no file")
-            for match in matches:
-                yield from _open(Path(match), image_field, label_field)
-        else:
-            raise FileNotFoundError(f"no file or folder is called {given}")
+    for path, _ in expand(paths):
+        yield from _open(path, image_field, label_field)
 
 
 def _open(path: Path, image_field: str, label_field: str) -> Iterator[Picture]:

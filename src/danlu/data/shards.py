@@ -21,19 +21,6 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 
-def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return the cache folder: the argument, else ``$DANLU_CACHE``, ``$XDG_CACHE_HOME/danlu`` or ``~/.cache/danlu``.
-
-    >>> cache_root("somewhere").name
-    'somewhere'
-    """
-    if cache_dir is not None:
-        return Path(cache_dir)
-    if own := os.environ.get("DANLU_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "danlu"
-
-
 def cached(folder: Path, build: Callable[[Path], None], complete: Callable[[Path], bool]) -> Path:
     """Return ``folder``, built first if it is not there or not complete.
 

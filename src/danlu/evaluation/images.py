@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from danlu._cache import cache_folder
 from danlu._validate import integer
 from danlu.config import fingerprint
 from danlu.data import ImagesConfig, ImagesData, to_bytes, to_float
 from danlu.evaluation.distances import copied_share, frechet_distance, kernel_distance, precision_recall
 from danlu.train import RunConfig, run
-from danlu.train.device import cache_dir
 
 Features = Callable[[Tensor], Tensor]
 _BATCH = 128
@@ -215,7 +215,7 @@ def feature_network(classifier: RunConfig, images: ImagesConfig | None = None, *
     """
     if images is not None:
         classifier = replace(classifier, data=replace(images, augment=(), batch=classifier.data.batch))
-    folder = cache_dir() / "features" / fingerprint({"run": fingerprint(classifier), "data": sha256})[:32]
+    folder = cache_folder() / "features" / fingerprint({"run": fingerprint(classifier), "data": sha256})[:32]
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         run.train(classifier, folder, quiet=True)

@@ -1,50 +1,60 @@
-"""Which arithmetic multiplies matrices fastest on a device, found by a short cached probe."""
+"""Whether bfloat16 multiplies matrices faster than float32 on a device: one question, asked once."""
 
 import time
 
 import torch
+from torch import Tensor
 
-# A tie must not flip between two runs of one job (a resumed run has to repeat its arithmetic), so bfloat16 has to win
-# clearly. Where it is native it wins by 2 to 8; where it is emulated it loses by about 4.
-_CLEARLY = 1.5
+BFLOAT16_GAIN = 1.25
+"""How much faster the bfloat16 product must be before it is chosen: it also costs accuracy and casts."""
+
 _SIZE = 384
 _ROUNDS = 5
+_KNOWN: dict[str, torch.dtype] = {}
 
 
-def _seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the time of one ``_SIZE`` cubed product in ``dtype``: the minimum over a few rounds."""
-    left = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
-    out = torch.empty_like(left)
-    torch.mm(left, left, out=out)
-    times = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        torch.mm(left, left, out=out)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds(left: Tensor, right: Tensor) -> float:
+    """Return how long one product of two matrices takes."""
+    if left.device.type == "cuda":
+        torch.cuda.synchronize(left.device)
+    start = time.perf_counter()
+    torch.mm(left, right)
+    if left.device.type == "cuda":
+        torch.cuda.synchronize(left.device)
+    return time.perf_counter() - start
 
 
-_MEASURED: dict[str, torch.dtype] = {}
+def remember(device: torch.device, dtype: torch.dtype) -> None:
+    """Let :func:`fast_matmul_dtype` answer ``dtype`` for a CPU in this process, instead of measuring."""
+    _KNOWN[device.type] = dtype
+
+
+def _measure(device: torch.device) -> torch.dtype:
+    best = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
+        seconds(matrix, matrix)
+        best[dtype] = min(seconds(matrix, matrix) for _ in range(_ROUNDS))
+    return torch.bfloat16 if best[torch.bfloat16] * BFLOAT16_GAIN < best[torch.float32] else torch.float32
 
 
 # A compiler takes the answer for a constant instead of tracing the clock (and ignores functools.cache).
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _measured(kind: str) -> torch.dtype:
-    if kind not in _MEASURED:
-        device = torch.device(kind)
-        faster = _seconds(torch.bfloat16, device) * _CLEARLY < _seconds(torch.float32, device)
-        _MEASURED[kind] = torch.bfloat16 if faster else torch.float32
-    return _MEASURED[kind]
+def _known(kind: str) -> torch.dtype:
+    if kind not in _KNOWN:
+        _KNOWN[kind] = _measure(torch.device(kind))
+    return _KNOWN[kind]
 
 
 def fast_matmul_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """Return the faster of float32 and bfloat16 for matrix products on ``device``.
 
-    Accelerators answer bfloat16 at once. A CPU is measured (a few milliseconds, once a process): processors without
-    bfloat16 units emulate it several times slower than float32.
+    Accelerators answer bfloat16 at once. A CPU is measured (a few milliseconds, once per process): where bfloat16 is
+    native it is 2 to 8 times as fast, where it is emulated 4 times as slow, so two processes of one job agree. What a
+    run of `danlu.train` has measured on this machine is taken instead, see :func:`remember`.
 
     >>> fast_matmul_dtype("cpu") in (torch.float32, torch.bfloat16)
     True
     """
     kind = torch.device(device).type
-    return _measured(kind) if kind == "cpu" else torch.bfloat16
+    return _known(kind) if kind == "cpu" else torch.bfloat16

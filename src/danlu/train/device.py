@@ -4,7 +4,7 @@ PyTorch's default float32 matrix product is the right choice on some processors 
 others: with :func:`torch.set_float32_matmul_precision` at ``"medium"`` a recent AMD processor runs a float32 kernel
 about twice as fast, while a processor with matrix tiles (AMX) computes in bfloat16 and loses sixteen bits. So nothing
 is assumed: a probe of well under a second measures the speed and the error of each, and a faster setting is taken
-only if its error stays that of float32. The result is kept on disk per machine (:func:`cache_dir`).
+only if its error stays that of float32. The result is kept on disk per machine, in the cache folder.
 """
 
 import dataclasses
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from danlu._cache import cache_folder
 from danlu._validate import choice, integer
+from danlu.linalg._kernels import BFLOAT16_GAIN, remember, seconds
 
 __all__ = [
     "FLOAT32_ERROR",
@@ -29,7 +30,6 @@ __all__ = [
     "Probe",
     "Rate",
     "available_threads",
-    "cache_dir",
     "choose",
     "probe",
 ]
@@ -39,9 +39,6 @@ FLOAT32_ERROR = 2e-6
 
 FLOAT32_GAIN = 1.2
 """How much faster another float32 kernel must be before it replaces the default: less is within a probe's noise."""
-
-BFLOAT16_GAIN = 1.25
-"""How much faster the bfloat16 product must be before it is chosen: it also costs accuracy and casts."""
 
 _SIZE = {"cpu": 640, "cuda": 4096}
 _BUDGET = 0.6  # seconds of measuring, over all candidates
@@ -107,14 +104,6 @@ class Policy:
         )
 
 
-def cache_dir() -> Path:
-    """Return danlu's cache folder: ``$DANLU_CACHE``, else ``$XDG_CACHE_HOME/danlu``, else ``~/.cache/danlu``."""
-    named = os.environ.get("DANLU_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "danlu"
-
-
 def available_threads() -> int:
     """Return the number of threads to compute with: physical cores this process may use, shared by local ranks.
 
@@ -146,7 +135,7 @@ def probe(device: torch.device | str = "cpu", *, threads: int | None = None, ref
     integer("threads", threads)
     name = _device_name(device)
     signature = json.dumps([1, torch.__version__, device.type, name, threads, platform.machine(), _cpu_flags()])
-    path = cache_dir() / f"device-{hashlib.sha256(signature.encode()).hexdigest()[:16]}.json"
+    path = cache_folder() / f"device-{hashlib.sha256(signature.encode()).hexdigest()[:16]}.json"
     if not refresh:
         try:
             known = json.loads(path.read_text())
@@ -198,8 +187,12 @@ def choose(
         if other.dtype == "float32" and other.error <= FLOAT32_ERROR and other.gflops > FLOAT32_GAIN * best.gflops:
             best = other
     half = found.rate("bfloat16")
+    faster: Literal["float32", "bfloat16"] = "bfloat16" if half.gflops > BFLOAT16_GAIN * best.gflops else "float32"
+    # What is computed in either (a matrix sign, say) follows this measurement, not one of its own: it is kept on disk,
+    # so a resumed run repeats its arithmetic.
+    remember(device, getattr(torch, faster))
     if precision == "auto":
-        precision = "bfloat16" if half.gflops > BFLOAT16_GAIN * best.gflops else "float32"
+        precision = faster
     matmul_precision = best.precision
     if device.type == "cuda" and precision == "bfloat16":
         matmul_precision = "high"  # what stays float32 beside bfloat16 activations may as well use TF32
@@ -239,7 +232,7 @@ def _measure(device: torch.device, threads: int) -> tuple[Rate, ...]:
                 if turn == 0:
                     errors[i] = float(((a @ b)[rows].double() - exact).norm() / exact.norm())
                 else:
-                    best[i] = min(best[i], _seconds(a, b, device))
+                    best[i] = min(best[i], seconds(a, b))
             if turn and time.perf_counter() - start > _BUDGET:
                 break
     finally:
@@ -249,16 +242,6 @@ def _measure(device: torch.device, threads: int) -> tuple[Rate, ...]:
         Rate(dtype=str(d).removeprefix("torch."), precision=p, gflops=2e-9 * size**3 / best[i], error=errors[i])
         for i, (d, p) in enumerate(candidates)
     )
-
-
-def _seconds(left: Tensor, right: Tensor, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    torch.mm(left, right)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _device_name(device: torch.device) -> str:
