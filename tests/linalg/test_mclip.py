@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from danlu.approx import Composition, published
-from danlu.linalg import clipped_decay_, mclip, msign, mstep, orthogonalize, singular_power, spectral_relu
+from danlu.linalg import mclip, msign, mstep, orthogonalize, singular_power, spectral_relu
 from danlu.linalg.mclip import METHODS
 
 exact = functools.partial(msign, method="svd")
@@ -238,19 +238,6 @@ def test_step_is_one_half_at_the_threshold_and_relu_lifts_no_null_direction():
     assert torch.equal(spectral_relu(M, 1.0), torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0]).double()))
 
 
-def test_clipped_decay_settles_where_the_law_says_and_spares_the_rest():
-    # A push of norm eta along one direction each step: after the push the value settles at bound + eta / amount.
-    W = torch.diag(torch.tensor([0.5, 0.3, 1.0], dtype=torch.float64))
-    push = torch.diag(torch.tensor([0.0, 0.0, 0.02], dtype=torch.float64))
-    for _ in range(400):
-        clipped_decay_(W, 0.1, 0.8)
-        settled = W[2, 2].item()
-        W += push
-    assert W[2, 2].item() == pytest.approx(0.8 + 0.02 / 0.1, abs=1e-9)
-    assert settled == pytest.approx(0.8 + 0.9 / 0.1 * 0.02, abs=1e-9)
-    assert W.diagonal()[:2].tolist() == pytest.approx([0.5, 0.3], abs=1e-13)
-
-
 def test_empty_matrices_come_back_empty():
     for method in METHODS:
         assert mclip(torch.zeros(2, 0, 3), method=method).shape == (2, 0, 3)
@@ -275,8 +262,6 @@ M23 = torch.ones(2, 3)
         (lambda: mstep(M23, -1.0), ValueError, "threshold"),
         (lambda: singular_power(M23, -1), ValueError, "exponent must be an integer of at least 0"),
         (lambda: singular_power(M23, 0.5), TypeError, "exponent must be an integer"),
-        (lambda: clipped_decay_(torch.ones(2, 2), 1.5, 1.0), ValueError, r"amount must be in \[0, 1\]"),
-        (lambda: clipped_decay_(torch.ones(2, 2), 0.5, 0.0), ValueError, "bound"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, error, words):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.optim import Muon, MuonConfig, decay_
+from danlu.optim import Muon, MuonConfig, clipped_decay_, decay_, spectral_decay_
 
 
 def gaussian(*shape, seed=0):
@@ -152,3 +152,68 @@ def test_bad_input_is_named(options, message):
 def test_a_clipped_decay_without_its_bound_is_refused():
     with pytest.raises(TypeError, match="decay_bound must be a number, got None"):
         Muon([nn.Parameter(torch.zeros(3, 3))], decay="clipped")
+
+
+@pytest.mark.parametrize("amount", [0.01, 0.5, 1.0, 2.0])
+def test_spectral_decay_with_an_unconverged_vector_still_raises_no_singular_value(amount):
+    W = gaussian(13, 7)
+    before = torch.linalg.svdvals(W)
+    start = gaussian(7, seed=5)
+    old = W.clone()
+    v = spectral_decay_(W, amount, start=start, iterations=1)
+    assert (torch.linalg.svdvals(W) <= before + 1e-12).all()
+    lost = (2 * amount - amount**2) * (old @ v).square().sum()
+    assert W.square().sum().item() == pytest.approx((old.square().sum() - lost).item(), abs=1e-11)
+
+
+def test_spectral_decay_falls_like_a_water_level_and_leaves_the_tail_alone():
+    sigma = torch.tensor([3, 2.5, 2, 1.5, 1, *torch.linspace(0.5, 0.1, 15).tolist()], dtype=torch.float64)
+    W = with_values(sigma.tolist(), 30, 20)
+    step, v, t = 2e-3, None, 0.0
+    while t < 6 - step / 2:
+        v = spectral_decay_(W, step, start=v, iterations=4, block=6)
+        t += step
+    S = torch.linalg.svdvals(W)
+    # dL/dt = -L/p: between two values the level takes p times the logarithm of their ratio.
+    level, left = 3.0, 6.0
+    for p, floor in ((1, 2.5), (2, 2.0), (3, 1.5), (4, 1.0), (5, 0.5)):
+        used = min(left, p * math.log(level / floor))
+        level, left = level * math.exp(-used / p), left - used
+    assert level == pytest.approx(0.56141, abs=1e-5)
+    assert (S[:5] - level).abs().max() < 4e-3
+    torch.testing.assert_close(S[5:], sigma[5:], rtol=0, atol=1e-10)
+    assert math.exp(-6) * 0.5 < 0.01 * S[5]  # what ordinary decay would have left of the tail
+
+
+def test_spectral_decay_works_on_a_stack_and_on_16_bit_weights():
+    W = gaussian(3, 7, 5).bfloat16()
+    before = torch.linalg.svdvals(W.double())
+    spectral_decay_(W, 0.5, iterations=50)
+    after = torch.linalg.svdvals(W.double())
+    torch.testing.assert_close(after.sum(-1), before.sum(-1) - before[:, 0] / 2, rtol=0.02, atol=0)
+
+
+def test_clipped_decay_settles_where_the_law_says_and_spares_the_rest():
+    # A push of norm eta along one direction each step: after the push the value settles at bound + eta / amount.
+    W = torch.diag(torch.tensor([0.5, 0.3, 1.0], dtype=torch.float64))
+    push = torch.diag(torch.tensor([0.0, 0.0, 0.02], dtype=torch.float64))
+    for _ in range(400):
+        clipped_decay_(W, 0.1, 0.8)
+        settled = W[2, 2].item()
+        W += push
+    assert W[2, 2].item() == pytest.approx(0.8 + 0.02 / 0.1, abs=1e-9)
+    assert settled == pytest.approx(0.8 + 0.9 / 0.1 * 0.02, abs=1e-9)
+    assert W.diagonal()[:2].tolist() == pytest.approx([0.5, 0.3], abs=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: clipped_decay_(torch.ones(2, 2), 1.5, 1.0), r"amount must be in \[0, 1\]"),
+        (lambda: clipped_decay_(torch.ones(2, 2), 0.5, 0.0), "bound"),
+        (lambda: spectral_decay_(torch.ones(2, 3), 2.5), r"amount must be in \[0, 2\]"),
+    ],
+)
+def test_amounts_and_bounds_out_of_range_are_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()

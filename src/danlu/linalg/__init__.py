@@ -1,14 +1,13 @@
 """Functions of matrices on torch tensors: the matrix sign, singular-value clipping, spectral norms, low rank."""
 
 from danlu.linalg.lowrank import ImplicitMatrix, cr, cur, interpolative, landmark_attention, nystrom, pinv, svd
-from danlu.linalg.mclip import clipped_decay_, mclip, mstep, singular_power, spectral_relu
+from danlu.linalg.mclip import mclip, mstep, singular_power, spectral_relu
 from danlu.linalg.msign import msign, orthogonalize, polar
-from danlu.linalg.spectral import TopSingular, spectral_decay_, spectral_norm, spectral_norm_gradient
+from danlu.linalg.spectral import TopSingular, spectral_norm, spectral_norm_gradient
 
 __all__ = [
     "ImplicitMatrix",
     "TopSingular",
-    "clipped_decay_",
     "cr",
     "cur",
     "interpolative",
@@ -21,7 +20,6 @@ __all__ = [
     "pinv",
     "polar",
     "singular_power",
-    "spectral_decay_",
     "spectral_norm",
     "spectral_norm_gradient",
     "spectral_relu",

@@ -16,7 +16,7 @@ from danlu.linalg._matrix import check_matrix
 from danlu.linalg._newton_schulz import at_least_float32, power_of_two_scale
 from danlu.linalg.msign import msign, rank_tolerance
 
-__all__ = ["clipped_decay_", "mclip", "mstep", "singular_power", "spectral_relu"]
+__all__ = ["mclip", "mstep", "singular_power", "spectral_relu"]
 
 Sign = Callable[[Tensor], Tensor]
 Method = Literal["auto", "svd", "gram", "v1", "v2", "v3", "block", "general", "hard_cap"]
@@ -162,31 +162,6 @@ def singular_power(M: Tensor, exponent: int, *, sign: Sign = msign) -> Tensor:
     for _ in range(exponent // 2):
         X = A @ X if wide else X @ A
     return X
-
-
-@torch.no_grad()
-def clipped_decay_(W: Tensor, amount: float, bound: float) -> Tensor:
-    """Decay only what is above ``bound``: ``W <- (1 - amount) W + amount mclip(W, high=bound)``, in place.
-
-    With updates of spectral norm at most eta in between, it keeps the spectral norm of ``W`` below ``bound + eta /
-    amount`` right after an update and ``bound + (1 - amount) eta / amount`` right after the decay. It leaves singular
-    values below ``bound`` alone.
-
-    Args:
-        W: ``(…, m, n)``, real floating, changed in place and returned.
-        amount: in [0, 1].
-        bound: where decay begins, above 0.
-
-    Sources: Cesista, "Numerically stable spectral clipping via Newton-Schulz" (2025).
-
-    >>> import torch
-    >>> clipped_decay_(torch.diag(torch.tensor([3.0, 0.5])), 0.5, 1.0)
-    tensor([[2.0000, 0.0000],
-            [0.0000, 0.5000]])
-    """
-    number("amount", amount, low=0, high=1)
-    positive("bound", bound)
-    return W.lerp_(mclip(W, high=bound, low=0.0), amount)
 
 
 def _map_singular_values(M: Tensor, function: Callable[[Tensor], Tensor], keep_zero: bool = False) -> Tensor:

@@ -1,15 +1,15 @@
-"""The spectral norm by power iteration, its gradient, and the weight decay that follows from it."""
+"""The spectral norm by power iteration, and its gradient."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from danlu._validate import integer, number
+from danlu._validate import integer
 from danlu.linalg._matrix import check_matrix
 from danlu.linalg._newton_schulz import at_least_float32, power_of_two_scale
 
-__all__ = ["TopSingular", "spectral_decay_", "spectral_norm", "spectral_norm_gradient"]
+__all__ = ["TopSingular", "spectral_norm", "spectral_norm_gradient"]
 
 
 class TopSingular(NamedTuple):
@@ -96,38 +96,6 @@ def spectral_norm_gradient(M: Tensor, *, start: Tensor | None = None, iterations
     """
     top = spectral_norm(M.detach(), start=start, iterations=iterations, block=block)
     return top.left.unsqueeze(-1) * top.right.unsqueeze(-2)
-
-
-@torch.no_grad()
-def spectral_decay_(
-    W: Tensor, amount: float, *, start: Tensor | None = None, iterations: int = 10, block: int = 1
-) -> Tensor:
-    """Decay only the largest singular value: ``W <- W - amount (W v) v^T``, in place; return the next ``start``.
-
-    This is decoupled weight decay for half the squared spectral norm, with ``amount`` the learning rate times the
-    decay. It never increases a singular value, converged or not, and repeated it lowers the spectrum like a falling
-    water level: ``sigma_i(t) = min(sigma_i(0), L(t))``, where ``dL/dt = -L / p`` while p values stand at the level and
-    t is the sum of the amounts.
-
-    Args:
-        W: ``(…, m, n)``, real floating, changed in place.
-        amount: in [0, 2].
-        start, iterations, block: as in `spectral_norm`.
-
-    Sources: Su, "Thoughts from spectral norm gradient to a new kind of weight decay" (2024).
-
-    >>> import torch
-    >>> W = torch.diag(torch.tensor([2.0, 1.0]))
-    >>> v = spectral_decay_(W, 0.25, iterations=30)
-    >>> W.round(decimals=6) + 0.0
-    tensor([[1.5000, 0.0000],
-            [0.0000, 1.0000]])
-    """
-    number("amount", amount, low=0, high=2)
-    top = spectral_norm(W, start=start, iterations=iterations, block=block)
-    right = top.right.unsqueeze(-1)
-    W.sub_((W @ right) @ right.mT, alpha=amount)
-    return top.start
 
 
 def _start(A: Tensor, start: Tensor | None, block: int) -> Tensor:

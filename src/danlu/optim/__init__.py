@@ -13,7 +13,7 @@ from danlu.optim.clip import (
     nonfinite_gradients,
 )
 from danlu.optim.combined import CombinedOptimizer, merged_state_dicts
-from danlu.optim.decay import decay_
+from danlu.optim.decay import clipped_decay_, decay_, spectral_decay_
 from danlu.optim.groups import check_partition, declarations_kept, describe, param_groups
 from danlu.optim.lion import Lion, LionConfig
 from danlu.optim.loraplus import balanced_ratio, loraplus_groups, watch_ratio
@@ -53,6 +53,7 @@ __all__ = [
     "check_partition",
     "clip_grad_norm_",
     "clip_groups_",
+    "clipped_decay_",
     "decay_",
     "declarations_kept",
     "declare",
@@ -71,6 +72,7 @@ __all__ = [
     "schedule",
     "shape_scale",
     "singular_entropy",
+    "spectral_decay_",
     "spectral_init_",
     "spectral_std",
     "state_bytes",

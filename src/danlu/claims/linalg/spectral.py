@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from danlu.claims.frame import Claim, absolute, at_most, relative
-from danlu.linalg import spectral_decay_, spectral_norm, spectral_norm_gradient
+from danlu.linalg import spectral_norm, spectral_norm_gradient
+from danlu.optim import spectral_decay_
 
 
 def _gaussian(*shape: int, seed: int = 0) -> Tensor:
