@@ -16,6 +16,7 @@ FLOORS = {
     "_validate": -1,
     "_roles": 0,
     "config": 0,
+    "usercode": 0,
     "protocols": 0,
     "approx": 1,
     "linalg": 2,
@@ -105,7 +106,7 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stderr.split("\n")[-2].split())
 
 
-HEAVY = {"torch", "numpy", "scipy", "matplotlib", "tensorboard", "tokenizers", "transformers", "rich", "tyro"}
+HEAVY = {"torch", "numpy", "scipy", "matplotlib", "tensorboard", "tokenizers", "transformers", "rich"}
 
 
 def test_importing_danlu_loads_nothing_heavy() -> None:

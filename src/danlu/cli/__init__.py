@@ -1,7 +1,7 @@
-"""The front door: ``danlu VERB ...``.
+"""The command line: ``danlu COMMAND ...``.
 
-Nothing heavy is imported before a verb runs, so that every ``--help`` answers at once. Whatever a room refuses becomes
-one line on stderr and exit code 2; set ``DANLU_DEBUG=1`` to see the traceback instead.
+Nothing heavy is imported before a command runs, so that every ``--help`` answers at once. Input that is rejected
+becomes one line on stderr and exit code 2; set ``DANLU_DEBUG=1`` to see the traceback instead.
 """
 
 import logging
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-# What the rooms raise for input that is wrong, as opposed to code that is.
-_REFUSALS = (ValueError, TypeError, OSError, ImportError)
+# What is raised for input that is wrong, as opposed to code that is.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,18 +22,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``danlu``; None takes them from ``sys.argv``.
 
     Returns:
-        0 when the verb did its work, 1 when it failed (or ``verify`` found a claim broken), 2 when the input was
-        refused, 130 after Ctrl-C.
+        0 when the command did its work, 1 when it failed (or ``verify`` found a claim broken), 2 when the input was
+        rejected, 130 after Ctrl-C, 143 after SIGTERM.
 
     >>> main(["recepies"])
     2
     """
     from danlu.cli.parser import parse
+    from danlu.cli.streams import open_streams, outlive_readers
 
+    words = sys.argv[1:] if argv is None else list(argv)
+    open_streams()
     try:
-        arguments = parse(sys.argv[1:] if argv is None else list(argv))
+        arguments = parse(words)
         _show_progress()
-        return int(arguments.run(arguments))
+        if words[0] not in ("train", "resume"):
+            return int(arguments.run(arguments))
+        with outlive_readers():
+            return int(arguments.run(arguments))
     except SystemExit as stop:
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -46,22 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DANLU_DEBUG"):
             raise
-        expected = isinstance(error, (*_REFUSALS, FloatingPointError))
+        expected = isinstance(error, (*_EXPECTED, FloatingPointError))
         where = "" if expected else f"unexpected {type(error).__name__} (DANLU_DEBUG=1 shows where): "
         print(f"danlu: {where}{_sentence(error)}", file=sys.stderr)
-        return 2 if isinstance(error, _REFUSALS) else 1
+        return 2 if isinstance(error, _EXPECTED) else 1
 
 
 def _show_progress() -> None:
-    """Let the rooms say what they are busy with (the first look at a corpus takes seconds), on stderr, once."""
+    """Print what the library logs (the first look at a corpus takes seconds) on stderr, in the first process only."""
     log = logging.getLogger("danlu")
-    if not log.handlers and os.environ.get("RANK", "0") == "0":
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
+    if not log.handlers:
+        main_process = os.environ.get("RANK", "0") == "0"
+        log.addHandler(logging.StreamHandler() if main_process else logging.NullHandler())
+        log.setLevel(logging.INFO if main_process else logging.WARNING)
 
 
 def _sentence(error: Exception) -> str:
-    """Return the error's message as one line; the operating system's errors lead with the file they are about."""
+    """Return the error's message and its notes as one line that a terminal may show.
+
+    The operating system's errors lead with the file that they are about.
+    """
+    said = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        said = f"{error.filename}: {error.strerror}"
+    text = " ".join(" ".join([said, *getattr(error, "__notes__", ())]).split()) or type(error).__name__
+    # A message may quote a file, and a file may hold escape sequences.
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

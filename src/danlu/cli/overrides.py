@@ -1,23 +1,36 @@
-"""Configuration leaves set by their path: ``--model.dim 512``."""
+"""Options of a configuration set by their paths (``--model.dim 512``), and its components chosen by name."""
 
-import contextlib
-import io
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from danlu._validate import nearest
+from danlu.cli.values import accepted, is_none, parse, words_of
+from danlu.config import Draft, place, short_name
+from danlu.config.draft import Spot, element
+from danlu.config.hints import loaded_class, missing_methods
 
-__all__ = ["apply", "leaves"]
+__all__ = ["COMMON", "apply", "change", "kind_name", "leaves", "options", "settable"]
 
 T = TypeVar("T")
+Find = Callable[[str], type]
+
+COMMON = {
+    "steps": "train.steps",
+    "minutes": "train.minutes",
+    "seed": "train.seed",
+    "lr": "optim.lr",
+    "batch": "data.batch",
+    "batch_size": "data.batch",
+}
+"""Short names of options that every training program has."""
+
+_NUMBER = re.compile(r"-\d|-\.\d|-inf")
 
 
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and value of every leaf of a tree of dataclasses that can be set.
-
-    A section that is None in this tree is no leaf: there is no one value that would stand for it.
+def leaves(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the path and value of every option of a configuration that is no section.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -30,130 +43,191 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     >>> list(leaves(Run()))
     [('model.dim', 8), ('steps', 3)]
     """
-    for path, value, hint in _nodes(config, prefix):
-        if is_dataclass(value):
-            yield from leaves(value, f"{path}.")
-        elif not (_is_empty(value) and _may_hold_a_section(hint)):
-            yield path, value
+    yield from ((spot.path, spot.value) for spot in settable(Draft.of(config)) if not _is_section(spot))
 
 
-def apply(config: T, words: Sequence[str], *, fixed: Sequence[str] = ()) -> T:
-    """Return ``config`` with the leaves named in ``words`` replaced.
+def settable(draft: Draft, fixed: Sequence[str] = ()) -> list[Spot]:
+    """Return every option that can be set: values, and places where a component is chosen by name."""
+    return [spot for spot in draft.spots() if spot.path not in fixed and (not _is_section(spot) or _is_choice(spot))]
+
+
+def options(config: Any, fixed: Sequence[str] = ()) -> Iterator[list[str]]:
+    """Yield the words that set each option to the value it has, components before what belongs to them."""
+    for spot in settable(Draft.of(config), fixed):
+        if not _is_section(spot):
+            yield [f"--{spot.path}", *words_of(spot.value)]
+        elif element(spot.hint) is not None:
+            yield [f"--{spot.path}", *(kind_name(item, element(spot.hint)) for item in spot.value)]
+        elif not spot.path.rpartition(".")[2].isdigit():
+            yield [f"--{spot.path}", kind_name(spot.value, spot.hint)]
+
+
+def apply(config: T, words: Sequence[str], *, fixed: Sequence[str] = (), find: Find | None = None) -> T:
+    """Return ``config`` with the options named in ``words`` replaced.
+
+    The order of the options does not matter: components are chosen first, then their options are set. A component of
+    another class starts from its own defaults.
 
     Args:
-        config: a tree of frozen dataclasses, the defaults.
-        words: alternately ``--path.to.leaf`` and its value or values, or ``--path.to.leaf=value``.
-        fixed: leaves that cannot be set.
-
-    Returns:
-        A new tree of the same types; the class of a nested config is the one it has in ``config``.
+        config: a tree of frozen dataclasses.
+        words: alternately ``--path.to.option`` and its value or values, or ``--path.to.option=value``.
+        fixed: paths that cannot be set.
+        find: returns the class that ``module:Class`` or ``file.py:Class`` names; None for those of danlu and of
+            modules that have been imported.
 
     Raises:
-        ValueError: an unknown path (the nearest one is named), a value of another type, or one its class refuses.
+        ValueError: an unknown path or name (the nearest one is given), a value of another type, or one that its class
+            rejects.
     """
-    # An attribute's spelling is the path's: hyphens are taken for underscores, as command lines often have them.
-    settable = {path: value for path, value in leaves(config) if path not in fixed}
-    absent = list(_absent(config))
+    draft = Draft.of(config)
+    change(draft, words, fixed=fixed, find=find)
+    built: T = draft.build()
+    return built
+
+
+def change(draft: Draft, words: Sequence[str], *, fixed: Sequence[str] = (), find: Find | None = None) -> list[str]:
+    """Apply ``words`` to a draft as :func:`apply` does; return a sentence for every old name that was used."""
+    said: list[str] = []
+    pairs = [(name if name in draft.values else COMMON.get(name, name), values) for name, values in _pairs(words)]
+    for name, values in sorted(pairs, key=lambda pair: pair[0].count(".")):
+        path, old = draft.today(name)
+        said += old
+        found = {spot.path: spot for spot in draft.spots() if spot.path not in fixed}
+        if path not in found:
+            _unknown(path, found)
+        spot, option = found[path], f"--{path}"
+        if not _is_section(spot):
+            draft.set(path, _absolute(parse(values, spot.hint, option), spot.hint))
+        elif not _is_choice(spot):
+            inside = [f"--{inner}" for inner, other in found.items() if inner.startswith(f"{path}.")]
+            raise ValueError(f"--{path} is a section; set one of its options: {', '.join(inside)}")
+        else:
+            _choose(draft, spot, values, option, find)
+    for spot in list(draft.spots()):
+        # A recipe may have relative paths of its own.
+        absolute = _absolute(spot.value, spot.hint)
+        if absolute != spot.value:
+            draft.set(spot.path, absolute)
+    return said
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each option's path and the words that follow it."""
+    pairs: list[tuple[str, list[str]]] = []
     for word in words:
-        if word.startswith("--"):
-            _check_path(word[2:].split("=", 1)[0].replace("-", "_"), settable, absent)
-    # Imported here because it costs a tenth of a second that a plain `danlu train` need not pay.
-    import tyro
-
-    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    captured = io.StringIO()
-    try:
-        with _unwrapped(), contextlib.redirect_stderr(captured):
-            return tyro.cli(
-                type(config),
-                prog="danlu train",
-                args=list(words),
-                default=config,
-                use_underscores=True,
-                add_help=False,
-                config=markers,
-            )
-    except SystemExit:
-        raise ValueError(_line(captured.getvalue())) from None
-
-
-def _nodes(config: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    hints = get_type_hints(type(config))
-    for field in fields(config):
-        path, value = f"{prefix}{field.name}", getattr(config, field.name)
-        if isinstance(value, tuple) and any(is_dataclass(item) for item in value):
-            # A section that there are several of: each is reached by its number, and an empty place is no section.
-            yield from ((f"{path}.{i}", item, Any) for i, item in enumerate(value) if is_dataclass(item))
+        if is_option(word):
+            name, equals, value = word.removeprefix("--").partition("=")
+            # Hyphens are taken for underscores, as command lines often have them.
+            pairs.append((name.replace("-", "_"), [value] if equals else []))
+        elif not pairs:
+            raise ValueError(f"{word!r} belongs to no option")
         else:
-            yield path, value, hints[field.name]
+            pairs[-1][1].append(word)
+    yield from pairs
 
 
-def _may_hold_a_section(hint: Any) -> bool:
-    return hint is Any or is_dataclass(hint) or any(_may_hold_a_section(member) for member in get_args(hint))
+def is_option(word: str) -> bool:
+    """Whether a word begins an option; negative numbers do not.
 
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, tuple) and all(item is None for item in value))
-
-
-def _absent(config: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the paths of the sections that are None."""
-    for path, value, hint in _nodes(config, prefix):
-        if is_dataclass(value):
-            yield from _absent(value, f"{path}.")
-        elif _is_empty(value) and _may_hold_a_section(hint):
-            yield path
-
-
-def _check_path(path: str, settable: dict[str, Any], absent: Sequence[str]) -> None:
-    if path in settable:
-        return
-    for section in absent:
-        if path == section or path.startswith(f"{section}."):
-            raise ValueError(f"--{path}: this recipe has no {section}, so it cannot be set")
-    if any(leaf.startswith(f"{path}.") for leaf in settable):
-        inside = ", ".join(f"--{leaf}" for leaf in settable if leaf.startswith(f"{path}."))
-        raise ValueError(f"--{path} is a section; set one of its leaves: {inside}")
-    # People remember a leaf's name better than its section.
-    same_name = [leaf for leaf in settable if leaf.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    close = same_name[0] if same_name else nearest(path, settable)
-    hint = f"; did you mean --{close}?" if close else "; `danlu show RECIPE` lists them all"
-    raise ValueError(f"the configuration has no leaf --{path}{hint}")
-
-
-@contextlib.contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Keep tyro from folding its messages at the terminal's width, which would tear words apart."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
-
-
-def _line(text: str) -> str:
-    """Return what one of tyro's messages says, as one line; it is a box in Unicode, or ruled lines in ASCII.
-
-    >>> _line("╭─ Value error ─╮\\n│ Error parsing --a: no │\\n│ ─── │\\n│ Argument helptext: │\\n│ --a INT │\\n╰──╯")
-    'Error parsing --a: no (accepted: --a INT)'
-    >>> _line(" Unrecognized options \\n -------- \\n  Unrecognized options: b \\n")
-    "'b' belongs to no option"
+    >>> is_option("--train.steps"), is_option("-0.5"), is_option("lm")
+    (True, False, False)
     """
-    parts: list[list[str]] = [[]]
-    for row in (row.strip("│ ") for row in text.splitlines()):
-        if row and set(row) <= set("─-"):
-            parts.append([])
-        elif row and row[0] not in "╭╰":
-            parts[-1].append(row)
-    # Without a box the title is a part of its own.
-    body = parts if "╭" in text else parts[1:]
-    message = " ".join(body[0]) if body else " ".join(text.split())
-    stray = message.removeprefix("Unrecognized options: ")
-    if stray != message:
-        return f"{stray!r} belongs to no option"
-    accepted = next((part[1:] for part in body if part[:1] == ["Argument helptext:"]), None)
-    return f"{message} (accepted: {' '.join(accepted)})" if accepted else message
+    return word.startswith("-") and not _NUMBER.match(word) and word != "-"
+
+
+def _is_section(spot: Spot) -> bool:
+    """Whether a component stands here, or may: then there is no one value to set."""
+    if isinstance(spot.value, Draft) or element(spot.hint) is not None:
+        return True
+    where = place(spot.hint)
+    return bool(where.classes) or (where.protocol not in (None, Any, object))
+
+
+def _is_choice(spot: Spot) -> bool:
+    """Whether there is something to choose in a section: another class, or none."""
+    hint = element(spot.hint) or spot.hint
+    where = place(hint)
+    return where.tagged or type(None) in where.plain
+
+
+def kind_name(value: Draft | None, hint: Any) -> str:
+    """Return the word that chooses the component that stands in a place."""
+    if value is None:
+        return "none"
+    name = short_name(value.cls)
+    return name if place(hint).find(name) is value.cls else f"{value.cls.__module__}:{value.cls.__name__}"
+
+
+def _choose(draft: Draft, spot: Spot, names: Sequence[str], option: str, find: Find | None) -> None:
+    inner = element(spot.hint)
+    if inner is None:
+        if len(names) != 1:
+            what = f"{names[1]!r} belongs to no option" if names else "none is given"
+            raise ValueError(f"{option} takes 1 name ({accepted(spot.hint)}): {what}")
+        draft.set(spot.path, _component(spot.value, names[0], spot.hint, option, find))
+        return
+    listed = names[0].split(",") if len(names) == 1 else names
+    held = spot.value if isinstance(spot.value, tuple) else ()
+    items = [held[i] if i < len(held) else None for i in range(len(listed))]
+    pairs = zip(items, listed, strict=True)
+    draft.set(spot.path, tuple(_component(item, name, inner, option, find) for item, name in pairs))
+
+
+def _component(held: Any, name: str, hint: Any, option: str, find: Find | None) -> Draft | None:
+    """The component called ``name``: the one that stands there if it is of this class, else a new one."""
+    where = place(hint)
+    if is_none(name) and type(None) in where.plain:
+        return None
+    cls = where.find(name)
+    if cls is None and ":" in name and where.protocol is not None:
+        cls = loaded_class(name, option) if find is None else find(name)
+        lacking = missing_methods(cls, where.protocol)
+        if lacking:
+            raise ValueError(f"{option}: {name} has no method {' or '.join(lacking)}")
+    if cls is None:
+        known = [short_name(known) for known in where.known().values()]
+        close = nearest(name.lower(), known)
+        did = f"; did you mean {close!r}?" if close else ""
+        raise ValueError(f"{option} must be {accepted(hint)}, got {name!r}{did}")
+    return held if isinstance(held, Draft) and held.cls is cls else Draft(cls, {})
+
+
+def _absolute(value: Any, hint: Any) -> Any:
+    if not place(hint).is_path:
+        return value
+    if isinstance(value, str):
+        return os.path.abspath(value)
+    return tuple(map(os.path.abspath, value)) if isinstance(value, tuple) else value
+
+
+def _unknown(path: str, found: dict[str, Spot]) -> NoReturn:
+    """Say that there is no such option here, and where the one meant may be."""
+    if path.rpartition(".")[2] == "epochs":
+        raise ValueError(
+            "there are no epochs: set --train.steps (the plan says how many passes over the data they are)"
+        )
+    section, _, name = path.rpartition(".")
+    while section and section not in found:
+        section, _, inner = section.rpartition(".")
+        name = f"{inner}.{name}"
+    spot = found.get(section)
+    if spot is not None and spot.value is None and _is_section(spot):
+        first = next(iter(place(spot.hint).known().values()), None)
+        choose = f": choose one, such as --{section} {short_name(first)}" if first else ""
+        raise ValueError(f"--{path}: there is no {section} here{choose}")
+    if spot is not None and isinstance(spot.value, Draft):
+        owners = [cls for cls in place(spot.hint).known().values() if name in getattr(cls, "__dataclass_fields__", {})]
+        if owners:
+            raise ValueError(
+                f"--{path}: {section} is {short_name(spot.value.cls)} here, which has no {name}; "
+                f"it belongs to --{section} {' or '.join(map(short_name, owners))}"
+            )
+    # People remember an option's name better than its section.
+    last = path.rpartition(".")[2]
+    same = [other for other in found if other.rpartition(".")[2] == last]
+    close = same or [match for match in [nearest(path, found) if section else None] if match]
+    if not close:
+        by_name = nearest(last, {other.rpartition(".")[2] for other in found})
+        close = [other for other in found if other.rpartition(".")[2] == by_name]
+    hint = f"; did you mean {' or '.join(f'--{other}' for other in close[:3])}?" if close else ""
+    raise ValueError(f"there is no option --{path}{hint or '; `danlu show RECIPE` lists them all'}")

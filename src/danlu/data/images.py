@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from danlu._cache import cache_folder
 from danlu._validate import choice, integer, number
+from danlu.config import IsPath
 from danlu.data.augment import NAMES, Augmentation, Augmenter
 from danlu.data.examples import ExampleLoader
 from danlu.data.loader import Batch
@@ -54,7 +55,7 @@ class ImagesConfig:
         validation: share of the images that is kept from training.
     """
 
-    path: tuple[str, ...] | None = None
+    path: Annotated[tuple[str, ...] | None, IsPath()] = None
     source: Literal["digits28", "digits8"] = "digits28"
     size: int | None = None
     channels: Literal[1, 3] | None = None

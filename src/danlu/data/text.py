@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from danlu._cache import cache_folder
 from danlu._validate import choice, integer, number
+from danlu.config import IsPath
 from danlu.data.corpus import Corpus, Survey, open_corpus, split, survey
 from danlu.data.loader import Batch, Loader, validation_batches
 from danlu.data.shards import cached, read_tokens, token_dtype, write_tokens
@@ -50,11 +51,11 @@ class TextConfig:
         validation: share of the text that is kept from training.
     """
 
-    path: tuple[str, ...] | None = None
+    path: Annotated[tuple[str, ...] | None, IsPath()] = None
     corpus: Literal["stdlib", "asv"] = "stdlib"
     field: str = "text"
     errors: Literal["strict", "replace"] = "strict"
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, IsPath()] = None
     vocab_size: int = 4096
     length: int = 256
     batch: int = 16

@@ -1,11 +1,15 @@
 """Complete run configurations, one function each: ``load(name)`` returns the tree that ``danlu train NAME`` runs.
 
-A recipe is a Python function without arguments; adding one is a function in a file of this folder and a line here.
-Only the recipe that is asked for is imported.
+A recipe is a public function without arguments in a file of this folder, annotated ``-> RunConfig``; its name is the
+function's with hyphens, its summary the first line of its docstring. The files are read, not imported, to list them.
+An installed package adds recipes by the entry point group ``danlu.recipes``.
 """
 
+import ast
 import importlib
+import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from danlu._validate import nearest
@@ -13,67 +17,61 @@ from danlu._validate import nearest
 if TYPE_CHECKING:
     from danlu.train.run import RunConfig
 
-__all__ = ["REGISTRY", "Recipe", "load"]
+__all__ = ["REGISTRY", "Recipe", "installed", "load"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One line of the registry: what the recipe trains, and ``module:function``."""
+    """What a recipe trains, and where it is: ``module:function``."""
 
     summary: str
     target: str
 
 
-REGISTRY: dict[str, Recipe] = {
-    "lm": Recipe("language model: latent attention, shared and fine-grained experts, Muon", "danlu.recipes.lm:lm"),
-    "lm-dense": Recipe("the same without experts, grouped-query attention (Llama), Muon", "danlu.recipes.lm:lm_dense"),
-    "lm-dense-adamw": Recipe("lm-dense trained by AdamW instead", "danlu.recipes.lm:lm_dense_adamw"),
-    "lm-ssm": Recipe("lm-dense with state spaces in attention's place", "danlu.recipes.ssm:lm_ssm"),
-    "lm-hybrid": Recipe("lm-dense with state spaces in three of four blocks", "danlu.recipes.ssm:lm_hybrid"),
-    "lm-dense-lion": Recipe("lm-dense trained by Lion instead", "danlu.recipes.lm:lm_dense_lion"),
-    "lm-dense-tiger": Recipe("lm-dense trained by Tiger instead", "danlu.recipes.lm:lm_dense_tiger"),
-    "lm-dense-amos": Recipe("lm-dense trained by Amos instead", "danlu.recipes.lm:lm_dense_amos"),
-    "lm-baseline": Recipe(
-        "dense GPT of the same active size with AdamW, to compare with", "danlu.recipes.lm:lm_baseline"
-    ),
-    "lm-masked": Recipe("lm-dense as an encoder: hidden tokens from both sides", "danlu.recipes.lm:lm_masked"),
-    "lm-mha": Recipe("lm-dense with multi-head attention of eight heads", "danlu.recipes.attention:lm_mha"),
-    "lm-gqa": Recipe("lm-dense with two key/value groups, a quarter of the cache", "danlu.recipes.attention:lm_gqa"),
-    "lm-mla": Recipe("lm-dense with latent attention and the cache of lm-gqa", "danlu.recipes.attention:lm_mla"),
-    "lm-kv-shared": Recipe(
-        "lm-dense with keys that are values and the cache of lm-gqa", "danlu.recipes.attention:lm_kv_shared"
-    ),
-    "lm-moe-aux": Recipe("experts balanced by an auxiliary loss", "danlu.recipes.experts:lm_moe_aux"),
-    "lm-moe-lossfree": Recipe("experts balanced by biases without a loss", "danlu.recipes.experts:lm_moe_lossfree"),
-    "lm-moe-dynamic": Recipe("as many experts as a token needs, four in mean", "danlu.recipes.experts:lm_moe_dynamic"),
-    "lm-squareplus": Recipe("lm-dense with SquarePlus gates, b trained", "danlu.recipes.attention:lm_squareplus"),
-    "digits-caption": Recipe(
-        "sentences with images of digits, read and drawn; RoPE-Tie", "danlu.recipes.captions:digits_caption"
-    ),
-    "digits-caption-flat": Recipe(
-        "the same with patches in one dimension", "danlu.recipes.captions:digits_caption_flat"
-    ),
-    "digits-caption-unscaled": Recipe(
-        "the same with patches a step of one apart", "danlu.recipes.captions:digits_caption_unscaled"
-    ),
-    "digits": Recipe("images of digits in one step: MeanFlow, a lean U-Net", "danlu.recipes.images:digits"),
-    "digits-flow": Recipe("the same network by flow matching, many steps", "danlu.recipes.images:digits_flow"),
-    "digits-ddpm": Recipe(
-        "the same by denoising: linear betas, ancestral sampling", "danlu.recipes.images:digits_ddpm"
-    ),
-    "digits-edm": Recipe("the same by denoising in EDM's form, Heun's method", "danlu.recipes.images:digits_edm"),
-    "digits-sid": Recipe("a digits-edm run distilled to one step by SiD", "danlu.recipes.images:digits_sid"),
-    "digits-64": Recipe("digits at 64x64, the schedule shifted to the resolution", "danlu.recipes.images:digits_64"),
-    "images": Recipe("MeanFlow on your own images at 32x32 (--data FOLDER)", "danlu.recipes.images:images"),
-    "digits-mae": Recipe("a masked autoencoder of digits: features without labels", "danlu.recipes.images:digits_mae"),
-    "digits-classifier": Recipe(
-        "the classifier whose features measure generated digits", "danlu.recipes.images:digits_classifier"
-    ),
-}
+def _own() -> dict[str, Recipe]:
+    """Read the recipes out of this folder: language models first, then what comes next in a file."""
+    found: dict[str, Recipe] = {}
+    folder = Path(__file__).parent
+    files = sorted(folder.glob("[!_]*.py"), key=lambda path: (path.stem != "lm", path.stem))
+    for path in files:
+        for node in ast.parse(path.read_bytes()).body:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and not node.name.startswith("_")
+                and not (node.args.args or node.args.posonlyargs or node.args.kwonlyargs)
+                and isinstance(node.returns, ast.Name)
+                and node.returns.id == "RunConfig"
+            ):
+                summary = (ast.get_docstring(node) or "").partition("\n")[0].removesuffix(".")
+                found[node.name.replace("_", "-")] = Recipe(summary, f"danlu.recipes.{path.stem}:{node.name}")
+    groups = list(dict.fromkeys(name.partition("-")[0] for name in found))
+    return dict(sorted(found.items(), key=lambda item: groups.index(item[0].partition("-")[0])))
+
+
+REGISTRY: dict[str, Recipe] = _own()
+"""Every recipe of danlu by name."""
+
+
+def installed() -> dict[str, Recipe]:
+    """Return the recipes that installed packages register, by name.
+
+    Raises:
+        ValueError: one has the name of another recipe.
+    """
+    found: dict[str, Recipe] = {}
+    for entry in importlib.metadata.entry_points(group="danlu.recipes"):
+        package = entry.dist.name if entry.dist is not None else "an installed package"
+        if entry.name in REGISTRY or entry.name in found:
+            raise ValueError(
+                f"{package} registers a recipe {entry.name!r}, which is there already; "
+                f"its own is danlu train {entry.value}"
+            )
+        found[entry.name] = Recipe(f"of {package}", entry.value)
+    return found
 
 
 def load(name: str) -> "RunConfig":
-    """Return the configuration of a recipe.
+    """Return the configuration of a recipe of danlu.
 
     Raises:
         ValueError: no such recipe; the nearest name is suggested.

@@ -31,27 +31,39 @@ def variant(name: str, recipe: str) -> RunConfig:
 
 
 def lm_mha() -> RunConfig:
-    """Multi-head attention: 512 numbers a token and layer."""
+    """lm-dense with multi-head attention of eight heads."""
     return variant("mha-32", "lm-mha")
 
 
 def lm_gqa() -> RunConfig:
-    """Grouped queries over two keys and values: 128 numbers."""
+    """lm-dense with two keys and values for eight heads, a quarter of the cache.
+
+    Grouped queries over two keys and values: 128 numbers.
+    """
     return variant("gqa2-32", "lm-gqa")
 
 
 def lm_mla() -> RunConfig:
-    """Latent attention, 112 + 16 numbers."""
+    """lm-dense with latent attention and the cache of lm-gqa.
+
+    Latent attention, 112 + 16 numbers.
+    """
     return variant("mla-64", "lm-mla")
 
 
 def lm_kv_shared() -> RunConfig:
-    """Keys that are values, two groups of 64 coordinates, 16 of them rotated: 128 numbers."""
+    """lm-dense with keys that are values and the cache of lm-gqa.
+
+    Keys that are values, two groups of 64 coordinates, 16 of them rotated: 128 numbers.
+    """
     return variant("kv-shared2-64", "lm-kv-shared")
 
 
 def lm_squareplus() -> RunConfig:
-    """``lm-dense`` with SquarePlus in the gates in place of SiLU, its corner trained in every layer."""
+    """lm-dense with SquarePlus gates, b trained.
+
+    ``lm-dense`` with SquarePlus in the gates in place of SiLU, its corner trained in every layer.
+    """
     config = lm_dense()
     return replace(
         config, recipe="lm-squareplus", model=replace(config.model, activation=SquarePlusConfig(b=4.0, learnable=True))

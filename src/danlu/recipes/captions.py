@@ -11,7 +11,10 @@ from danlu.train import RunConfig, TrainConfig
 
 
 def digits_caption() -> RunConfig:
-    """Patches at RoPE-Tie's coordinates."""
+    """Sentences with images of digits, read and drawn; RoPE-Tie.
+
+    Patches at RoPE-Tie's coordinates.
+    """
     data = CaptionsConfig(source="digits8", patch=4, digits=4, batch=32)
     return RunConfig(
         recipe="digits-caption",
@@ -32,12 +35,15 @@ def digits_caption() -> RunConfig:
 
 
 def digits_caption_flat() -> RunConfig:
-    """Patches in a row like words, in one dimension."""
+    """digits-caption with patches in one dimension."""
     return _with("digits-caption-flat", "flat")
 
 
 def digits_caption_unscaled() -> RunConfig:
-    """Patches in two dimensions a step of one apart, as in Qwen2-VL."""
+    """digits-caption with patches a step of one apart.
+
+    Patches in two dimensions a step of one apart, as in Qwen2-VL.
+    """
     return _with("digits-caption-unscaled", "unscaled")
 
 

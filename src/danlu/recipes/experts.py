@@ -19,15 +19,21 @@ def balanced(recipe: str, balance: AuxiliaryLossConfig | LossFreeConfig | Dynami
 
 
 def lm_moe_aux() -> RunConfig:
-    """Auxiliary loss by straight-through, at the weight that suits sigmoid gates."""
+    """Experts balanced by an auxiliary loss.
+
+    Auxiliary loss by straight-through, at the weight that suits sigmoid gates.
+    """
     return balanced("lm-moe-aux", AuxiliaryLossConfig(weight=1e-3))
 
 
 def lm_moe_lossfree() -> RunConfig:
-    """Selection biases that move with the excess, as fast as Muon moves the router, and come to rest with it."""
+    """Experts balanced by biases without a loss.
+
+    Selection biases that move with the excess, as fast as Muon moves the router, and come to rest with it.
+    """
     return balanced("lm-moe-lossfree", LossFreeConfig(rule="rms", rate=1e-2, scheduled=True))
 
 
 def lm_moe_dynamic() -> RunConfig:
-    """A threshold for each expert: four experts a token on average."""
+    """As many experts as a token needs, four in mean."""
     return balanced("lm-moe-dynamic", DynamicConfig(rate=1e-3))

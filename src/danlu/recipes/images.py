@@ -23,7 +23,7 @@ from danlu.train import RunConfig, TrainConfig
 
 
 def digits() -> RunConfig:
-    """MeanFlow on 28x28 digits: one network evaluation draws an image."""
+    """Images of digits in one step: MeanFlow, a lean U-Net."""
     return RunConfig(
         recipe="digits",
         data=ImagesConfig(source="digits28", batch=32),
@@ -36,7 +36,7 @@ def digits() -> RunConfig:
 
 
 def digits_flow() -> RunConfig:
-    """Flow matching: the same network, many steps."""
+    """The network of digits by flow matching, many steps."""
     recipe = digits()
     return replace(
         recipe,
@@ -49,13 +49,16 @@ def digits_flow() -> RunConfig:
 
 
 def digits_ddpm() -> RunConfig:
-    """Denoising diffusion as it began: linear betas, predicted noise, ancestral sampling."""
+    """The network of digits by denoising: linear betas, ancestral sampling.
+
+    Denoising diffusion as it began: linear betas, predicted noise, ancestral sampling.
+    """
     objective = DenoisingConfig(schedule=Betas(), prediction="eps", sampler="ddpm")
     return replace(digits_flow(), recipe="digits-ddpm", objective=objective)
 
 
 def digits_edm() -> RunConfig:
-    """Denoising in EDM's form, sampled by Heun's method: the teacher of ``digits-sid``."""
+    """The network of digits by denoising in EDM's form, Heun's method."""
     objective = DenoisingConfig(
         schedule=EDM(), prediction="edm", times=LogNormalNoise(), sampler="heun", clip=False, label_dropout=0.0
     )
@@ -63,7 +66,10 @@ def digits_edm() -> RunConfig:
 
 
 def digits_sid() -> RunConfig:
-    """A ``digits-edm`` run distilled to one step; name its folder by ``--objective.teacher.run``."""
+    """A digits-edm run distilled to one step by SiD.
+
+    A ``digits-edm`` run distilled to one step; name its folder by ``--objective.teacher.run``.
+    """
     teacher = digits_edm()
     return replace(
         teacher,
@@ -75,7 +81,10 @@ def digits_sid() -> RunConfig:
 
 
 def digits_64() -> RunConfig:
-    """Digits at 64x64, with the noise of the 28x28 schedule scaled to the resolution."""
+    """Digits at 64x64, the schedule shifted to the resolution.
+
+    Digits at 64x64, with the noise of the 28x28 schedule scaled to the resolution.
+    """
     recipe = digits_flow()
     return replace(
         recipe,
@@ -89,7 +98,7 @@ def digits_64() -> RunConfig:
 
 
 def images() -> RunConfig:
-    """MeanFlow on your own images (``--data FOLDER``) at 32x32."""
+    """MeanFlow on your own images at 32x32 (--data FOLDER)."""
     recipe = digits()
     return replace(
         recipe,
@@ -100,7 +109,7 @@ def images() -> RunConfig:
 
 
 def digits_classifier() -> RunConfig:
-    """A classifier of the digits, whose features the distances of ``danlu eval`` are measured in."""
+    """The classifier whose features measure generated digits."""
     return RunConfig(
         recipe="digits-classifier",
         data=ImagesConfig(source="digits28", batch=64),
@@ -113,7 +122,7 @@ def digits_classifier() -> RunConfig:
 
 
 def digits_mae() -> RunConfig:
-    """A masked autoencoder of the digits: no generator, an encoder whose features need no labels."""
+    """A masked autoencoder of digits: features without labels."""
     return RunConfig(
         recipe="digits-mae",
         data=ImagesConfig(source="digits28", batch=128),

@@ -15,7 +15,10 @@ from danlu.train import RunConfig, TrainConfig
 
 
 def lm() -> RunConfig:
-    """Multi-head latent attention, fine-grained experts with a shared one, loss-free balancing, Muon."""
+    """Language model: latent attention, shared and fine-grained experts, Muon.
+
+    Multi-head latent attention, fine-grained experts with a shared one, loss-free balancing, Muon.
+    """
     return RunConfig(
         recipe="lm",
         data=TextConfig(vocab_size=4096, length=256, batch=16),
@@ -34,7 +37,7 @@ def lm() -> RunConfig:
 
 
 def lm_dense() -> RunConfig:
-    """The Llama architecture at the same active size, trained by Muon."""
+    """Llama's architecture: lm without experts, grouped-query attention, Muon."""
     return RunConfig(
         recipe="lm-dense",
         data=TextConfig(vocab_size=4096, length=256, batch=16),
@@ -47,7 +50,10 @@ def lm_dense() -> RunConfig:
 
 
 def lm_dense_adamw() -> RunConfig:
-    """The dense model with danlu's initialisation, trained by AdamW: what the architecture alone is worth."""
+    """lm-dense trained by AdamW instead.
+
+    The dense model with danlu's initialisation, trained by AdamW: what the architecture alone is worth.
+    """
     return replace(
         lm_dense(),
         recipe="lm-dense-adamw",
@@ -59,17 +65,26 @@ def lm_dense_adamw() -> RunConfig:
 
 
 def lm_dense_lion() -> RunConfig:
-    """The dense model trained by Lion: AdamW's recipe at a third of its rate and three times its decay."""
+    """lm-dense trained by Lion instead.
+
+    The dense model trained by Lion: AdamW's recipe at a third of its rate and three times its decay.
+    """
     return replace(lm_dense_adamw(), recipe="lm-dense-lion", optim=LionConfig(lr=1e-3, weight_decay=0.3))
 
 
 def lm_dense_tiger() -> RunConfig:
-    """The dense model trained by Tiger, whose steps are relative to the size of what they move."""
+    """lm-dense trained by Tiger instead.
+
+    The dense model trained by Tiger, whose steps are relative to the size of what they move.
+    """
     return replace(lm_dense_adamw(), recipe="lm-dense-tiger", optim=TigerConfig(lr=1e-2))
 
 
 def lm_dense_amos() -> RunConfig:
-    """The dense model trained by Amos: no schedule and no decay to choose, half of AdamW's memory."""
+    """lm-dense trained by Amos instead.
+
+    The dense model trained by Amos: no schedule and no decay to choose, half of AdamW's memory.
+    """
     return replace(
         lm_dense_adamw(),
         recipe="lm-dense-amos",
@@ -79,7 +94,10 @@ def lm_dense_amos() -> RunConfig:
 
 
 def lm_baseline() -> RunConfig:
-    """A plain GPT of the same active size, trained by AdamW."""
+    """Dense GPT of the same active size with AdamW, to compare with.
+
+    A plain GPT of the same active size, trained by AdamW.
+    """
     return RunConfig(
         recipe="lm-baseline",
         data=TextConfig(vocab_size=4096, length=256, batch=8),
@@ -92,7 +110,10 @@ def lm_baseline() -> RunConfig:
 
 
 def lm_masked() -> RunConfig:
-    """The dense model as an encoder: every token sees every token, a share of them is hidden and asked for."""
+    """lm-dense as an encoder: hidden tokens from both sides.
+
+    The dense model as an encoder: every token sees every token, a share of them is hidden and asked for.
+    """
     config = lm_dense()
     return replace(
         config,

@@ -16,7 +16,7 @@ from danlu.train import RunConfig, TrainConfig
 
 
 def lm_ssm() -> RunConfig:
-    """Diagonal state spaces in every block, Muon."""
+    """lm-dense with state spaces in attention's place."""
     return RunConfig(
         recipe="lm-ssm",
         data=TextConfig(vocab_size=4096, length=256, batch=16),
@@ -31,7 +31,7 @@ def lm_ssm() -> RunConfig:
 
 
 def lm_hybrid() -> RunConfig:
-    """Three blocks with state spaces, one with grouped-query attention, Muon."""
+    """lm-dense with state spaces in three of four blocks."""
     space = SSMConfig(kernel=S4DConfig(state=32), channels=320)
     model = TransformerConfig(
         dim=256, layers=4, hidden=640, attention=GQAConfig(num_heads=4), mixers=(space, space, None, space)

@@ -32,6 +32,7 @@ from danlu.train.metrics import MetricsFile, Reporter, TensorBoard
 from danlu.train.progress import ProgressLine, duration
 from danlu.train.signals import Stop
 from danlu.train.trainer import TrainConfig, Trainer
+from danlu.usercode import UserCode
 
 __all__ = ["RunConfig", "assemble", "evaluate", "load", "load_objective", "read_config", "restore", "resume", "train"]
 
@@ -99,13 +100,14 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     return Assembly(config, data, model, objective, optimizers, policy, world)
 
 
-def train(config: RunConfig, out: Path | str, *, quiet: bool = False) -> int:
+def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: UserCode | None = None) -> int:
     """Train a new run in the folder ``out``.
 
     Args:
         config: what to train.
         out: a folder that does not exist yet, or is empty.
         quiet: print nothing but errors.
+        code: recorded in the folder: where components come from that are not danlu's.
 
     Returns:
         0 when the run is complete, 130 or 143 when it was interrupted and saved.
@@ -123,6 +125,8 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False) -> int:
         if world.main:
             out.mkdir(parents=True, exist_ok=True)
             _write_once(out, parts)
+            if code is not None:
+                code.write(out)
             if not quiet:
                 _say_plan(console, parts)
         barrier()

@@ -91,10 +91,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "patience", "log_every", "keep"):
             integer(name, getattr(self, name))
-        for name in ("eval_every", "eval_batches", "checkpoint_every", "threads"):
+        for name in ("eval_every", "eval_batches", "checkpoint_every"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name))
-        integer("seed", self.seed, low=0)
+        if self.threads is not None:
+            integer("threads", self.threads, high=1024)
+        integer("seed", self.seed, low=0, high=2**63 - 1)
         if self.clip is not None:
             positive("clip", self.clip)
         if self.ema is not None:

@@ -1,18 +1,21 @@
 """The command line as a person meets it: what it answers, in how many lines, and with which exit code."""
 
+import itertools
 import json
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from danlu.cli import main, verbs
-from danlu.cli.overrides import apply, leaves
-from danlu.cli.parser import VERBS, parse
+from danlu.cli import common, main
+from danlu.cli.overrides import apply, change, leaves
+from danlu.cli.parser import COMMANDS, parse
+from danlu.config import Draft
+from danlu.data import TextConfig
 from danlu.recipes import load
 
 
@@ -68,8 +71,9 @@ def test_one_of_several_sections_is_reached_by_its_number() -> None:
     first, *others = apply(config, ["--model.mixers.0.kernel.state", "16"]).model.mixers
     assert first.kernel.state == 16
     assert others == list(config.model.mixers[1:])
-    with pytest.raises(ValueError, match=r"is a section; set one of its leaves: --model\.mixers\.0\.kernel\.state"):
-        apply(config, ["--model.mixers", "none"])
+    assert apply(config, ["--model.mixers", "none"]).model.mixers == (None,)
+    kinds = [type(mixer).__name__ for mixer in apply(config, ["--model.mixers", "gqa,none,ssm"]).model.mixers]
+    assert kinds == ["GQAConfig", "NoneType", "SSMConfig"]
 
 
 def test_no_overrides_change_nothing() -> None:
@@ -105,16 +109,23 @@ def test_every_leaf_can_be_set_to_the_value_it_has() -> None:
     [
         (["--model.dmi", "3"], ["--model.dmi", "did you mean --model.dim?"]),
         (["--kv_rank", "3"], ["did you mean --model.attention.kv_rank?"]),
-        (["--zzzzzz", "3"], ["no leaf --zzzzzz", "danlu show"]),
-        (["--model.attention", "x"], ["is a section", "--model.attention.heads"]),
-        (["--model.experts.heads", "3"], ["this recipe has no model.experts"]),
-        (["--model.dim", "many"], ["--model.dim", "'many'", "accepted: --model.dim INT"]),
-        (["--model.activation", "gelo"], ["'gelo'", "'silu', 'gelu'"]),
+        (["--zzzzzz", "3"], ["no option --zzzzzz", "danlu show"]),
+        (["--model.attention", "x"], ["--model.attention must be grouped|latent, got 'x'"]),
+        (["--model.attention", "latnet"], ["did you mean 'latent'?"]),
+        (["--model.attention.groups", "2"], ["model.attention is latent here", "--model.attention grouped"]),
+        (["--model.experts.heads", "3"], ["there is no model.experts here", "--model.experts latent"]),
+        (["--model", "x"], ["--model is a section", "--model.dim"]),
+        (["--model.dim", "many"], ["--model.dim must be int, got 'many'"]),
+        (["--model.dim", "3", "4"], ["'4' belongs to no option"]),
+        (["--model.activation", "gelo"], ["'gelo'", "silu|gelu", "did you mean 'gelu'?"]),
+        (["--model.tied", "perhaps"], ["true|false"]),
         (["--data.betas", "1"], ["--data.betas", "2 values"]),
+        (["--data.betas", "nan,1"], ["must be float"]),
         (["--lr"], ["--lr", "1 value"]),
+        (["--epochs", "3"], ["no epochs", "--train.steps"]),
         (["stray"], ["'stray' belongs to no option"]),
-        (["--model.attention.heads", "0"], ["heads must be an integer of at least 1, got 0"]),
-        (["--recipe", "other"], ["no leaf --recipe"]),
+        (["--model.attention.heads", "0"], ["model.attention: heads must be an integer of at least 1, got 0"]),
+        (["--recipe", "other"], ["no option --recipe"]),
     ],
 )
 def test_what_cannot_be_set_is_refused_in_one_line_that_helps(
@@ -125,25 +136,39 @@ def test_what_cannot_be_set_is_refused_in_one_line_that_helps(
     message = str(caught.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
-    assert not set("│╭╰─|") & set(message)
     assert "--" * 2 not in message
     assert capfd.readouterr() == ("", "")
 
 
 def test_train_takes_its_recipe_first_and_keeps_the_rest_for_the_configuration() -> None:
     arguments = parse(["train", "--train.steps", "300", "--data", "a.txt", "b.txt", "--data", "c", "--out", "x"])
-    assert arguments.recipe == "lm"
+    assert arguments.recipe is None
     assert arguments.data == ["a.txt", "b.txt", "c"]
     assert arguments.out == "x"
     assert arguments.overrides == ["--train.steps", "300"]
-    assert parse(["train", "other"]).recipe == "other"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lm-dense", "--out", "o", "--train.steps", "3"],
+        ["--out", "o", "lm-dense", "--train.steps", "3"],
+        ["--train.steps", "3", "lm-dense", "--out=o"],
+        ["--out", "o", "--train.steps=3", "lm-dense"],
+    ],
+)
+def test_the_recipe_may_stand_anywhere(words: list[str]) -> None:
+    arguments = parse(["train", *words])
+    assert arguments.recipe == "lm-dense"
+    assert arguments.out == "o"
+    assert apply(load("lm-dense"), arguments.overrides).train.steps == 3
 
 
 def danlu(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "danlu", *words], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("verb", [*VERBS, None])
+@pytest.mark.parametrize("verb", [*COMMANDS, None])
 def test_help_has_examples_and_exits_with_zero(verb: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*([verb] if verb else []), "--help"]) == 0
     text = capsys.readouterr().out
@@ -151,13 +176,20 @@ def test_help_has_examples_and_exits_with_zero(verb: str | None, capsys: pytest.
         assert "examples:" in text
         assert f"danlu {verb}" in text
     else:
-        assert all(name in text for name in VERBS)
+        assert all(name in text for name in COMMANDS)
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         (["trian"], "did you mean 'train'?"),
+        (["train", "--out", "o", "/zh.txt", "--data", "/crlf.txt"], "no recipe is called '/zh.txt'"),
+        (["train", "lm", "lm-dense"], "takes one recipe, got 'lm' and 'lm-dense'"),
+        (["train", "--train.steps", "3", "x"], "'x' belongs to no option"),
+        (["train", "--train.seed", "99999999999999999999999"], "seed must be"),
+        (["train", "--train.threads", "3000"], "threads must be"),
+        (["train", "-x"], "no option -x"),
+        (["train", "--config", "no.json"], "no.json"),
         (["sample"], "RUN"),
         (["sample", "x", "--topk", "3"], "did you mean --top-k?"),
         (["sample", "x", "--tokens", "q"], "--tokens"),
@@ -265,9 +297,9 @@ def test_a_temperature_of_zero_needs_no_seed_and_count_writes_several(
 
 def test_a_terminal_is_not_given_the_escape_sequences_that_a_model_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\x1b[2Jb\tc\r\n\x07é"
-    assert verbs._shown(text) == text, "a pipe is given the text as it is"
+    assert common.printable(text) == text, "a pipe is given the text as it is"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert verbs._shown(text) == "a\ufffd[2Jb\tc\ufffd\n\ufffdé"
+    assert common.printable(text) == "a\ufffd[2Jb\tc\ufffd\n\ufffdé"
 
 
 def test_eval_prints_the_measures_of_the_last_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,12 +329,68 @@ def test_impossible_sampling_options_are_refused_by_their_name(
     assert captured.err.startswith(f"danlu: {option.split('=')[0]} must be")
 
 
-@pytest.mark.parametrize("name", ["lm", "lm-baseline"])
+@pytest.mark.parametrize("name", ["lm", "lm-hybrid", "lm-baseline", "digits-edm"])
 def test_the_options_that_show_prints_give_the_recipe_back(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from danlu.recipes import load
-
     assert main(["show", name, "--format", "options"]) == 0
     words = [word for line in capsys.readouterr().out.splitlines() for word in shlex.split(line)]
     assert apply(load(name), words, fixed=["recipe"]) == load(name)
     assert main(["show", name, "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == name
+
+
+def test_show_lists_every_option_with_what_it_accepts_its_default_and_its_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["show", "lm"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["train", "lm", "--help"]) == 0
+    assert shown in capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.startswith("  --")}
+    assert {f"--{path}" for path, _ in leaves(load("lm"))} - {"--recipe"} <= lines.keys()
+    assert lines["--model.dim"] == ["--model.dim", "int", "256", "model", "size"]
+    assert lines["--model.attention"][1:3] == ["mla|gqa|kv-shared|ssm", "mla"]
+    assert lines["--optim.betas"][1:3] == ["float,float", "0.9,0.95"]
+
+
+def test_the_order_on_the_line_does_not_matter_and_another_class_starts_from_its_defaults() -> None:
+    words = [["--model.attention", "grouped"], ["--model.attention.heads", "8"], ["--lr", "3"]]
+    expected = Run(recipe="tiny", model=Model(dim=99, attention=Grouped(heads=8)), lr=3.0)
+    for order in itertools.permutations(words):
+        assert apply(RECIPE, [word for pair in order for word in pair]) == expected
+    assert apply(RECIPE, ["--model.attention", "latent"]) == RECIPE, "the class that it is keeps its values"
+    assert apply(RECIPE, ["--model.attention", "grouped"]).model.attention == Grouped()
+
+
+def test_a_section_can_be_taken_out_and_put_in() -> None:
+    taken_in = apply(RECIPE, ["--model.experts.kv_rank", "9", "--model.experts", "latent"])
+    assert taken_in.model.experts == Latent(kv_rank=9)
+    for none in ("none", "None", "null"):
+        assert apply(taken_in, ["--model.experts", none]).model.experts is None
+
+
+@pytest.mark.parametrize("word", ["true", "True", "TRUE"])
+def test_truth_and_comma_lists_have_several_spellings(word: str) -> None:
+    changed = apply(RECIPE, ["--model.tied", word, "--data.betas", "0.8,0.9", "--data.path", "None"])
+    assert (changed.model.tied, changed.data.betas, changed.data.path) == (True, (0.8, 0.9), None)
+
+
+def test_paths_become_absolute_wherever_they_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--data.path", "notes", "--data.tokenizer", "mine/tokenizer.json"]
+    data = apply(load("lm"), words).data
+    assert data.path == (str(tmp_path / "notes"),)
+    assert data.tokenizer == str(tmp_path / "mine" / "tokenizer.json")
+    own = replace(load("lm"), data=TextConfig(path=("a,b.txt",)))
+    assert apply(own, []).data.path == (str(tmp_path / "a,b.txt"),)
+
+
+def test_short_names_lead_to_the_option_that_every_training_has() -> None:
+    changed = apply(load("lm-baseline"), ["--steps", "7", "--lr", "0.5", "--batch-size", "3", "--seed", "9"])
+    assert (changed.train.steps, changed.optim.lr, changed.data.batch, changed.train.seed) == (7, 0.5, 3, 9)
+
+
+def test_an_old_name_of_an_option_is_taken_with_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    draft = Draft.of(load("lm"))
+    said = change(draft, ["--model.attention.heads", "2", "--model.experts.active", "1"])
+    assert said == ["model.attention.heads is now num_heads", "model.experts.active is now top_k"]
+    assert draft.build().model.attention.num_heads == 2

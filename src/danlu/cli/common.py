@@ -1,0 +1,82 @@
+"""What several commands have in common: a run's folder, and the user's code that it needs."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_run", "failures_code", "generator_of", "is_text", "load_code", "printable", "progress"]
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Declare the folder of a run, and the option that gives its code again."""
+    parser.add_argument("folder", metavar="RUN", help="a run folder, e.g. runs/lm-1")
+    parser.add_argument(
+        "--code",
+        metavar="FILE",
+        action="append",
+        help="a file (my_recipe.py) or module of your own that the run was made with; it is run",
+    )
+
+
+def load_code(arguments: argparse.Namespace, command: str) -> None:
+    """Load what ``--code`` names, before the run's configuration is read.
+
+    Raises:
+        ValueError: the run needs code that was not given.
+    """
+    from danlu.usercode import load_again
+
+    load_again(arguments.folder, arguments.code or (), command)
+
+
+def is_text(folder: str | Path) -> bool:
+    """Whether a run has a vocabulary to write with."""
+    return (Path(folder) / "tokenizer.json").exists()
+
+
+def printable(text: str) -> str:
+    """Return ``text`` as a terminal may show it: a model can write escape sequences that would take the screen over."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def generator_of(arguments: argparse.Namespace, command: str) -> Any:
+    """Return the objective of a run whose model denoises, on the processor."""
+    load_code(arguments, command)
+    folder = arguments.folder
+    from danlu.train import run
+    from danlu.train.component import component
+
+    kind = component(run.read_config(folder).objective)
+    if not hasattr(kind, "denoiser"):
+        raise ValueError(
+            f"{folder} is a run of {kind.__name__}, which has no denoiser; take one of digits-ddpm or -flow"
+        )
+    return run.load_objective(folder)[0].cpu().eval()
+
+
+def progress(what: str) -> Callable[[int, int, int], None] | None:
+    """Return a function that shows how far the work on so many images is; None without a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(count: int, done: int, total: int) -> None:
+        print(f"\r{what} {count} images: step {done} of {total}", end="\n" if done == total else "", file=sys.stderr)
+
+    return show
+
+
+def failures_code(failures: list[str], done: int) -> int:
+    """List what could not be read and return the exit code.
+
+    Raises:
+        ValueError: nothing could be read.
+    """
+    for failure in failures:
+        print(f"left out: {failure}", file=sys.stderr)
+    if not done:
+        raise ValueError("nothing to do: no file could be read")
+    return 1 if failures else 0

@@ -1,0 +1,85 @@
+"""``danlu eval``: a run's measures on its validation data."""
+
+import argparse
+import sys
+from typing import Any
+
+from danlu._validate import integer
+from danlu.cli.common import add_run, is_text, load_code
+
+EXAMPLES = """\
+  danlu eval runs/lm-1                 all of its validation text
+  danlu eval runs/lm-1 --batches 16    a part, spread evenly over it
+  danlu eval runs/digits-1 --steps 2   a generator of images: its distance from the held-out ones, too"""
+
+_DRAWN = 500
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_run(parser)
+    parser.add_argument("--batches", type=int, metavar="N", help="validation batches to measure (default: all)")
+    parser.add_argument("--count", type=int, metavar="N", help=f"images to draw (default: {_DRAWN})")
+    parser.add_argument(
+        "--features", metavar="RUN", help="the classifier to compare images by (default: one trained on the same)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="of the images drawn (default: 0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="images: steps of the sampler")
+    parser.add_argument("--guidance", type=float, metavar="W", help="images: scale of guidance to the class")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the run's measures."""
+    load_code(arguments, "eval")
+    for option, low in (("batches", 1), ("count", 16), ("seed", 0), ("steps", 1)):
+        value = getattr(arguments, option)
+        if value is not None:
+            integer(f"--{option}", value, low=low, high=2**63 - 1 if option == "seed" else None)
+    text = is_text(arguments.folder)
+    for option in ("count", "features", "seed", "steps", "guidance"):
+        if text and getattr(arguments, option) is not None:
+            raise ValueError(f"--{option} is for runs on images; {arguments.folder} is a run on text")
+    from danlu.train import run
+
+    parts = run.restore(arguments.folder)
+    for name, value in run.evaluate(parts, batches=arguments.batches).items():
+        print(f"{name} {value:.6g}", flush=True)
+    if not text:
+        _measure(arguments, parts)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, parts: Any) -> None:
+    """Print the distances between a run's images and the held-out ones of its data."""
+    from danlu.evaluation import feature_network, measure_images, sampling_steps
+    from danlu.recipes import load
+    from danlu.train import run
+
+    objective, data = parts.objective, parts.data
+    if not hasattr(objective, "sample"):
+        return
+    if arguments.features is not None:
+        network: Any = run.load(arguments.features)[0]
+        if not hasattr(network, "features"):
+            raise ValueError(f"--features must be the run of a classifier of images, got {arguments.features}")
+    elif not data.classes:
+        raise ValueError(
+            "these images have no classes to train a classifier on, by whose features they could be compared; "
+            "give one with --features RUN"
+        )
+    else:
+        print("comparing by a classifier of the same images (trained once, then kept) ...", file=sys.stderr, flush=True)
+        network = feature_network(load("digits-classifier"), parts.config.data, sha256=data.manifest["sha256"])
+    steps = sampling_steps(objective, arguments.steps)
+    print(f"steps {steps}")
+    found = measure_images(
+        objective,
+        data,
+        network,
+        arguments.count or _DRAWN,
+        steps=steps,
+        seed=arguments.seed or 0,
+        guidance=arguments.guidance,
+    )
+    for name, value in found.items():
+        print(f"{name} {value:.6g}")

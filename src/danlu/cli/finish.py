@@ -1,0 +1,71 @@
+"""What follows a training that is complete: samples, and the report."""
+
+import os
+import shlex
+from pathlib import Path
+
+from danlu.cli.common import is_text, printable
+
+__all__ = ["finish"]
+
+_SAMPLES = 3
+_SAMPLE_TOKENS = 160
+_IMAGES = 64
+
+
+def finish(folder: Path, code: int) -> int:
+    """Write the samples and the report of a run that is complete; return ``code``."""
+    if code == 0 and os.environ.get("RANK", "0") == "0":
+        more = _write_samples(folder)
+        from danlu.report import write
+
+        print(f"Report: {write(folder)}")
+        if more:
+            print(f"More: danlu sample {shlex.quote(str(folder))} {more}")
+    return code
+
+
+def _write_samples(folder: Path) -> str:
+    """Write what a complete run generates into its folder, unless it is there; return options that write more."""
+    if not is_text(folder):
+        return _write_images(folder)
+    if not (folder / "samples.txt").exists():
+        _write_texts(folder)
+    return '--prompt "..."'
+
+
+def _write_texts(folder: Path) -> None:
+    """Write a few texts, from nothing, to samples.txt and the terminal."""
+    from danlu.evaluation import continuation
+    from danlu.train import run
+
+    model, tokenizer, config = run.load(folder)
+    with open(folder / "samples.txt", "w", encoding="utf-8") as file:
+        for index in range(_SAMPLES):
+            heading = f"--- sample {index + 1} of {_SAMPLES}"
+            text = "".join(continuation(model, tokenizer, tokens=_SAMPLE_TOKENS, seed=config.train.seed + index))
+            print(heading, printable(text), sep="\n", flush=True)
+            print(heading, text, sep="\n", file=file)
+
+
+def _write_images(folder: Path) -> str:
+    """Write samples.png into a run's folder unless it is there; return options that draw more, or "" if it draws none.
+
+    Of few classes each has a column.
+    """
+    from danlu.evaluation import draw_classes, sampling_steps
+    from danlu.report import write_images
+    from danlu.train import run
+    from danlu.train.component import component
+
+    if not hasattr(component(run.read_config(folder).objective), "sample"):
+        return ""
+    objective, config = run.load_objective(folder)
+    steps = sampling_steps(objective)
+    path = folder / "samples.png"
+    if not path.exists():
+        columns = config.model.num_classes if 1 < config.model.num_classes <= 16 else 8
+        count = _IMAGES // columns * columns
+        images = draw_classes(objective, config.model, count, steps=steps, seed=config.train.seed)
+        print(f"Samples: {write_images(path, images, columns=columns)}")
+    return f"--steps {steps} --out samples.png"

@@ -1,0 +1,131 @@
+"""``danlu sample``: text or images from a trained run."""
+
+import argparse
+from pathlib import Path
+
+from danlu._validate import choice, integer, number
+from danlu.cli.common import add_run, is_text, load_code, printable
+
+EXAMPLES = """\
+  danlu sample runs/lm-1 --prompt "def main("
+  danlu sample runs/lm-1 --prompt "import " --tokens 400 --temperature 0.7 --top-p 0.95
+  danlu sample runs/lm-1 --prompt "class " --temperature 0 --tokens 100       the most likely text
+  danlu sample runs/lm-1 --prompt "class " --count 3 --seed 7                 three, the same each time
+  danlu sample runs/digits-1 --steps 1 --out x.png                            64 images, in one step each
+  danlu sample runs/digits-flow-1 --steps 50 --out x.gif --classes 3 7        how they come about, of two classes"""
+
+_IMAGES = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_run(parser)
+    parser.add_argument("--prompt", metavar="TEXT", default="", help="the text to continue (default: a new document)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 always takes the likeliest token (default: 0.8)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest tokens that hold probability P (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="draw the same each time (default: another)")
+    parser.add_argument("--count", type=int, metavar="N", help="how many to write (default: 1 text, 64 images)")
+    parser.add_argument("--out", metavar="FILE", help="images: .png, or .gif or .webp for the way to them")
+    parser.add_argument("--classes", metavar="NAME", nargs="+", help="images of these classes in turn (default: all)")
+    parser.add_argument("--upsample", type=int, metavar="S", help="images S times as high and wide as those trained on")
+    parser.add_argument("--steps", type=int, metavar="N", help="images: steps of the sampler")
+    parser.add_argument("--guidance", type=float, metavar="W", help="images: scale of guidance to the class")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Continue a prompt and print the text while it is written; or draw images."""
+    load_code(arguments, "sample")
+    for option, low in (("count", 1), ("seed", 0), ("tokens", 1), ("top_k", 1), ("upsample", 1), ("steps", 1)):
+        value = getattr(arguments, option)
+        if value is not None:
+            integer(f"--{option.replace('_', '-')}", value, low=low, high=2**63 - 1 if option == "seed" else None)
+    number("--temperature", arguments.temperature, low=0)
+    if arguments.top_p is not None:
+        number("--top-p", arguments.top_p, low=0, high=1, low_open=True)
+    return _write(arguments) if is_text(arguments.folder) else _draw(arguments)
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    """Continue the prompt and print the text while it is written."""
+    for option in ("steps", "guidance", "out", "classes", "upsample"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option} is for runs on images; {arguments.folder} is a run on text")
+    from danlu.evaluation import continuation
+    from danlu.train import run
+
+    model, tokenizer, _ = run.load(arguments.folder)
+    count = arguments.count or 1
+    for index in range(count):
+        if count > 1:
+            print(f"--- {index + 1} of {count}")
+        print(arguments.prompt, end="", flush=True)
+        pieces = continuation(
+            model,
+            tokenizer,
+            prompt=arguments.prompt,
+            tokens=arguments.tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=None if arguments.seed is None else arguments.seed + index,
+        )
+        for piece in pieces:
+            print(printable(piece), end="", flush=True)
+        print()
+    return 0
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    """Draw images and write them as one picture, or the way to them as an animation."""
+    import inspect
+
+    import torch
+
+    from danlu.evaluation import class_names, draw_classes, sampling_steps
+    from danlu.report import write_images
+    from danlu.train import run
+    from danlu.train.component import component
+
+    if arguments.prompt:
+        raise ValueError(f"--prompt is for runs on text; {arguments.folder} has no tokenizer")
+    kind = component(run.read_config(arguments.folder).objective)
+    if not hasattr(kind, "sample"):
+        raise ValueError(f"{arguments.folder} is a run of {kind.__name__}, which writes no text and draws no images")
+    objective, config = run.load_objective(arguments.folder)
+    out = Path(arguments.out or Path(arguments.folder) / "drawn.png")
+    choice("--out, its suffix,", out.suffix.lower(), (".png", ".jpg", ".webp", ".gif"))
+    moving = out.suffix.lower() in (".gif", ".webp")
+    names = class_names(arguments.folder, config.model.num_classes)
+    chosen = None
+    if arguments.classes is not None:
+        if not names:
+            raise ValueError(f"--classes: {arguments.folder} was trained without classes")
+        for name in arguments.classes:
+            choice("--classes", name, names)
+        chosen = torch.tensor([names.index(name) for name in arguments.classes])
+    larger = {}
+    if arguments.upsample is not None:
+        if "upsample" not in inspect.signature(kind.sample).parameters:
+            raise ValueError(
+                f"--upsample is for runs that denoise or follow a velocity, not for one of {kind.__name__}"
+            )
+        larger = {"upsample": arguments.upsample}
+    images = draw_classes(
+        objective,
+        config.model,
+        arguments.count or _IMAGES,
+        classes=chosen,
+        steps=sampling_steps(objective, arguments.steps),
+        seed=arguments.seed,
+        guidance=arguments.guidance,
+        trajectory=moving,
+        **larger,
+    )
+    print(write_images(out, images))
+    return 0

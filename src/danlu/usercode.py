@@ -1,0 +1,203 @@
+"""Code of your own on the command line: loaded from a file or module that was named there, and recorded in the run.
+
+A file is loaded under its own name as a module, not as ``__main__``: what it defines is written into a run's
+``config.json`` as ``my_recipe:MyMixerConfig``, and is found under this name again when the file is given again. Nothing
+is ever loaded because a file in a run's folder names it.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["CodeFile", "UserCode", "call", "load", "load_again"]
+
+_log = logging.getLogger("danlu.usercode")
+_RECORD = "code.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeFile:
+    """A file or module that a run's configuration needs.
+
+    Attributes:
+        given: the absolute path of a file, or the name of a module.
+        module: the name under which it is imported.
+        sha256: of its text.
+        text: what was run.
+    """
+
+    given: str
+    module: str
+    sha256: str
+    text: bytes
+
+
+@dataclass(frozen=True)
+class UserCode:
+    """The files and modules of a run that are not danlu's; often none."""
+
+    files: tuple[CodeFile, ...] = ()
+
+    def write(self, folder: Path | str) -> None:
+        """Record them in a run's folder: ``code.json``, and copies in ``code/`` for people to read.
+
+        Nothing is written where there are none.
+        """
+        if not self.files:
+            return
+        copies = Path(folder) / "code"
+        copies.mkdir(exist_ok=True)
+        record = []
+        for file in self.files:
+            copy = copies / f"{file.module}.py"
+            copy.write_bytes(file.text)
+            named = {"given": file.given, "module": file.module, "sha256": file.sha256}
+            record.append({**named, "copy": copy.relative_to(folder).as_posix()})
+        (Path(folder) / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load(target: str) -> tuple[ModuleType, CodeFile]:
+    """Import the file ``my_recipe.py`` or the module ``package.module``.
+
+    A file's folder and the current folder are searched last for what they import, so that no file there can take the
+    place of an installed package.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file has the name of another module, there is no such module, or its code fails (the line is
+            named).
+    """
+    return _load_file(Path(target)) if target.endswith(".py") else _load_module(target)
+
+
+def load_again(folder: Path | str, targets: Sequence[str], command: str) -> UserCode:
+    """Load the code of a run: what it recorded must be among ``targets``, which were given on the command line.
+
+    A file that has changed since is used, with a warning.
+
+    Args:
+        folder: of the run.
+        targets: files and modules.
+        command: what was asked for, such as "resume", to say how it is to be given.
+
+    Raises:
+        ValueError: the run needs code that was not given; the message has the whole command.
+    """
+    loaded = [load(target)[1] for target in targets]
+    for then in _recorded(Path(folder)):
+        now = next((file for file in loaded if file.module == then["module"]), None)
+        if now is None:
+            again = [word for entry in _recorded(Path(folder)) for word in ("--code", entry["given"])]
+            wanted = shlex.join([command, str(folder), *again])
+            raise ValueError(f"{folder} was made with code of your own, {then['given']}; give it: danlu {wanted}")
+        if now.sha256 != then["sha256"]:
+            _log.warning("%s has changed since %s was made; it is used as it is now", now.given, folder)
+    return UserCode(tuple(loaded))
+
+
+def call(function: object, name: str) -> object:
+    """Return what a function of the user's returns.
+
+    Raises:
+        ValueError: it fails; the line is named.
+    """
+    if not callable(function):
+        raise ValueError(f"{name} is no function")
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name} {_what_failed(error, getattr(function, '__code__', None))}") from error
+
+
+def _recorded(folder: Path) -> list[dict[str, str]]:
+    path = folder / _RECORD
+    if not path.is_file():
+        return []
+    try:
+        record = json.loads(path.read_text())
+        return [{key: str(entry[key]) for key in ("given", "module", "sha256")} for entry in record]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no record of code: {error}") from error
+
+
+def _load_file(path: Path) -> tuple[ModuleType, CodeFile]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    path = path.absolute()
+    name = re.sub(r"\W", "_", path.stem)
+    text = path.read_bytes()
+    file = CodeFile(given=str(path), module=name, sha256=hashlib.sha256(text).hexdigest(), text=text)
+    held = sys.modules.get(name)
+    if held is not None and getattr(held, "__file__", None) == str(path):
+        return held, file
+    _check_name(path, name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    _search_last(path.parent)
+    try:
+        # Not by the loader, which would write a __pycache__ and might run an older text than the one recorded.
+        exec(compile(text, str(path), "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ValueError(f"{path.name} {_what_failed(error, path)}") from error
+    return module, file
+
+
+def _check_name(path: Path, name: str) -> None:
+    """Raise if a module of this name exists: imports of it would then find the file."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:  # a module that was made by hand
+        found = None
+    other = name in sys.stdlib_module_names or name in sys.modules
+    if found is not None and found.origin is not None:
+        other = other or Path(found.origin).absolute() != path
+    if other:
+        raise ValueError(f"{path.name} has the name of the installed module {name!r}; rename the file")
+
+
+def _load_module(name: str) -> tuple[ModuleType, CodeFile]:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{name!r} is neither a file ending in .py nor the name of a module")
+    _search_last(Path.cwd())
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"there is no module {error.name!r}, installed or in {Path.cwd()}") from error
+        raise ValueError(f"{name} {_what_failed(error, None)}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name} {_what_failed(error, None)}") from error
+    origin = getattr(module, "__file__", None)
+    text = Path(origin).read_bytes() if origin else b""
+    return module, CodeFile(given=name, module=name, sha256=hashlib.sha256(text).hexdigest(), text=text)
+
+
+def _search_last(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _what_failed(error: BaseException, source: object) -> str:
+    """Say what an exception of the user's code was, and in which line of it."""
+    if isinstance(error, SystemExit):
+        return "calls sys.exit when it is loaded; only functions and classes may stand outside of `if __name__ ...`"
+    if isinstance(error, SyntaxError):
+        return f"cannot be read: line {error.lineno}: {error.msg}"
+    name = str(source) if isinstance(source, Path) else getattr(source, "co_filename", None)
+    frames: Iterable[traceback.FrameSummary] = reversed(traceback.extract_tb(error.__traceback__))
+    line = next((frame.lineno for frame in frames if frame.filename == name), None)
+    where = "" if line is None else f" in line {line}"
+    return f"fails{where}: {type(error).__name__}: {' '.join(str(error).split())}"
