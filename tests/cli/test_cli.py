@@ -348,7 +348,7 @@ def test_show_lists_every_option_with_what_it_accepts_its_default_and_its_meanin
     lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.startswith("  --")}
     assert {f"--{path}" for path, _ in leaves(load("lm"))} - {"--recipe"} <= lines.keys()
     assert lines["--model.dim"] == ["--model.dim", "int", "256", "model", "size"]
-    assert lines["--model.attention"][1:3] == ["mla|gqa|kv-shared|ssm", "mla"]
+    assert lines["--model.attention"][1:3] == ["mla|gqa|kv-shared|ssm|module:Class", "mla"]
     assert lines["--optim.betas"][1:3] == ["float,float", "0.9,0.95"]
 
 

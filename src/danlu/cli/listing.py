@@ -13,7 +13,7 @@ from danlu.config.draft import Spot, element
 
 __all__ = ["table"]
 
-_WIDEST = 28
+_WIDEST = 36
 
 
 def table(config: Any) -> Iterator[str]:
