@@ -51,7 +51,7 @@ def scores_of(parts: Assembly, batches: Iterable[Batch]) -> list[Tensor]:
 
 def chosen(layer: MoE, scores: Tensor, bias: Tensor) -> Tensor:
     """Zeros and ones: which experts the tokens choose under these biases."""
-    if layer.dynamic:
+    if layer.config.balance.thresholds:
         return (scores + bias > 0).float()
     return torch.zeros_like(scores).scatter_(-1, (scores + bias).topk(layer.config.top_k, -1).indices, 1.0)
 

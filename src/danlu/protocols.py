@@ -323,6 +323,7 @@ class BalanceConfig(Protocol):
 
     def check(self, num_experts: int, top_k: int, *, gate: str, select_by: str, num_groups: int) -> None:
         """Raise ValueError unless this balancing goes with a layer of these options of `danlu.nn.MoEConfig`."""
+        return None
 
     def start(self, num_experts: int, top_k: int, gate: str) -> float:
         """Return what every bias is at the start of training."""

@@ -19,11 +19,11 @@ from danlu.nn.attention import (
     recurrent_attention,
 )
 from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
-from danlu.nn.balance import LossFreeConfig
 from danlu.nn.dynamic_experts import DynamicConfig
 from danlu.nn.feed_forward import FeedForward, swiglu
 from danlu.nn.linear import Linear
 from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
+from danlu.nn.loss_free import LossFreeConfig
 from danlu.nn.moe import MoE, MoEConfig, scaling_factor
 from danlu.nn.norm import RMSNorm
 from danlu.nn.rotary import (

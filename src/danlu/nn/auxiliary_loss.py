@@ -16,17 +16,20 @@ pass. ``F`` holds the micro-batches of a step up to the present one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from danlu._validate import choice, number
+from danlu.protocols import BalanceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuxiliaryLossConfig:
+class AuxiliaryLossConfig(BalanceConfig):
     """Weight, form and target of an auxiliary balancing loss."""
+
+    auxiliary: ClassVar[bool] = True
 
     weight: float = 1e-2
     """factor on the loss, which is an average over tokens: 1e-2 with softmax gates in Switch"""
@@ -40,6 +43,15 @@ class AuxiliaryLossConfig:
         choice("form", self.form, tuple(FORMS))
         for share in self.target or ():
             number("target", share, low=0, low_open=True)
+
+    def check(self, num_experts: int, top_k: int, *, gate: str, select_by: str, num_groups: int) -> None:
+        """Raise ValueError unless ``target`` names a load for every expert."""
+        if self.target is not None and len(self.target) != num_experts:
+            raise ValueError(f"target must name a load for each of {num_experts} experts, got {len(self.target)}")
+
+    def load_gradient(self, counts_e: Tensor) -> Tensor:
+        """Derivative of the loss by the load, see the function `load_gradient`."""
+        return load_gradient(counts_e, self)
 
 
 def square(load_e: Tensor, target_e: Tensor) -> Tensor:

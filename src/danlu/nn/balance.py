@@ -1,80 +1,19 @@
-r"""Loss-free load balancing of experts (Wang et al., arXiv 2408.15664; kexue.fm 10757).
+"""What all kinds of expert balancing share: the counts of a layer, the updates after an optimizer step, and measures.
 
-Each routed expert carries a bias ``b_i`` that is added to its score when the top ``k`` are chosen and nowhere else: the
-gate uses the score itself, so balancing leaves no trace in the output or the gradient. After an optimizer step the
-share ``F_i`` of all choices that fell on expert ``i`` is compared with ``1/n`` and the bias moves against the
-excess:
-
-* ``"sign"``: ``b -= rate * sign(F - 1/n)``, the paper's rule;
-* ``"rms"``: ``b -= rate * (F - 1/n) / RMS(F - 1/n)``, the same step length with less jitter near balance;
-* ``"relative"``: ``b -= rate * (n F - 1)``, the paper's variant in proportion to the excess.
-
-They are centred to zero mean unless ``centered`` is off: that changes no choice (a constant added to every score
-changes no order) and keeps the biases from drifting together. The update follows the optimizer step: before it, the
-bias would carry the batch's own information into its routing.
-
-The file also holds what all kinds of balancing share: the counts of a layer (`Balancer`), the updates that follow an
-optimizer step (`attach`), and the measures of balance. `danlu.nn.auxiliary_loss` and `danlu.nn.dynamic_experts` are the
-other two kinds.
+A `Balancer` is a part of each `danlu.nn.MoE` layer. Its kind is a configuration (`danlu.protocols.BalanceConfig`) with
+a file of its own: `danlu.nn.loss_free`, `danlu.nn.auxiliary_loss`, `danlu.nn.dynamic_experts`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from danlu._validate import choice, integer, number
-from danlu.nn.auxiliary_loss import AuxiliaryLossConfig, load_gradient
-from danlu.nn.dynamic_experts import DynamicConfig, threshold_step
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossFreeConfig:
-    """How the selection biases move."""
-
-    rate: float = 1e-3
-    """step of the bias, in units of the gate's score; 0 freezes the biases"""
-    rule: Literal["sign", "rms", "relative"] = "sign"
-    """direction of the step"""
-    centered: bool = True
-    """take the mean off each step; no choice depends on it"""
-    freeze_after: int | None = None
-    """updates after which the biases stay as they are, for the end of a long run; None: never"""
-    scheduled: bool = False
-    """multiply the rate by the learning rate's own factor, so that the biases come to rest with the router"""
-
-    def __post_init__(self) -> None:
-        number("rate", self.rate, low=0)
-        choice("rule", self.rule, ("sign", "rms", "relative"))
-        if self.freeze_after is not None:
-            integer("freeze_after", self.freeze_after, low=0)
-
-
-def bias_step(counts_e: Tensor, config: LossFreeConfig) -> Tensor:
-    """Change of the biases for the choices counted, ``(..., experts)``; zero where nothing was counted.
-
-    >>> bias_step(torch.tensor([6.0, 2.0, 4.0]), LossFreeConfig(rate=0.01))
-    tensor([-0.0100,  0.0100, -0.0000])
-    """
-    counts_e = counts_e.float()
-    # Exactly balanced experts must not move on the rounding error of a division: counts, not shares, are compared.
-    mean = counts_e.mean(-1, keepdim=True)
-    excess = counts_e - mean
-    tiny = torch.finfo(torch.float32).tiny
-    if config.rule == "sign":
-        direction = torch.sign(excess)
-    elif config.rule == "rms":
-        direction = excess / excess.square().mean(-1, keepdim=True).sqrt().clamp_min(tiny)
-    else:
-        direction = excess / mean.clamp_min(tiny)
-    if config.centered:
-        direction = direction - direction.mean(-1, keepdim=True)
-    return -config.rate * direction
+from danlu.protocols import BalanceConfig
 
 
 def max_violation(counts_e: Tensor) -> Tensor:
@@ -87,16 +26,13 @@ def max_violation(counts_e: Tensor) -> Tensor:
     return (counts_e.amax(-1) - mean) / mean.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-BalanceConfig = LossFreeConfig | AuxiliaryLossConfig | DynamicConfig
-
-
 class Balancer(nn.Module):
     """What one layer knows of its balance: selection biases, and the choices counted since the last update.
 
     Args:
         num_experts: number of routed experts.
         config: kind of balancing.
-        budget: experts a token uses, the mean that a dynamic number is held at.
+        budget: experts per token, the mean that a dynamic number is held at.
         start: where the biases begin.
     """
 
@@ -109,8 +45,6 @@ class Balancer(nn.Module):
 
     def __init__(self, num_experts: int, config: BalanceConfig, *, budget: float = 1.0, start: float = 0.0) -> None:
         super().__init__()
-        if isinstance(config, AuxiliaryLossConfig) and config.target is not None and len(config.target) != num_experts:
-            raise ValueError(f"target must name a load for each of {num_experts} experts, got {len(config.target)}")
         self.config, self.budget, self.start = config, budget, start
         self.register_buffer("bias", torch.empty(num_experts))
         # Saved too: a step that was skipped leaves its choices to the next update, which may follow a resume.
@@ -139,7 +73,7 @@ class Balancer(nn.Module):
         if not (self.training and torch.is_grad_enabled() and scores_ne.requires_grad):
             return scores_ne
         share = None
-        if isinstance(self.config, AuxiliaryLossConfig):
+        if self.config.auxiliary:
             total = scores_ne.sum(-1, keepdim=True)
             share = scores_ne / total.clamp_min(torch.finfo(scores_ne.dtype).tiny)
         watched: Tensor = _Watch.apply(scores_ne, share, counts_e, self)
@@ -152,21 +86,15 @@ class Balancer(nn.Module):
 
     def share_gradient(self, tokens: int) -> Tensor:
         """Derivative of the auxiliary loss by a token's normalised scores, at the load counted so far on all ranks."""
-        assert isinstance(self.config, AuxiliaryLossConfig)
         counts = self.counts.clone()
         if _several_ranks():
             dist.all_reduce(counts)
-        gradient = load_gradient(counts, self.config)
+        gradient = self.config.load_gradient(counts)
         return gradient / tokens if self.upstream is None else gradient * self.upstream
 
     def step(self, factor: float | Tensor = 1.0) -> Tensor:
         """Change of the biases for what was counted, where the learning rate stands at ``factor`` of its start."""
-        if isinstance(self.config, AuxiliaryLossConfig):
-            return torch.zeros_like(self.bias)
-        if isinstance(self.config, DynamicConfig):
-            step = threshold_step(self.counts, self.tokens, self.budget, self.config)
-        else:
-            step = bias_step(self.counts, self.config)
+        step = self.config.step(self.counts, self.tokens, self.budget)
         if self.config.scheduled:
             step = step * factor
         last = self.config.freeze_after
@@ -251,7 +179,7 @@ def attach(
     >>> layer.balancer.load.sum().item()
     20.0
     """
-    if summed_loss is not None and any(isinstance(b.config, AuxiliaryLossConfig) for b in _balancers(model)):
+    if summed_loss is not None and any(b.config.auxiliary for b in _balancers(model)):
         summed_loss.register_forward_hook(_follow_the_scale)
 
     def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -307,7 +235,7 @@ def expert_load(model: nn.Module) -> dict[str, float]:
         "max_vio": torch.stack([max_violation(b.load) for b in balancers]).mean().item(),
         "idle_experts": torch.cat([b.load == 0 for b in balancers]).float().mean().item(),
     }
-    dynamic = [b.load.sum() / b.used.clamp_min(1) for b in balancers if isinstance(b.config, DynamicConfig)]
+    dynamic = [b.load.sum() / b.used.clamp_min(1) for b in balancers if b.config.thresholds]
     if dynamic:
         found["experts_per_token"] = torch.stack(dynamic).mean().item()
     return found

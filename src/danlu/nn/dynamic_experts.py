@@ -1,7 +1,7 @@
 r"""As many experts as a token needs (kexue.fm 10815): a threshold for each expert in place of top-k.
 
 Expert ``i`` works on a token when :math:`\rho_i + b_i > 0`. With ``Ft_i`` the share of the tokens that chose it, the
-*budget* :math:`|Ft| = \sum_i Ft_i` is the mean number of experts a token uses, and :math:`F = Ft / |Ft|` the load. The
+*budget* :math:`|Ft| = \sum_i Ft_i` is the mean number of experts per token, and :math:`F = Ft / |Ft|` the load. The
 biases hold the load even and the budget at ``k``; after an optimizer step :math:`b \leftarrow b - \alpha d` with
 
 * ``"A"``: ``sign(F - 1/n)`` less its mean, plus ``sign(|Ft| - k)``;
@@ -16,17 +16,20 @@ would travel for hundreds of steps in which every token uses every expert, so th
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number, positive
+from danlu.protocols import BalanceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicConfig:
-    """A threshold for each expert; the layer's ``top_k`` is the mean number of experts a token uses."""
+class DynamicConfig(BalanceConfig):
+    """A threshold for each expert; the layer's ``top_k`` is the mean number of experts per token."""
+
+    thresholds: ClassVar[bool] = True
 
     rate: float = 1e-3
     """step of the bias, in units of the gate's score; 0 freezes the biases"""
@@ -42,6 +45,24 @@ class DynamicConfig:
         choice("rule", self.rule, ("A", "B", "C", "D"))
         if self.freeze_after is not None:
             integer("freeze_after", self.freeze_after, low=0)
+
+    def check(self, num_experts: int, top_k: int, *, gate: str, select_by: str, num_groups: int) -> None:
+        """Raise ValueError unless thresholds can hold ``top_k`` experts per token in the mean."""
+        if gate == "softmax" or select_by != "gate" or num_groups > 1:
+            raise ValueError(
+                "balance: a dynamic number of experts needs gate 'sigmoid' or 'relu', select_by 'gate' and one group, "
+                f"got {gate!r}, {select_by!r}, {num_groups}"
+            )
+        if top_k == num_experts:
+            raise ValueError(f"top_k must be below num_experts = {num_experts} for a dynamic number, got {top_k}")
+
+    def start(self, num_experts: int, top_k: int, gate: str) -> float:
+        """Return `initial_bias`."""
+        return initial_bias(num_experts, top_k, gate=gate)
+
+    def step(self, counts_e: Tensor, tokens: Tensor, budget: float) -> Tensor:
+        """Change of the biases, see `threshold_step`."""
+        return threshold_step(counts_e, tokens, budget, self)
 
 
 def threshold_step(counts_e: Tensor, tokens: Tensor | float, budget: float, config: DynamicConfig) -> Tensor:
@@ -74,7 +95,7 @@ def _checked(num_experts: int, budget: float, std: float, gate: str) -> None:
 
 
 def initial_bias(num_experts: int, budget: float, *, std: float = 1.0, gate: str = "sigmoid") -> float:
-    r"""Bias at which Gaussian router logits choose ``budget`` experts a token: :math:`-h(\sigma \Phi^{-1}(1 - k/n))`.
+    r"""Bias at which Gaussian router logits choose ``budget`` experts per token: :math:`-h(\sigma \Phi^{-1}(1 - k/n))`.
 
     Args:
         num_experts: number of routed experts.

@@ -5,13 +5,13 @@ r"""Mixture of fine-grained experts with shared ones (DeepSeekMoE, arXiv 2401.06
 ``s`` shared experts see every token and have no gate; ``k`` of the routed ones are chosen by score plus a balancing
 bias (`danlu.nn.balance`), and weighted by the score alone, divided by the sum over the chosen when ``renormalize``.
 The factor :math:`\lambda` makes both sums equal in norm at initialisation. How the load is balanced decides what
-``b`` is: moved after each step (`danlu.nn.balance`), zero beside an auxiliary loss (`danlu.nn.auxiliary_loss`), or a
+``b`` is: moved after each step (`danlu.nn.loss_free`), zero beside an auxiliary loss (`danlu.nn.auxiliary_loss`), or a
 threshold that chooses every expert with :math:`\rho_i + b_i > 0` (`danlu.nn.dynamic_experts`).
 
 With ``normalize_experts`` the layer follows kexue.fm 10699: each :math:`e_i(x)` is brought to a fixed norm, so that the
 score *is* the predicted norm of what the expert adds, and choosing the largest scores leaves out the least.
 
-Shape suffixes: N tokens, D model size, E routed experts, K choices a token.
+Shape suffixes: N tokens, D model size, E routed experts, K choices per token.
 """
 
 import math
@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from danlu._roles import declare
 from danlu._validate import choice, integer, positive
 from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
-from danlu.nn.balance import Balancer, LossFreeConfig
-from danlu.nn.dynamic_experts import DynamicConfig, initial_bias
+from danlu.nn.balance import Balancer
+from danlu.nn.dynamic_experts import DynamicConfig
 from danlu.nn.feed_forward import FeedForward
 from danlu.nn.grouped import routed_experts
+from danlu.nn.loss_free import LossFreeConfig
+from danlu.protocols import BalanceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class MoEConfig:
     num_experts: int = 16
     """routed experts"""
     top_k: int = 4
-    """routed experts a token uses"""
+    """routed experts per token"""
     hidden: int = 128
     """width of one expert"""
     num_shared_experts: int = 1
@@ -67,7 +69,7 @@ class MoEConfig:
     """bring every routed expert's output to one norm, so that the score predicts what it adds"""
     scale: float | None = None
     """factor on the routed sum; None: `scaling_factor`"""
-    balance: LossFreeConfig | AuxiliaryLossConfig | DynamicConfig = LossFreeConfig()
+    balance: LossFreeConfig | AuxiliaryLossConfig | DynamicConfig | BalanceConfig = LossFreeConfig()
     """how the load is balanced; dynamic: ``top_k`` is the mean number of experts"""
 
     def build(self, dim: int, *, out_std: float, **others: Any) -> "MoE":
@@ -100,7 +102,7 @@ def scaling_factor(
 
     Args:
         num_experts: routed experts.
-        top_k: routed experts a token uses.
+        top_k: routed experts per token.
         num_shared_experts: shared experts; 0 counts as one, Moonlight's convention (64, 6, 0 gives its 2.446).
         gate: ``"sigmoid"``, ``"softmax"`` or ``"relu"``.
         renormalize: whether chosen scores are divided by their sum.
@@ -135,21 +137,14 @@ def _check_routing(c: MoEConfig) -> None:
     if c.top_k > reachable:
         raise ValueError(f"top_k must be at most {reachable}, the experts of {c.top_k_groups} groups, got {c.top_k}")
     choice("select_by", c.select_by, ("gate", "sigmoid"))
-    if isinstance(c.balance, DynamicConfig):
-        if c.gate == "softmax" or c.select_by != "gate" or c.num_groups > 1:
-            raise ValueError(
-                "balance: a dynamic number of experts needs gate 'sigmoid' or 'relu', select_by 'gate' and one group, "
-                f"got {c.gate!r}, {c.select_by!r}, {c.num_groups}"
-            )
-        if c.top_k == c.num_experts:
-            raise ValueError(f"top_k must be below num_experts = {c.num_experts} for a dynamic number, got {c.top_k}")
+    c.balance.check(c.num_experts, c.top_k, gate=c.gate, select_by=c.select_by, num_groups=c.num_groups)
 
 
-def _in_best_groups(scores_ne: Tensor, groups: int, active: int) -> Tensor:
+def _in_best_groups(scores_ne: Tensor, num_groups: int, top_k: int) -> Tensor:
     """The scores, minus infinity outside a token's best groups (a biased score can be negative: 0 would not do)."""
-    by_group = scores_ne.unflatten(-1, (groups, -1))
+    by_group = scores_ne.unflatten(-1, (num_groups, -1))
     rank = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1)
-    best = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, rank.topk(active, dim=-1).indices, True)
+    best = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, rank.topk(top_k, dim=-1).indices, True)
     masked: Tensor = by_group.masked_fill(~best[..., None], -torch.inf).flatten(-2)
     return masked
 
@@ -198,8 +193,7 @@ class MoE(nn.Module):
         declare(self, "w_up", "experts", split=(c.hidden, c.hidden))
         self.w_down = nn.Parameter(torch.empty(c.num_experts, dim, c.hidden))
         declare(self, "w_down", "experts")
-        self.dynamic = isinstance(c.balance, DynamicConfig)
-        start = initial_bias(c.num_experts, c.top_k, gate=c.gate) if self.dynamic else 0.0
+        start = c.balance.start(c.num_experts, c.top_k, c.gate)
         self.balancer = Balancer(c.num_experts, c.balance, budget=c.top_k, start=start)
         self.shared = (
             FeedForward(dim, c.num_shared_experts * c.hidden, out_std=self.out_std) if c.num_shared_experts else None
@@ -225,7 +219,7 @@ class MoE(nn.Module):
         scores = GATES[c.gate](logits)
         with torch.no_grad():
             biased = (scores if c.select_by == "gate" else logits.sigmoid()) + self.balancer.bias
-            if self.dynamic:
+            if c.balance.thresholds:
                 chosen = ~(biased <= 0)  # so that NaN chooses, and shows in the output
                 counts = chosen.sum(0)
             else:
@@ -234,7 +228,7 @@ class MoE(nn.Module):
                 chosen = biased.topk(c.top_k, dim=-1).indices
                 counts = torch.bincount(chosen.flatten(), minlength=c.num_experts)
         scores = self.balancer.watch(scores, counts)
-        gate = scores * chosen if self.dynamic else scores.gather(-1, chosen)
+        gate = scores * chosen if c.balance.thresholds else scores.gather(-1, chosen)
         if c.renormalize:
             gate = gate / gate.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return gate * self.scale, chosen

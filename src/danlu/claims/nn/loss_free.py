@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from danlu.claims.frame import Claim, at_least, at_most, exact, relative
-from danlu.nn.balance import LossFreeConfig, bias_step, max_violation
+from danlu.nn.balance import max_violation
+from danlu.nn.loss_free import LossFreeConfig, bias_step
 from danlu.nn.moe import MoE, MoEConfig
 
 _EXPERTS, _ACTIVE, _TOKENS = 64, 6, 4096
