@@ -14,6 +14,7 @@ SOURCE = Path(danlu.__file__).parent
 FLOORS = {
     "_cache": -1,
     "_validate": -1,
+    "_grid": 0,
     "_roles": 0,
     "config": 0,
     "usercode": 0,

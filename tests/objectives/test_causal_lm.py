@@ -32,6 +32,18 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits() -> None:
     assert objective.count(b).item() == 20
 
 
+def test_z_loss_is_part_of_training_and_not_of_evaluation() -> None:
+    objective, b = build(), batch(3)
+    plain = objective(b)
+    objective.config = CausalLMConfig(z_loss=0.1)
+    logits = objective.model(b["tokens"])
+    squares = logits.logsumexp(-1).square()[b["targets"] != -100].sum()
+    torch.testing.assert_close(objective(b), plain + 0.1 * squares)
+    torch.testing.assert_close(objective.eval()(b), plain)
+    with pytest.raises(ValueError, match="z_loss must be"):
+        CausalLMConfig(z_loss=-0.1)
+
+
 def test_evaluation_weighs_batches_by_their_tokens_and_bits_by_their_bytes() -> None:
     lengths = torch.arange(31) % 5
     objective = build(lengths)

@@ -10,9 +10,10 @@ from danlu.data.corpus import Corpus, open_corpus
 from danlu.data.document import Document
 from danlu.data.examples import ExampleLoader
 from danlu.data.images import ImagesConfig, ImagesData, open_images, to_bytes, to_float
-from danlu.data.loader import IGNORE, Loader, validation_batches
+from danlu.data.loader import Loader, validation_batches
 from danlu.data.text import TextConfig, TextData, open_text
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from danlu.protocols import IGNORE
 
 __all__ = [
     "IGNORE",

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from danlu._grid import text_image_grid
 from danlu._validate import integer, number
 from danlu.data.images import ImagesConfig, open_images
-from danlu.data.loader import IGNORE, Batch
+from danlu.data.loader import Batch
 from danlu.data.position import Positioned
 from danlu.data.shuffle import keys
-from danlu.nn.rotary import text_image_grid
+from danlu.protocols import IGNORE
 
 VOCABULARY = (*"0123456789", "<pad>", "<img>", "</img>", "<end>", "the", "picture", "shows", "over", "draw", ":")
 """Words by their numbers; a digit's number is the digit."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from danlu._validate import integer
 from danlu.data.position import Positioned, check_shares
 from danlu.data.shuffle import keys, permute
+from danlu.protocols import IGNORE
 
-IGNORE = -100
 _BLOCK = 4096
 Batch = dict[str, Tensor]
 

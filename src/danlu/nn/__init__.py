@@ -1,5 +1,6 @@
 """Layers: attention, state spaces, positions, experts, norms; each usable alone in any PyTorch model."""
 
+from danlu._grid import text_image_grid
 from danlu._roles import declare
 from danlu.nn.activation import SquarePlus, SquarePlusConfig, squareplus
 from danlu.nn.attention import (
@@ -19,6 +20,7 @@ from danlu.nn.attention import (
     recurrent_attention,
 )
 from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
+from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.nn.dynamic_experts import DynamicConfig
 from danlu.nn.feed_forward import FeedForward, swiglu
 from danlu.nn.linear import Linear
@@ -33,7 +35,6 @@ from danlu.nn.rotary import (
     rotary_span,
     rotate,
     text_image_coordinates,
-    text_image_grid,
 )
 from danlu.nn.ssm import SSM, SSMConfig, StateCache
 
@@ -69,6 +70,7 @@ __all__ = [
     "document_mask",
     "grid_coordinates",
     "layer_contexts",
+    "linear_cross_entropy",
     "lora_state_dict",
     "masked_attention",
     "merge_lora",

@@ -3,7 +3,6 @@
 from danlu.objectives.captioning import Captioning, CaptioningConfig
 from danlu.objectives.causal_lm import CausalLM, CausalLMConfig
 from danlu.objectives.classification import Classification, ClassificationConfig
-from danlu.objectives.cross_entropy import linear_cross_entropy
 from danlu.objectives.denoising import Denoising, DenoisingConfig, multiscale_loss
 from danlu.objectives.drop_token import drop_tokens, kept_tokens
 from danlu.objectives.flow_matching import FlowMatching, FlowMatchingConfig
@@ -49,7 +48,6 @@ __all__ = [
     "generator_loss",
     "implicit_loss",
     "kept_tokens",
-    "linear_cross_entropy",
     "multiscale_loss",
     "ratio_score",
     "sliced_loss",

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from danlu._validate import number
 from danlu.models.text_image import TextImage
-from danlu.objectives.cross_entropy import IGNORE, linear_cross_entropy
+from danlu.nn.cross_entropy import linear_cross_entropy
+from danlu.protocols import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)

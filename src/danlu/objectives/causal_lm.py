@@ -12,8 +12,9 @@ from danlu._validate import integer, number
 from danlu.models import GPT, Transformer
 from danlu.nn import SSM
 from danlu.nn.balance import expert_load, max_violation, watching
-from danlu.objectives.cross_entropy import IGNORE, linear_cross_entropy
+from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.objectives.drop_token import drop_tokens
+from danlu.protocols import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,13 @@ class CausalLMConfig:
     """tokens whose logits are held at one time"""
     drop_tokens: float = 0.0
     """share of each sequence left out of a training step, see `danlu.objectives.drop_token`"""
+    z_loss: float = 0.0
+    """factor on ``log^2 Z``, added in training to keep logits from drifting (PaLM, arXiv 2204.02311, has 1e-4)"""
 
     def __post_init__(self) -> None:
         integer("chunk", self.chunk)
         number("drop_tokens", self.drop_tokens, low=0, high=1, high_open=True)
+        number("z_loss", self.z_loss, low=0)
 
 
 class CausalLM(nn.Module):
@@ -74,7 +78,10 @@ class CausalLM(nn.Module):
 
     def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         x_btd = self.model.hidden(batch["tokens"], documents=batch.get("documents"), positions=batch.get("positions"))
-        return linear_cross_entropy(x_btd, self.model.head_weight, batch["targets"], chunk=self.config.chunk)
+        z_loss = self.config.z_loss if self.training else 0.0  # what is evaluated stays the loss alone
+        return linear_cross_entropy(
+            x_btd, self.model.head_weight, batch["targets"], chunk=self.config.chunk, z_loss=z_loss
+        )
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Number of tokens with a target, int64."""

@@ -17,9 +17,10 @@ from danlu._validate import integer, number
 from danlu.models import Transformer
 from danlu.nn import declare
 from danlu.nn.balance import expert_load
+from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.objectives.causal_lm import check_drops
-from danlu.objectives.cross_entropy import IGNORE, linear_cross_entropy
 from danlu.objectives.drop_token import drop_tokens
+from danlu.protocols import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,9 @@
 The gradient of the summed loss with respect to the logits is ``softmax - one_hot``, known as soon as the logits are:
 each chunk's contribution to both gradients is formed while its logits are in cache, and the backward pass only scales
 them. Same products as the plain computation, no logits kept.
+
+With a ``z_loss`` the square of the log-sum-exp is added in the same pass: for a token with logits ``l`` and
+``log Z = log sum exp(l)`` its gradient is ``2 z_loss log Z softmax(l)``, a factor on the softmax that is there anyway.
 """
 
 from typing import Any
@@ -10,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu._validate import integer
-
-IGNORE = -100
+from danlu._validate import integer, number
+from danlu.protocols import IGNORE
 
 _IN_CACHE = 1 << 19
 """Logits of which a float32 copy stays in the cache of two cores."""
@@ -20,7 +22,7 @@ _IN_CACHE = 1 << 19
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, w_vd: Tensor, targets_n: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x_nd: Tensor, w_vd: Tensor, targets_n: Tensor, chunk: int, z_loss: float) -> Tensor:
         needs_x, needs_w, *_ = ctx.needs_input_grad
         head_vd = w_vd.to(x_nd.dtype)
         wide = torch.promote_types(x_nd.dtype, torch.float32)
@@ -31,7 +33,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_cd, target_c = x_nd[start : start + chunk], targets_n[start : start + chunk]
             valid_c = target_c != IGNORE
             logits_cv = x_cd @ head_vd.T
-            loss += (_losses(logits_cv, target_c.clamp_min(0), gradient=needs_x or needs_w) * valid_c).sum()
+            losses_c = _losses(logits_cv, target_c.clamp_min(0), z_loss, gradient=needs_x or needs_w)
+            loss += (losses_c * valid_c).sum()
             if not (needs_x or needs_w):
                 continue
             grad_cv = logits_cv  # made into it
@@ -51,17 +54,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         return (
             None if grad_x is None else grad_x * grad.to(grad_x.dtype),
             None if grad_w is None else grad_w * grad.to(grad_w.dtype),
             None,
             None,
+            None,
         )
 
 
-def _losses(logits_cv: Tensor, target_c: Tensor, *, gradient: bool) -> Tensor:
+def _losses(logits_cv: Tensor, target_c: Tensor, z_loss: float, *, gradient: bool) -> Tensor:
     """Losses ``(C,)`` in float32 or better; the logits are turned into their gradient in place if that is asked for.
 
     On a CPU a few rows at a time, whose float32 copies stay in the cache.
@@ -76,16 +80,26 @@ def _losses(logits_cv: Tensor, target_c: Tensor, *, gradient: bool) -> Tensor:
         wide_rv = logits_rv.to(wide)
         right_r = wide_rv.gather(1, target_r1)[:, 0]
         if not gradient:
-            found.append(wide_rv.logsumexp(-1) - right_r)
+            log_z_r = wide_rv.logsumexp(-1)
+            found.append(_with_square(log_z_r, z_loss) - right_r)
             continue
         p_rv = wide_rv.softmax(-1)
         # The likeliest token's probability is never small, so that the sum of exponentials comes from it unharmed.
-        found.append(wide_rv.amax(-1) - p_rv.amax(-1).log() - right_r)
+        log_z_r = wide_rv.amax(-1) - p_rv.amax(-1).log()
+        found.append(_with_square(log_z_r, z_loss) - right_r)
+        if z_loss:
+            p_rv *= (1 + 2 * z_loss * log_z_r)[:, None]
         logits_rv.copy_(p_rv.scatter_add_(1, target_r1, p_rv.new_full((), -1.0).expand(target_r1.shape)))
     return torch.cat(found)
 
 
-def linear_cross_entropy(x: Tensor, weight_vd: Tensor, targets: Tensor, *, chunk: int = 512) -> Tensor:
+def _with_square(log_z: Tensor, z_loss: float) -> Tensor:
+    return torch.addcmul(log_z, log_z, log_z, value=z_loss) if z_loss else log_z
+
+
+def linear_cross_entropy(
+    x: Tensor, weight_vd: Tensor, targets: Tensor, *, chunk: int = 512, z_loss: float = 0.0
+) -> Tensor:
     """``sum over tokens of -log softmax(x W^T)[target]``, in float32 (float64 for float64).
 
     Args:
@@ -93,12 +107,14 @@ def linear_cross_entropy(x: Tensor, weight_vd: Tensor, targets: Tensor, *, chunk
         weight_vd: head ``(vocab, dim)``; cast to the dtype of ``x`` for the product.
         targets: int64 ``(...)``; -100 marks a token without loss.
         chunk: tokens whose logits are formed together; memory is ``chunk * vocab``.
+        z_loss: factor on the sum of ``log^2 Z`` that is added, ``Z`` being the sum of a token's exponentiated logits
+            (PaLM, arXiv 2204.02311, section 5).
 
     Returns:
         Tensor ``()``. Differentiable once in ``x`` and ``weight_vd``.
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError: shapes that do not match, or a negative factor.
 
     >>> x, w = torch.randn(2, 3, 4), torch.randn(7, 4)
     >>> targets = torch.tensor([[0, 6, -100], [1, 2, 3]])
@@ -107,10 +123,12 @@ def linear_cross_entropy(x: Tensor, weight_vd: Tensor, targets: Tensor, *, chunk
     True
     """
     integer("chunk", chunk)
+    number("z_loss", z_loss, low=0)
     if x.shape[:-1] != targets.shape or x.shape[-1] != weight_vd.shape[-1]:
         raise ValueError(
             f"x (..., dim), weight (vocab, dim) and targets (...) must fit together, got {tuple(x.shape)}, "
             f"{tuple(weight_vd.shape)} and {tuple(targets.shape)}"
         )
-    loss: Tensor = _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight_vd, targets.reshape(-1), chunk)
+    rows_nd = x.reshape(-1, x.shape[-1])
+    loss: Tensor = _LinearCrossEntropy.apply(rows_nd, weight_vd, targets.reshape(-1), chunk, z_loss)
     return loss

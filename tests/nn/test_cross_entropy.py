@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danlu.objectives import linear_cross_entropy
+from danlu.nn import linear_cross_entropy
 
 
 @given(st.integers(1, 23), st.integers(1, 29), st.integers(2, 31), st.booleans())
@@ -23,6 +23,28 @@ def test_value_and_gradients_equal_the_plain_computation(tokens: int, chunk: int
     torch.testing.assert_close(
         torch.autograd.grad(ours * 0.3, (x, w)), torch.autograd.grad(theirs * 0.3, (x, w)), rtol=1e-11, atol=1e-12
     )
+
+
+@given(st.integers(1, 23), st.integers(1, 29), st.integers(2, 31), st.booleans())
+def test_z_loss_adds_the_squared_log_sum_exp_and_its_gradient(tokens: int, chunk: int, vocab: int, holes: bool) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 5, generator=g, dtype=torch.float64).requires_grad_()
+    w = torch.randn(vocab, 5, generator=g, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,), generator=g)
+    if holes:
+        targets[::3] = -100
+    ours = linear_cross_entropy(x, w, targets, chunk=chunk, z_loss=0.07)
+    logits = x @ w.T
+    squares = logits.logsumexp(-1).square()[targets != -100].sum()
+    plain = F.cross_entropy(logits, targets, reduction="sum") + 0.07 * squares
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours * 0.3, (x, w)), torch.autograd.grad(plain * 0.3, (x, w)), rtol=1e-11, atol=1e-12
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            linear_cross_entropy(x, w, targets, chunk=chunk, z_loss=0.07), plain, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_logits_of_a_thousand_overflow_nothing() -> None:
@@ -54,8 +76,10 @@ def test_bfloat16_hidden_states_give_a_float32_loss_and_float32_weight_gradients
     assert (grad - expected).norm() / expected.norm() < 0.02
 
 
-def test_shapes_that_do_not_match_are_refused() -> None:
+def test_shapes_that_do_not_match_are_rejected() -> None:
     with pytest.raises(ValueError, match="must fit together"):
         linear_cross_entropy(torch.randn(3, 5), torch.randn(7, 4), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="chunk"):
         linear_cross_entropy(torch.randn(3, 5), torch.randn(7, 5), torch.zeros(3, dtype=torch.int64), chunk=0)
+    with pytest.raises(ValueError, match="z_loss"):
+        linear_cross_entropy(torch.randn(3, 5), torch.randn(7, 5), torch.zeros(3, dtype=torch.int64), z_loss=-1.0)
