@@ -63,8 +63,16 @@ def _show_progress() -> None:
     log = logging.getLogger("danlu")
     if not log.handlers:
         main_process = os.environ.get("RANK", "0") == "0"
-        log.addHandler(logging.StreamHandler() if main_process else logging.NullHandler())
+        log.addHandler(_Lines() if main_process else logging.NullHandler())
         log.setLevel(logging.INFO if main_process else logging.WARNING)
+
+
+class _Lines(logging.Handler):
+    """Prints every record as a line on stderr, whatever that is by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception) -> str:

@@ -12,7 +12,13 @@ __all__ = ["FORMAT", "MOVED", "migrate"]
 FORMAT = 2
 """Number that a configuration is written with under ``"format"``; a file without one is of format 1."""
 
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "danlu.optim.build:AdamWConfig": "danlu.optim.adamw:AdamWConfig",
+    "danlu.optim.build:AmosConfig": "danlu.optim.amos:AmosConfig",
+    "danlu.optim.build:LionConfig": "danlu.optim.lion:LionConfig",
+    "danlu.optim.build:MuonConfig": "danlu.optim.muon:MuonConfig",
+    "danlu.optim.build:TigerConfig": "danlu.optim.tiger:TigerConfig",
+}
 """Classes that open places were written with, ``module:Class`` as it was to what it is now.
 
 Not needed for a class that its place knows by name: there the old module is ignored.
