@@ -78,7 +78,7 @@ def models(kind: str, size: Size) -> tuple[dict[str, nn.Module], dict[str, Trans
 
 
 def throughput(kind: str, name: SizeName, options: harness.Options) -> harness.Comparison:
-    """Compare tokens a second, each contestant at its best type and back end."""
+    """Compare tokens a second, each implementation at its best type and back end."""
     size = SIZES[name]
     tokens, new = prompt(size, PROMPT), 32 if options.quick else NEW
     family = "Llama" if kind == "dense" else "DeepseekV3"
@@ -89,11 +89,11 @@ def throughput(kind: str, name: SizeName, options: harness.Options) -> harness.C
         "danlu generate": {s: danlu_generate(m, tokens, new) for s, m in own.items()},
     }
     runs, notes = {}, {}
-    for contestant, choices in entries.items():
-        print(contestant, flush=True)
+    for implementation, choices in entries.items():
+        print(implementation, flush=True)
         times = peers.qualify({setting: partial(_same, run) for setting, run in choices.items()}, clock=options.clock)
-        notes[contestant] = min(times, key=times.__getitem__)
-        runs[contestant] = choices[notes[contestant]]
+        notes[implementation] = min(times, key=times.__getitem__)
+        runs[implementation] = choices[notes[implementation]]
     return harness.compare(
         f"decoding {kind} {name}, {new} tokens after {PROMPT}",
         runs,

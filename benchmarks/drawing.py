@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -11,18 +10,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-if TYPE_CHECKING:
-    from benchmarks.harness import Comparison, Sweep
+from benchmarks.measured import Comparison, Sweep
 
 
-def draw(items: "Sequence[Comparison | Sweep]", path: Path, title: str) -> None:
+def draw(items: Sequence[Comparison | Sweep], path: Path, title: str) -> None:
     """Draw one row a comparison (bars of median time, whiskers from fastest to slowest round) or sweep (two plots)."""
-    heights = [max(1.6, 0.42 * len(item.seconds) + 0.9) if hasattr(item, "base") else 3.4 for item in items]
+    heights = [max(1.6, 0.42 * len(item.seconds) + 0.9) if isinstance(item, Comparison) else 3.4 for item in items]
     figure = pyplot.figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=10)
     grid = figure.add_gridspec(len(items), 2, height_ratios=heights)
     for row, item in enumerate(items):
-        if hasattr(item, "base"):
+        if isinstance(item, Comparison):
             _bars(figure.add_subplot(grid[row, :]), item)
         else:
             _lines(figure.add_subplot(grid[row, 0]), item, item.seconds, "seconds", 0)
@@ -31,7 +29,7 @@ def draw(items: "Sequence[Comparison | Sweep]", path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def _bars(axes: Axes, item: "Comparison") -> None:
+def _bars(axes: Axes, item: Comparison) -> None:
     names = list(item.seconds)
     medians = [item.median(name) for name in names]
     spread = [
@@ -46,7 +44,7 @@ def _bars(axes: Axes, item: "Comparison") -> None:
     axes.tick_params(labelsize=8)
 
 
-def _lines(axes: Axes, item: "Sweep", values: dict, label: str, which: int) -> None:
+def _lines(axes: Axes, item: Sweep, values: dict, label: str, which: int) -> None:
     for name, column in values.items():
         points = [(size, value) for size, value in zip(item.sizes, column, strict=True) if value]
         if points:

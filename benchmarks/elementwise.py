@@ -54,7 +54,7 @@ if importlib.util.find_spec("pytorch_optimizer"):
 
 
 def made(name: str, shapes: Sequence[Shape]) -> Optimizer:
-    """Return one contestant after its first step, over parameters of its own."""
+    """Return one implementation after its first step, over parameters of its own."""
     optimizer = CONTESTANTS[name](parameters(shapes, stacked=True))
     optimizer.step()
     return optimizer

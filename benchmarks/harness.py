@@ -1,8 +1,9 @@
 """How every benchmark here measures: interleaved rounds, medians, ratios of the same round, growth with size.
 
-A comparison runs its contestants in turn, round after round (A B C, A B C, ...), so that a slow minute of the machine
-falls on all of them. A ratio is taken inside each round and reported as the median over rounds with its quartiles: two
-medians of different minutes are never divided. Growth is the slope of log(seconds) and log(peak bytes) over log(size).
+A comparison runs its implementations in turn, round after round (A B C, A B C, ...), so that a slow minute of the
+machine falls on all of them. A ratio is taken inside each round and reported as the median over rounds with its
+quartiles: two medians of different minutes are never divided. Growth is the slope of log(seconds) and log(peak bytes)
+over log(size).
 
 A benchmark is a module with a ``main``::
 
@@ -21,21 +22,20 @@ import ctypes
 import gc
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import drawing
 from benchmarks.machine import describe
+from benchmarks.measured import Comparison, Sweep
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,78 +59,6 @@ class Options:
     def clock(self) -> Callable[[], float]:
         """Wall time, or this process's processor time."""
         return time.process_time if self.cpu_time else time.perf_counter
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """How many times faster than the base: the median over rounds with its quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Seconds a call for each contestant and round. ``work`` is what one call does, in ``unit`` (tokens, GFLOP)."""
-
-    title: str
-    base: str
-    seconds: dict[str, list[float]]
-    work: dict[str, float] = field(default_factory=dict)
-    unit: str = ""
-    notes: dict[str, str] = field(default_factory=dict)
-
-    def median(self, name: str) -> float:
-        """Median seconds of one call."""
-        return statistics.median(self.seconds[name])
-
-    def ratio(self, name: str, base: str | None = None) -> Ratio:
-        """Times faster than ``base``, from the rounds in which both were measured."""
-        pairs = zip(self.seconds[base or self.base], self.seconds[name], strict=True)
-        low, middle, high = np.quantile([of_base / own for of_base, own in pairs], [0.25, 0.5, 0.75])
-        return Ratio(median=float(middle), low=float(low), high=float(high))
-
-    def rate(self, name: str) -> float | None:
-        """Work per second at the median."""
-        return self.work[name] / self.median(name) if name in self.work else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return JSON types, with the medians, rates and ratios worked out."""
-        rows = {
-            name: {
-                "median_seconds": self.median(name),
-                "min_seconds": min(self.seconds[name]),
-                "ratio_to_base": asdict(self.ratio(name)),
-                "rate": self.rate(name),
-                "note": self.notes.get(name, ""),
-            }
-            for name in self.seconds
-        }
-        return {"kind": "comparison", **asdict(self), "summary": rows}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """Median seconds and peak bytes of each contestant over a range of sizes; None where it was not measured."""
-
-    title: str
-    axis: str
-    sizes: list[int]
-    seconds: dict[str, list[float | None]]
-    peak_bytes: dict[str, list[int | None]]
-
-    def slopes(self, name: str) -> tuple[float, float]:
-        """Log-log slopes of time and of peak memory over size: 1 is linear, 2 quadratic."""
-        return loglog_slope(self.sizes, self.seconds[name]), loglog_slope(self.sizes, self.peak_bytes[name])
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return JSON types, with the slopes worked out."""
-        slopes = {
-            name: dict(zip(("time", "memory"), map(_json_number, self.slopes(name)), strict=True))
-            for name in self.seconds
-        }
-        return {"kind": "sweep", **asdict(self), "slopes": slopes}
 
 
 def options(description: str | None, *, parts: Sequence[str] = (), **defaults: Any) -> Options:
@@ -177,7 +105,7 @@ def compare(
     unit: str = "",
     notes: Mapping[str, str] | None = None,
 ) -> Comparison:
-    """Measure contestants in interleaved rounds.
+    """Measure implementations in interleaved rounds.
 
     Each is called ``options.warmup`` times first; calls shorter than ``options.seconds`` are repeated inside a round
     until they fill it, and the round's figure is the mean over those calls.
@@ -204,7 +132,7 @@ def sweep(
     axis: str = "size",
     memory: bool = True,
 ) -> Sweep:
-    """Measure contestants at every size; ``make(size)`` may leave out one that is too slow or cannot."""
+    """Measure implementations at every size; ``make(size)`` may leave out one that is too slow or cannot."""
     seconds: dict[str, list[float | None]] = {}
     peaks: dict[str, list[int | None]] = {}
     for place, size in enumerate(sizes):
@@ -245,18 +173,6 @@ def peak_memory(run: Run) -> int | None:
         return None
     run()
     return max(0, _status_bytes("VmHWM") - before)
-
-
-def loglog_slope(x: Sequence[float], y: Sequence[float | None]) -> float:
-    """Least-squares slope of log y over log x; NaN with fewer than two points.
-
-    >>> round(loglog_slope([1, 2, 4], [3, 12, 48]), 6)
-    2.0
-    """
-    points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if b is not None and b > 0]
-    if len(points) < 2:
-        return math.nan
-    return float(np.polyfit(*zip(*points, strict=True), 1)[0])
 
 
 def write(name: str, description: str | None, items: Sequence[Comparison | Sweep], options: Options) -> None:
@@ -360,7 +276,3 @@ def _duration(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} us"
-
-
-def _json_number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -36,7 +36,7 @@ def diffusers_unet(layers: int, *, attention: bool) -> nn.Module:
 
 
 def networks() -> dict[str, nn.Module]:
-    """The contestants, all unconditional."""
+    """The implementations, all unconditional."""
     return {
         "diffusers, attention": diffusers_unet(1, attention=True),
         BASE: diffusers_unet(1, attention=False),

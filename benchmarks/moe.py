@@ -1,9 +1,9 @@
 """Expert layer, forward and backward, 2048 tokens, beside transformers' back ends and a dense layer of equal work.
 
-Model size 256, experts of width 128, renormalised sigmoid gates, no shared expert. Every contestant has the same router
-and weights, in float32 and then in bfloat16; ``danlu, float32 weights`` takes bfloat16 tokens as the recipes do, and
-gives float32 gradients. ``dense`` is one SwiGLU layer as wide as the experts that a token uses. Of transformers' back
-ends ``batched_mm`` is left out: it copies the weights of every choice (2 GB in the smallest case here).
+Model size 256, experts of width 128, renormalised sigmoid gates, no shared expert. Every implementation has the same
+router and weights, in float32 and then in bfloat16; ``danlu, float32 weights`` takes bfloat16 tokens as the recipes do,
+and gives float32 gradients. ``dense`` is one SwiGLU layer as wide as the experts that a token uses. Of transformers'
+back ends ``batched_mm`` is left out: it copies the weights of every choice (2 GB in the smallest case here).
 
 Parts: ``float32``, ``bfloat16``.
 """
@@ -63,7 +63,7 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], object]:
     return run
 
 
-def contestants(experts: int, active: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def implementations(experts: int, active: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Layers of equal weights."""
     ours = MoE(DIM, MoEConfig(num_experts=experts, top_k=active, hidden=HIDDEN, num_shared_experts=0))
     layers: dict[str, nn.Module] = {
@@ -86,7 +86,7 @@ def main() -> None:
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(1, TOKENS, DIM, generator=generator).to(dtype).requires_grad_()
             grad = torch.randn(1, TOKENS, DIM, generator=generator).to(dtype)
-            layers = contestants(experts, active, dtype)
+            layers = implementations(experts, active, dtype)
             with torch.no_grad():
                 outputs = {name: layers[name](x) for name in layers if name != "dense"}
             exact = outputs["transformers eager"]

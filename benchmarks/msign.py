@@ -51,7 +51,7 @@ def engine(M: Tensor, rows: object, dtype: torch.dtype) -> Tensor:
     return orthogonalize(M.to(dtype).reshape(-1, *M.shape[-2:]), rows).reshape(M.shape)  # type: ignore[arg-type]
 
 
-def contestants(part: str) -> dict[str, Sign]:
+def implementations(part: str) -> dict[str, Sign]:
     """Return the functions compared in a part; the first is the base."""
     five, four = default_compositions(torch.bfloat16)
     polar_express = published("polar_express", 8).coefficients
@@ -100,7 +100,7 @@ def main() -> None:
     tables = []
     shapes = SHAPES[::2] if options.quick else SHAPES
     for part in options.parts:
-        runs = contestants(part)
+        runs = implementations(part)
         for m, n in shapes:
             cases = spectra(m, n)
             M = cases["Gaussian"][0]

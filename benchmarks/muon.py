@@ -2,11 +2,11 @@
 
 Parts: ``gpt-12x384`` (12 layers of width 384: 4 square, one tall, one wide matrix a layer), ``gpt-4x256``, ``experts``
 (64 experts of 128 x 384, three stacks; the peers get 192 matrices), ``share`` (the optimizer's part of a training step
-of the recipe ``lm``), ``growth`` (one square matrix). The note of a contestant is the Frobenius error of its update of
-a 384 x 1536 matrix to the polar factor, relative to the polar factor, for four spectra: Gaussian, log-uniform on
-[1e-3, 1], a sixteenth at 1 and the rest at 1e-2, and 1/i. ``torch's steps in float32`` is the same update as torch's
-with its five steps in float32: on a processor without bfloat16 units that is the stronger contestant. ``danlu`` takes
-the faster of bfloat16 and float32, which is measured on the machine.
+of the recipe ``lm``), ``growth`` (one square matrix). The note of an implementation is the Frobenius error of its
+update of a 384 x 1536 matrix to the polar factor, relative to the polar factor, for four spectra: Gaussian, log-uniform
+on [1e-3, 1], a sixteenth at 1 and the rest at 1e-2, and 1/i. ``torch's steps in float32`` is the same update as torch's
+with its five steps in float32: on a processor without bfloat16 units that is the stronger one. ``danlu`` takes the
+faster of bfloat16 and float32, which is measured on the machine.
 """
 
 import contextlib
@@ -126,7 +126,7 @@ PEERS = peers()
 def as_in_training() -> None:
     """Free a large block, as every backward pass does before an optimizer steps.
 
-    From then on glibc keeps freed memory up to that size. Before, every fresh tensor costs all contestants the page
+    From then on glibc keeps freed memory up to that size. Before, every fresh tensor costs all implementations the page
     faults of its first touch, which in some of them outweigh the arithmetic.
     """
     torch.ones(31 << 18)
@@ -181,7 +181,7 @@ def errors(make: Make, *, fitted: bool) -> str:
 
 
 def steps(shapes: Sequence[Shape], names: Iterable[str]) -> dict[str, harness.Run]:
-    """Return one optimizer step of each named contestant."""
+    """Return one optimizer step of each named implementation."""
     make = CONTESTANTS | PEERS
     return {name: make[name](parameters(shapes, stacked=name.startswith("danlu"))).step for name in names}
 

@@ -81,9 +81,9 @@ def configured(name: str, lr: float, seed: int, *, full: bool, steps: int) -> Ru
     if not full:
         small = {"dim": 128, "hidden": 320, "attention": GQAConfig(num_heads=4)}
         base = replace(base, model=replace(base.model, **small), data=replace(base.data, vocab_size=1024))
-    contestant = CONTESTANTS[name]
+    implementation = CONTESTANTS[name]
     loop = replace(base.train, steps=steps, seed=seed, threads=1, device="cpu")
-    return replace(base, optim=contestant.optim(lr), schedule=contestant.plan, train=loop)
+    return replace(base, optim=implementation.optim(lr), schedule=implementation.plan, train=loop)
 
 
 def trained(config: RunConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Parts: ``1024`` and ``4096`` (that length), ``growth`` (danlu's two convolutions over the length), ``prompt`` (a state
 that reads 1024 tokens before it decodes: token by token, and in blocks whose matrices are formed anew each time; the
-note is the difference of the two). Every contestant of the first three maps
+note is the difference of the two). Every implementation of the first three maps
 8 x 64 x L float32 numbers to as many and takes the gradients of its parameters and input; the FFT convolution is part
 of it. ``S4D formula`` is the exponentials of a channels x 32 x L Vandermonde matrix, ``DPLR formula`` the Cauchy
 matrices of channels x 32 x (L/2 + 1), both in complex arithmetic as published, written anew here. The note of a kernel
@@ -81,7 +81,7 @@ def recurrent_step(length: int) -> harness.Run:
     return run
 
 
-def contestants(length: int, names: tuple[str, ...] | None = None) -> tuple[dict[str, harness.Run], dict[str, str]]:
+def implementations(length: int, names: tuple[str, ...] | None = None) -> tuple[dict[str, harness.Run], dict[str, str]]:
     """All layers at one length, with the same weights for each kind, and the kernels' errors."""
     torch.manual_seed(0)
     s4d, s4 = S4D(CHANNELS), S4(CHANNELS)
@@ -133,7 +133,7 @@ def main() -> None:
     items: list[harness.Comparison | harness.Sweep] = []
     for part in ("1024", "4096"):
         if part in options.parts:
-            runs, notes = contestants(int(part))
+            runs, notes = implementations(int(part))
             items.append(harness.compare(f"length {part}", runs, base="S4D formula", options=options, notes=notes))
     if "growth" in options.parts:
         names = ("danlu S4D", "danlu DPLR")
@@ -142,7 +142,7 @@ def main() -> None:
             harness.sweep(
                 "convolution mode",
                 sizes,
-                lambda size: contestants(size, names)[0],
+                lambda size: implementations(size, names)[0],
                 options=options,
                 axis="length",
             )

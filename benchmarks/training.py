@@ -2,7 +2,7 @@
 
 Parts: ``dense-10M``, ``dense-30M`` (a plain GPT, transformers' Llama), ``sparse-10M``, ``sparse-30M`` (transformers'
 DeepseekV3), ``optimizer`` (what the optimizer step adds, fused AdamW and both Muons), ``growth`` (over the length of a
-row). Every contestant first runs once with each setting that could be its fastest (data type, float32 product,
+row). Every implementation first runs once with each setting that could be its fastest (data type, float32 product,
 compiler, experts back end); the best of them enters the interleaved rounds. FLOP counts: `peers.flops_per_step`.
 """
 
@@ -79,7 +79,7 @@ def danlu_step(
 
 
 def candidates(kind: str, size: Size, *, compile: bool) -> dict[str, dict[str, Build]]:
-    """Return ``{contestant: {setting: build}}`` for dense or sparse models."""
+    """Return ``{implementation: {setting: build}}`` for dense or sparse models."""
     theirs, own = peers.settings(compile=compile), ours.settings(compile=compile)
 
     def builds(make_step: Callable[..., harness.Run], settings: list[Setting], **options: Any) -> dict[str, Build]:
@@ -101,7 +101,7 @@ def candidates(kind: str, size: Size, *, compile: bool) -> dict[str, dict[str, B
 def best(
     entries: Mapping[str, Mapping[str, Build]], options: harness.Options
 ) -> tuple[dict[str, Build], dict[str, str]]:
-    """Return each contestant's fastest build and the name of its setting."""
+    """Return each implementation's fastest build and the name of its setting."""
     builds, notes = {}, {}
     for name, choices in entries.items():
         print(name, flush=True)
@@ -115,11 +115,12 @@ def throughput(kind: str, name: SizeName, options: harness.Options) -> harness.C
     """Compare tokens a second at one size."""
     size = SIZES[name]
     builds, notes = best(candidates(kind, size, compile=not options.quick), options)
-    runs = {contestant: build() for contestant, build in builds.items()}
-    for contestant in runs:
-        model = {"plain GPT": "gpt", "transformers Llama": "llama", "danlu dense": "llama"}.get(contestant, "deepseek")
+    runs = {implementation: build() for implementation, build in builds.items()}
+    for implementation in runs:
+        kinds = {"plain GPT": "gpt", "transformers Llama": "llama", "danlu dense": "llama"}
+        model = kinds.get(implementation, "deepseek")
         flops = peers.flops_per_step(cast(Any, model), size, BATCH, LENGTH)
-        notes[contestant] += f"; {flops / 1e9:.1f} GFLOP"
+        notes[implementation] += f"; {flops / 1e9:.1f} GFLOP"
     return harness.compare(
         f"{kind} {name}, {BATCH} x {LENGTH} tokens",
         runs,

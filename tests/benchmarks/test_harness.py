@@ -1,5 +1,7 @@
 """What the benchmarks' figures mean: ratios inside a round, slopes, peak memory, and the order of the rounds."""
 
+import ast
+import graphlib
 import importlib
 import math
 import sys
@@ -21,6 +23,21 @@ def harness():
         sys.path.remove(str(ROOT))
 
 
+def imports(path):
+    """The benchmarks' modules that a file of them imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "benchmarks":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+            yield node.module.split(".")[1]
+
+
+def test_no_two_modules_of_the_benchmarks_import_one_another():
+    graph = {path.stem: set(imports(path)) for path in (ROOT / "benchmarks").glob("*.py")}
+    assert "measured" in graph["harness"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises on a circle, and names it
+
+
 def test_a_ratio_is_taken_inside_each_round(harness):
     table = harness.Comparison(title="", base="a", seconds={"a": [1.0, 10.0, 4.0], "b": [0.5, 5.0, 1.0]})
     ratio = table.ratio("b")
@@ -28,7 +45,7 @@ def test_a_ratio_is_taken_inside_each_round(harness):
     assert table.ratio("a").median == 1.0
 
 
-def test_rounds_alternate_the_contestants(harness):
+def test_rounds_alternate_the_implementations(harness):
     order = []
     options = harness.Options(rounds=3, warmup=1, seconds=0.0)
     runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
@@ -44,12 +61,12 @@ def test_a_base_that_does_not_run_is_refused(harness):
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
 def test_the_slope_of_a_power_law_is_its_exponent(harness, power):
-    sizes = [3, 7, 19, 64]
-    assert harness.loglog_slope(sizes, [5.0 * size**power for size in sizes]) == pytest.approx(power, abs=1e-12)
-    assert math.isnan(harness.loglog_slope(sizes, [None, None, None, 2.0]))
+    sizes, slope = [3, 7, 19, 64], sys.modules["benchmarks.measured"].loglog_slope
+    assert slope(sizes, [5.0 * size**power for size in sizes]) == pytest.approx(power, abs=1e-12)
+    assert math.isnan(slope(sizes, [None, None, None, 2.0]))
 
 
-def test_a_sweep_leaves_a_gap_where_a_contestant_was_left_out(harness):
+def test_a_sweep_leaves_a_gap_where_an_implementation_was_left_out(harness):
     options = harness.Options(rounds=1, warmup=1, seconds=0.0)
 
     def make(size):

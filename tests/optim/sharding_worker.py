@@ -1,9 +1,11 @@
-"""Runs the checks of several processes for ``test_sharded.py``: ``python sharding_worker.py RANK STORE FOLDER``.
+"""Runs the checks of several processes for ``test_sharded.py``: ``python sharding_worker.py FOLDER``.
 
-Each check is a function of the world of four processes; what it raises goes into ``FOLDER/RANK.json``.
+Each check is a function of the world of four processes; what it raises goes into ``FOLDER/RANK.json``. The four are
+forks of one process that has imported everything: imports are half of what a process costs on a busy machine.
 """
 
 import json
+import multiprocessing
 import sys
 import traceback
 from datetime import timedelta
@@ -16,6 +18,8 @@ import sharding_muon
 import torch.distributed as dist
 from sharding_world import World
 
+PROCESSES = 4
+
 CHECKS = {
     name.removeprefix("check_"): check
     for module in (sharding_muon, sharding_elementwise, sharding_models, sharding_clip)
@@ -24,9 +28,11 @@ CHECKS = {
 }
 
 
-def main(rank, store, folder):
+def work(rank, folder):
     limit = timedelta(seconds=300)  # a check that fails on one process leaves others waiting
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4, timeout=limit)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES, timeout=limit
+    )
     world, outcome = World(folder), {}
     for name, check in CHECKS.items():
         try:
@@ -39,5 +45,16 @@ def main(rank, store, folder):
     dist.destroy_process_group()
 
 
+def main(folder):
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else methods[0])
+    workers = [context.Process(target=work, args=(rank, folder), daemon=True) for rank in range(PROCESSES)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return int(any(worker.exitcode for worker in workers))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    sys.exit(main(Path(sys.argv[1])))
