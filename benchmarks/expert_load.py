@@ -18,6 +18,7 @@ from danlu.data.loader import Batch, validation_batches
 from danlu.nn import MoE
 from danlu.nn.balance import max_violation
 from danlu.nn.moe import GATES
+from danlu.objectives import evaluate
 from danlu.train.run import Assembly, restore
 
 BATCHES, SLICES = 48, 4
@@ -118,7 +119,7 @@ def explained(folder: Path) -> dict[str, float]:
     found |= {"slices_max_vio": statistics.fmean(parted), "slices_max_vio_least": min(parted)}
     for number, layer in enumerate(layers):
         layer.balancer.bias.copy_(fitted(layer, torch.cat([part[number] for part in documents])))
-    found["fitted_val_max_vio"] = parts.objective.evaluate(parts.data.validation(None))["val_max_vio"]
+    found["fitted_val_max_vio"] = evaluate(parts.objective, parts.data.validation(None))["val_max_vio"]
     return found
 
 

@@ -41,11 +41,10 @@ def stepper(config: RunConfig) -> Callable[[], None]:
 
     def step() -> None:
         batch = next(parts.data.train)
-        (parts.objective(batch) / parts.objective.count(batch)).backward()
+        (parts.objective(batch) / parts.objective.denominator(batch)).backward()
         clip_grad_norm_(parts.objective.parameters(), 1.0)
-        for optimizer in parts.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        parts.optimizer.step()
+        parts.optimizer.zero_grad(set_to_none=True)
 
     return step
 

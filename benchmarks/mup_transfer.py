@@ -22,7 +22,7 @@ from benchmarks.machine import describe
 from danlu.data.text import TextConfig, open_text
 from danlu.models import Transformer, TransformerConfig
 from danlu.nn import GQAConfig
-from danlu.objectives import CausalLM
+from danlu.objectives import CausalLM, evaluate
 from danlu.optim import Cosine, clip_grad_norm_, mup_groups, schedule, spectral_init_
 
 HEAD, LAYERS, BASE, BETAS = 32, 2, 128, (0.9, 0.95)
@@ -58,11 +58,11 @@ def run(parametrisation: str, width: int, lr: float, seed: int, *, steps: int, b
     for _ in range(steps):
         drawn = next(data.train)
         optimizer.zero_grad()
-        (objective(drawn) / objective.count(drawn)).backward()
+        (objective(drawn) / objective.denominator(drawn)).backward()
         clip_grad_norm_(objective.parameters())
         optimizer.step()
         scheduler.step()
-    found = objective.evaluate(data.validation(24))
+    found = evaluate(objective, data.validation(24))
     return {
         "parametrisation": parametrisation,
         "width": width,

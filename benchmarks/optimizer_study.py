@@ -32,6 +32,7 @@ from benchmarks.drawing import pyplot
 from benchmarks.harness import RESULTS
 from benchmarks.machine import describe
 from danlu.nn import GQAConfig
+from danlu.objectives import evaluate
 from danlu.optim import (
     AdamWConfig,
     AmosConfig,
@@ -90,23 +91,22 @@ def trained(config: RunConfig) -> dict[str, Any]:
     """Train one run and return its curve: validation loss, tokens and processor seconds at each evaluation."""
     parts = assemble(config)
     steps = config.train.steps
-    schedulers = [schedule(optimizer, config.schedule, steps) for optimizer in parts.optimizers]
+    scheduler = schedule(parts.optimizer, config.schedule, steps)
     every = max(1, steps // POINTS)
     spent, tokens, curve = [], 0, []
     for step in range(1, steps + 1):
         batch = next(parts.data.train)
         start = time.process_time()
-        count = int(parts.objective.count(batch))
+        count = int(parts.objective.denominator(batch))
         (parts.objective(batch) / count).backward()
         clip_grad_norm_(parts.objective.parameters(), 1.0)
-        for optimizer, scheduler in zip(parts.optimizers, schedulers, strict=True):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
+        parts.optimizer.step()
+        parts.optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
         spent.append(time.process_time() - start)
         tokens += count
         if step % every == 0 or step == steps:
-            loss = parts.objective.evaluate(parts.data.validation(8))["val_loss"]
+            loss = evaluate(parts.objective, parts.data.validation(8))["val_loss"]
             curve.append({"step": step, "tokens": tokens, "val_loss": loss})
     seconds = statistics.median(spent)
     return {"config": asdict(config), "policy": parts.policy.sentence(), "step_seconds": seconds, "curve": curve}

@@ -11,6 +11,7 @@ working example.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
@@ -23,12 +24,16 @@ __all__ = [
     "BalanceConfig",
     "Batch",
     "Cache",
+    "Config",
     "Context",
     "CountsOperations",
     "CountsParameters",
     "Data",
     "DataConfig",
+    "Denoises",
+    "ExpectsSizes",
     "Generator",
+    "KeepsFiles",
     "Loader",
     "Measure",
     "Mixer",
@@ -38,9 +43,11 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "Paced",
     "Record",
     "Reporter",
     "ScheduleConfig",
+    "SettlesLate",
     "TokenData",
 ]
 
@@ -52,6 +59,12 @@ IGNORE = -100
 
 Record: TypeAlias = Mapping[str, Any]
 """The numbers of one logged step: ``step`` and what the trainer and the objective measured, all plain values."""
+
+
+class Config(Protocol):
+    """What all configurations have in common: they are dataclasses, frozen and keyword-only by convention."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -138,7 +151,15 @@ class TokenData(Data, Protocol):
         """int64 ``(vocab,)``: bytes of text that each token stands for; None where tokens are not text."""
 
 
-class DataConfig(Protocol):
+@runtime_checkable
+class KeepsFiles(Protocol):
+    """Data of which a run keeps files, such as a tokenizer."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files that reading the run's output needs into its folder."""
+
+
+class DataConfig(Config, Protocol):
     """Configuration of a data set."""
 
     def open(self, *, seed: int, rank: int, world: int, **others: Any) -> Data:
@@ -147,6 +168,14 @@ class DataConfig(Protocol):
         Raises:
             ValueError, OSError, ImportError: the data cannot be read.
         """
+
+
+@runtime_checkable
+class ExpectsSizes(Protocol):
+    """A configuration of data that knows before they are read what some of their ``sizes`` are going to be."""
+
+    def expected_sizes(self) -> Mapping[str, int]:
+        """Return the sizes known so far, by the name of the field of the model's configuration."""
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -382,7 +411,7 @@ class CountsParameters(Protocol):
         """All parameters, and those that one token uses."""
 
 
-class ModelConfig(Protocol):
+class ModelConfig(Config, Protocol):
     """Configuration of a network."""
 
     def build(self, **others: Any) -> nn.Module:
@@ -393,7 +422,7 @@ class ModelConfig(Protocol):
         """
 
 
-class OptimizerConfig(Protocol):
+class OptimizerConfig(Config, Protocol):
     """Configuration of an optimizer.
 
     >>> from dataclasses import dataclass
@@ -418,7 +447,7 @@ class OptimizerConfig(Protocol):
         """
 
 
-class ScheduleConfig(Protocol):
+class ScheduleConfig(Config, Protocol):
     """Configuration of a learning rate over time.
 
     >>> from dataclasses import dataclass
@@ -434,6 +463,14 @@ class ScheduleConfig(Protocol):
         """Factor on every group's learning rate at ``step`` (from 0) of ``total`` steps."""
 
 
+@runtime_checkable
+class SettlesLate(Protocol):
+    """A schedule whose first part does not depend on how long the run will be."""
+
+    def settles_at(self, total: int) -> float:
+        """Share of a run of ``total`` steps up to which the factors are those of a run of any length."""
+
+
 # ------------------------------------------------------------------------------------------------------- objectives
 
 
@@ -444,7 +481,7 @@ class Measure:
     Attributes:
         total: what is summed, float64 of any shape.
         denominator: what it is divided by, summed alike. All zero: there was nothing to measure.
-        finish: from both sums to the number.
+        finish: from both sums to the number, or to None where they do not determine one.
 
     >>> Measure(torch.tensor(6.0), torch.tensor(4.0)).value()
     1.5
@@ -452,11 +489,12 @@ class Measure:
 
     total: Tensor
     denominator: Tensor
-    finish: Callable[[Tensor, Tensor], Tensor] = torch.div
+    finish: Callable[[Tensor, Tensor], Tensor | None] = torch.div
 
     def value(self) -> float | None:
         """The number, or None where nothing was measured."""
-        return float(self.finish(self.total, self.denominator)) if bool(self.denominator.any()) else None
+        found = self.finish(self.total, self.denominator) if bool(self.denominator.any()) else None
+        return None if found is None else float(found)
 
 
 class Objective(Protocol):
@@ -492,6 +530,9 @@ class Objective(Protocol):
     unit: str
     labels: Mapping[str, str]
 
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return what is trained, the model's parameters among them (``torch.nn.Module`` has it)."""
+
     def __call__(self, batch: Batch) -> Tensor:
         """Return the loss summed over the batch, a scalar, float32 or wider."""
 
@@ -505,11 +546,19 @@ class Objective(Protocol):
         """Measure ``batches``, once through: always the same names, ``val_loss`` among them.
 
         The caller has switched the module to evaluation mode and gradients off, adds the sums over processes and
-        leaves out what has nothing to measure (:func:`danlu.train.evaluate.evaluate`).
+        leaves out what has nothing to measure (:func:`danlu.objectives.evaluate`).
         """
 
 
-class ObjectiveConfig(Protocol):
+@runtime_checkable
+class Paced(Protocol):
+    """An objective that changes over a run, and so has to know how far one of unknown length has come."""
+
+    def pace(self, share: float) -> None:
+        """Take note that ``share`` of the run is over; called after a step where the run's length is not given."""
+
+
+class ObjectiveConfig(Config, Protocol):
     """Configuration of an objective."""
 
     def build(self, model: Any, *, data: Any = None, batches: int | None = None, **others: Any) -> Any:
@@ -518,7 +567,7 @@ class ObjectiveConfig(Protocol):
         Args:
             model: what ``ModelConfig.build`` made.
             data: the opened :class:`Data`; None to sample only.
-            batches: training batches that there will be on each process; None to sample only.
+            batches: training batches that there will be at most on each process; None to sample only.
             others: among them ``pretrained``, a function from a :class:`danlu.config.Pretrained` to the trained
                 objective of that run.
 
@@ -564,6 +613,18 @@ class Generator(Protocol):
         Raises:
             ValueError: an argument is out of range, or the objective has no use for it.
         """
+
+
+@runtime_checkable
+class Denoises(Protocol):
+    """An objective whose model finds images in noise: what ``danlu encode`` needs."""
+
+    @property
+    def schedule(self) -> Any:
+        """The noise process, a schedule of :mod:`danlu.diffusion`."""
+
+    def denoiser(self, shape: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the model as a function ``(x, t) -> x0`` of images ``shape`` ``(n, c, h, w)``."""
 
 
 # ------------------------------------------------------------------------------------------------------- reporting

@@ -272,7 +272,7 @@ def test_a_run_folder_holds_what_the_other_verbs_need(trained: Path) -> None:
     assert [name for name in expected if not (trained / name).is_file()] == []
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert all({"loss", "tokens", "time"} <= record.keys() for record in records)
+    assert all({"loss", "items", "time"} <= record.keys() for record in records)
     assert [("val_loss" in record, "val_bpb" in record) for record in records] == [(False,) * 2, (True,) * 2] * 2
 
 
@@ -394,3 +394,22 @@ def test_an_old_name_of_an_option_is_taken_with_a_sentence(caplog: pytest.LogCap
     said = change(draft, ["--model.attention.heads", "2", "--model.experts.active", "1"])
     assert said == ["model.attention.heads is now num_heads", "model.experts.active is now top_k"]
     assert draft.build().model.attention.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "minutes"),
+    [
+        ([], 600, 8),
+        (["--steps", "2000"], 2000, None),
+        (["--minutes", "60"], None, 60),
+        (["--steps", "2000", "--minutes", "60"], 2000, 60),
+    ],
+)
+def test_a_length_in_steps_replaces_the_recipe_s_minutes_and_the_other_way_round(
+    words: list[str], steps: int | None, minutes: float | None
+) -> None:
+    from danlu.cli.overrides import apply
+    from danlu.recipes import load
+
+    changed = apply(load("lm"), words)
+    assert (changed.train.steps, changed.train.minutes) == (steps, minutes)

@@ -128,7 +128,7 @@ def test_a_folder_of_ones_own_images_trains_and_without_classes_cannot_be_measur
         (["--prompt", "a"], "--prompt is for runs on text"),
         (["--count", "0"], "--count must be an integer of at least 1, got 0"),
         (["--guidance", "2"], "guidance is learned in training by MeanFlow"),
-        (["--upsample", "2"], "--upsample is for runs that denoise or follow a velocity, not for one of MeanFlow"),
+        (["--upsample", "2"], "upsample must be 1 for an objective without a denoiser of larger images, got 2"),
         (["--upsample", "0"], "--upsample must be an integer of at least 1, got 0"),
     ],
 )

@@ -14,9 +14,9 @@ from danlu.claims.objectives.sid import players
 from danlu.config import Pretrained
 from danlu.data import ImagesConfig
 from danlu.diffusion import EDM, Cosine, LogNormalNoise
-from danlu.objectives import Denoising, DenoisingConfig, FlowMatchingConfig, SiD, SiDConfig, generator_loss
+from danlu.objectives import Denoising, DenoisingConfig, FlowMatchingConfig, SiD, SiDConfig, evaluate, generator_loss
 from danlu.optim import AdamWConfig, WarmupStableDecay
-from danlu.train import RunConfig, TrainConfig, run
+from danlu.train import RunConfig, TrainConfig, load_objective, run
 
 # --- the toy of the derivation: data N(0, S^2), x_g = mu + k z, x_t = a x_g + b eps ---------------------------------
 
@@ -175,6 +175,9 @@ class NetConfig:
     width: int = 8
     num_classes: int = 0
 
+    def build(self, **others):
+        return Net(self)
+
 
 class Net(nn.Module):
     def __init__(self, config):
@@ -295,7 +298,7 @@ def test_the_gap_is_zero_where_the_student_is_the_teacher():
     assert objective.metrics() == {}
     objective(batch())
     assert objective.metrics() == {"score_gap": pytest.approx(0, abs=1e-6)}
-    values = [objective.evaluate([batch(), batch(2)]) for _ in range(2)]
+    values = [evaluate(objective, [batch(), batch(2)]) for _ in range(2)]
     assert values[0] == values[1] == {"val_loss": pytest.approx(0, abs=1e-6)}
 
 
@@ -350,7 +353,7 @@ def test_a_run_distils_another_run_by_the_name_of_its_folder(tmp_path, monkeypat
     assert config.objective.teacher.run == str(tmp_path / "teacher")
     assert configs.loads(RunConfig, configs.dumps(config)) == config
     parts = run.assemble(config)
-    averaged, _ = run.load_objective("teacher")
+    averaged, _ = load_objective("teacher")
     assert isinstance(averaged, Denoising)
     assert torch.equal(parts.objective.teacher.out.weight, averaged.model.out.weight)
     assert run.train(config, "student", quiet=True) == 0
@@ -358,7 +361,7 @@ def test_a_run_distils_another_run_by_the_name_of_its_folder(tmp_path, monkeypat
     assert run.resume("student", quiet=True) == 0
     # The distilled run stands alone: what made it may be gone.
     os.rename("teacher", "elsewhere")
-    made, _ = run.load_objective("student")
+    made, _ = load_objective("student")
     images = made.sample((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     assert images.shape == (2, 1, 8, 8)
     with pytest.raises(FileNotFoundError, match=r"teacher is not a run folder: no such folder"):

@@ -20,9 +20,9 @@ def run_folder(tmp_path: Path, steps: int = 120) -> Path:
         record = {
             "step": step,
             "loss": 2 + 6 * step**-0.5,
-            "tokens": step * 512,
+            "items": step * 512,
             "time": step * 0.25,
-            "tokens_per_second": 2048.0,
+            "items_per_second": 2048.0,
         }
         if step % 40 == 0:
             record |= {"val_loss": 2.1 + 6 * step**-0.5, "val_bpb": 1.5}

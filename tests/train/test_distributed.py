@@ -13,7 +13,7 @@ import torch
 import toy
 
 from danlu.train import checkpoint, resume, train
-from danlu.train.distributed import World, barrier, broadcast, gather, joined, sum_over_ranks, world, wrap
+from danlu.train.distributed import World, barrier, broadcast, gather, init_distributed, sum_over_ranks, world, wrap
 
 
 def two_processes(words: list[str], cache: Path, *, second: list[str]) -> list[int]:
@@ -63,7 +63,7 @@ def test_two_processes_interrupted_and_resumed_by_one_train_what_one_trains(tmp_
     assert resume(together, quiet=True) == 0
     for one, two in zip(records(alone), records(together), strict=True):
         assert one.keys() == two.keys()
-        for key in ("step", "tokens", "lr"):
+        for key in ("step", "items", "lr"):
             assert one[key] == two[key]
         for key in {"loss", "grad_norm", "val_loss"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=1e-10)
@@ -74,7 +74,7 @@ def test_two_processes_interrupted_and_resumed_by_one_train_what_one_trains(tmp_
 
 
 def test_a_process_alone_is_a_world_of_one() -> None:
-    with joined("cpu") as place:
+    with init_distributed("cpu") as place:
         assert place == World(0, 1, 0) == world()
         assert place.main
         values = torch.ones(2)

@@ -5,9 +5,10 @@ import torch
 import toy
 from torch import Tensor, nn
 
+from danlu.optim import state_bytes
 from danlu.train import TrainConfig, assemble
 from danlu.train.device import Policy
-from danlu.train.plan import activation_bytes, sentences, state_bytes, training_flops
+from danlu.train.plan import activation_bytes, sentences, training_flops
 
 
 class Product(nn.Module):
@@ -36,16 +37,14 @@ def test_optimizer_state_is_what_the_optimizer_will_hold() -> None:
     parts = assemble(toy.run_config())
     batch = next(parts.data.train)
     parts.objective(batch).backward()
-    for optimizer in parts.optimizers:
-        optimizer.step()
+    parts.optimizer.step()
     held = sum(
         value.nbytes
-        for optimizer in parts.optimizers
-        for state in optimizer.state.values()
+        for state in parts.optimizer.state.values()
         for value in state.values()
         if isinstance(value, Tensor)
     )
-    assert state_bytes(parts.optimizers) == held
+    assert state_bytes(assemble(toy.run_config()).optimizer) == held
 
 
 class Mixture(nn.Linear):
@@ -54,7 +53,9 @@ class Mixture(nn.Linear):
 
 
 class Counted(Product):
-    def count(self, batch: dict[str, Tensor]) -> Tensor:
+    unit = "tokens"
+
+    def denominator(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.tensor(batch["x"].shape[0])
 
 
@@ -72,7 +73,7 @@ def test_the_plan_says_sizes_tokens_and_time() -> None:
             TrainConfig(steps=100, accumulate=2, compile=True),
             model=Mixture(2, 3),
             objective=Counted(),
-            optimizers=[],
+            optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]),
             batch={"x": torch.randn(10, 3, 5)},
             policy=policy,
             processes=2,
@@ -88,10 +89,10 @@ def test_the_plan_says_sizes_tokens_and_time() -> None:
     )
     for part in (
         "Data: a book, 1.50 MB in 1 document. It is short.",
-        "Model: 2 million parameters, of which 500 thousand work on each token.",
-        "Training: 100 steps of 40 tokens, 4 thousand in all, 4.0 passes over the data.",
+        "Model: 2 million parameters (500 thousand active per token).",
+        "Training: 100 steps, 40 tokens per step, 4 thousand in all (4.0 passes over the data).",
         "a processor: computes in float32 on 2 threads, float32 products at precision 'highest'",
-        "Time: about 50 s, if 40% of the measured speed is reached",  # 4000 * 1e9 / (0.4 * 2 * 1e11)
+        "Time: about 50 s at 40% of the measured speed.",  # 4000 * 1e9 / (0.4 * 2 * 1e11)
         "The first step compiles the model",
     ):
         assert part in said
@@ -105,7 +106,7 @@ def test_an_average_of_the_weights_costs_memory(ema: float | None) -> None:
         TrainConfig(ema=ema),
         model=nn.Linear(1, 1),
         objective=objective,
-        optimizers=[torch.optim.AdamW(objective.parameters())],
+        optimizer=torch.optim.AdamW(objective.parameters()),
         batch={"x": torch.randn(1, 1, 5)},
         policy=assemble(toy.run_config()).policy,
     )
@@ -113,11 +114,13 @@ def test_an_average_of_the_weights_costs_memory(ema: float | None) -> None:
     assert f"Memory: about {round(copies * 5 + 1)} MiB" in " ".join(said)
 
 
-def test_work_is_that_of_a_token_in_its_window_or_thrice_a_forward_pass_or_unknown() -> None:
-    text, image, plain = nn.Module(), nn.Module(), nn.Module()
-    text.flops_per_token = lambda length: 10 * length
-    image.flops = 7
-    windows, images = SimpleNamespace(length=32), SimpleNamespace()
-    assert training_flops(text, windows) == 320
-    assert training_flops(image, images) == 21
-    assert training_flops(plain, windows) is None
+class Text(nn.Module):
+    def training_flops(self, length: int | None = None) -> float:
+        return 10.0 * (length or 1)
+
+
+def test_the_work_of_a_token_is_the_model_s_own_count_at_the_length_of_the_data_or_unknown() -> None:
+    windows = SimpleNamespace(manifest={"length": 32})
+    assert training_flops(Text(), windows) == 320
+    assert training_flops(Text(), SimpleNamespace(manifest={})) == 10
+    assert training_flops(nn.Linear(1, 1), windows) is None

@@ -8,6 +8,7 @@ import torch
 import toy
 from torch import Tensor, nn
 
+from danlu.objectives import evaluate
 from danlu.train import TrainConfig, Trainer
 from danlu.train.ema import averaged
 from danlu.train.signals import Stop
@@ -51,8 +52,12 @@ def squares(dtype: torch.dtype = torch.float64) -> toy.Squares:
 
 def trainer(objective: nn.Module, loader: Any, loop: TrainConfig, lr: float = 0.1, **others: Any) -> Trainer:
     optimizer = torch.optim.SGD(objective.parameters(), lr=lr, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    return Trainer(objective, [optimizer], [schedule], loader, loop, **others)
+    return Trainer(objective, optimizer, Harmonic(), loader, loop, **others)
+
+
+class Harmonic:
+    def factor(self, step: int, total: int) -> float:
+        return 1 / (1 + step)
 
 
 class Log(list[Any]):
@@ -75,7 +80,7 @@ def test_accumulated_micro_batches_are_one_large_batch(clip: float | None) -> No
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for a, b in zip(*logs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-12)
-        assert a["tokens"] == b["tokens"]
+        assert a["items"] == b["items"]
 
 
 def test_the_first_step_is_the_gradient_of_the_mean_over_units() -> None:
@@ -83,7 +88,7 @@ def test_the_first_step_is_the_gradient_of_the_mean_over_units() -> None:
     objective, reference = squares(), squares()
     trainer(objective, Rows(x, y, 12), config(steps=1, clip=None)).fit()
     batch = {"x": x[:12], "y": y[:12]}
-    (reference(batch) / reference.count(batch)).backward()
+    (reference(batch) / reference.denominator(batch)).backward()
     for trained, before in zip(objective.model.parameters(), reference.model.parameters(), strict=True):
         assert before.grad is not None
         torch.testing.assert_close(trained, before - 0.1 * before.grad, rtol=1e-12, atol=1e-12)
@@ -96,13 +101,13 @@ def test_records_say_what_was_trained() -> None:
     loop.fit()
     assert [r["step"] for r in log] == [1, 2, 3, 4]
     units = [int((~y[start : start + 8].isnan()).sum()) for start in (0, 8, 16, 0)]
-    assert [r["tokens"] for r in log] == [sum(units[: i + 1]) for i in range(4)]
+    assert [r["items"] for r in log] == [sum(units[: i + 1]) for i in range(4)]
     assert [r["lr"] for r in log] == pytest.approx([0.1, 0.05, 0.1 / 3, 0.025])
     times = [r["time"] for r in log]
     assert times == sorted(times)
     assert all(r["grad_norm"] > 0 for r in log)
     for r in log:
-        assert r["mfu"] == pytest.approx(100 * r["tokens_per_second"] / loop.policy.rate)
+        assert r["mfu"] == pytest.approx(100 * r["items_per_second"] / loop.policy.rate)
         json.dumps(r, allow_nan=False)
 
 
@@ -145,7 +150,7 @@ def test_many_such_steps_in_a_row_stop_the_run() -> None:
 def test_evaluating_more_often_trains_the_same_weights() -> None:
     weights = []
     for every in (1, 2, None):
-        toy_data = toy.open_points(toy.PointsConfig(), seed=1)
+        toy_data = toy.PointsConfig().open(seed=1)
         torch.manual_seed(5)
         objective = toy.Squares(toy.Net(toy.NetConfig()), toy.SquaresConfig(noise=0.0))
         log = Log()
@@ -159,14 +164,14 @@ def test_evaluating_more_often_trains_the_same_weights() -> None:
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated() -> None:
-    data = toy.open_points(toy.PointsConfig(), seed=1)
+    data = toy.PointsConfig().open(seed=1)
     objective = squares(torch.float32)
     average, log = averaged(objective, 0.99), Log()
     loop = config(eval_batches=6)
     trainer(objective, data.train, loop, validation=data.validation, reporters=[log], ema=average).fit()
     batches = list(data.validation(6))
-    assert log[-1]["val_loss"] == pytest.approx(average.module.evaluate(batches)["val_loss"])
-    assert log[-1]["val_loss"] != pytest.approx(objective.evaluate(batches)["val_loss"])
+    assert log[-1]["val_loss"] == pytest.approx(evaluate(average.module, batches)["val_loss"])
+    assert log[-1]["val_loss"] != pytest.approx(evaluate(objective, batches)["val_loss"])
 
 
 def test_a_signal_lets_the_step_under_way_finish() -> None:
@@ -190,23 +195,28 @@ def test_a_signal_lets_the_step_under_way_finish() -> None:
 def test_resumed_state_keeps_settings_that_json_cannot_hold() -> None:
     x, y = points()
     first = trainer(squares(), Rows(x, y, 8), config())
-    first.optimizers[0].param_groups[0]["method"] = torch.float64
+    first.optimizer.param_groups[0]["method"] = torch.float64
     first.fit()
     state = first.state_dict()
-    assert "method" not in state["optimizers"][0]["param_groups"][0]
+    assert "method" not in state["optimizer"]["param_groups"][0]
     second = trainer(squares(), Rows(x, y, 8), config())
-    second.optimizers[0].param_groups[0]["method"] = torch.float32
+    second.optimizer.param_groups[0]["method"] = torch.float32
     second.load_state_dict(state)
-    assert second.optimizers[0].param_groups[0]["method"] is torch.float32
-    assert second.optimizers[0].param_groups[0]["lr"] == first.optimizers[0].param_groups[0]["lr"]
+    assert second.optimizer.param_groups[0]["method"] is torch.float32
+    assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
+        ({"steps": None}, ValueError, "a run needs an end"),
+        ({"minutes": 0}, ValueError, "minutes must be in"),
+        ({"minutes": 1e9}, ValueError, "minutes must be in"),
+        ({"threads": 3000}, ValueError, "threads must be an integer"),
+        ({"seed": 2**64}, ValueError, "seed must be an integer"),
         ({"accumulate": 1.5}, TypeError, "accumulate must be an integer"),
-        ({"seed": -1}, ValueError, "seed must be an integer of at least 0"),
+        ({"seed": -1}, ValueError, "seed must be an integer from 0 to"),
         ({"clip": 0.0}, ValueError, "clip must be in"),
         ({"ema": 1.0}, ValueError, "ema must be in"),
         ({"eval_every": 0}, ValueError, "eval_every must be"),

@@ -9,8 +9,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.optim import AdamWConfig, MuonConfig, WarmupStableDecay
+from danlu.protocols import Batch, Measure
 from danlu.train import RunConfig, TrainConfig, checkpoint, resume, train
 
 # Signals to send to this process when the batch of a step is drawn, or an evaluation begins: {step: signal}.
@@ -30,6 +31,9 @@ EVALUATION_SIGNALS: list[int] = []
 class NetConfig:
     width: int = 7
     dropout: float = 0.25
+
+    def build(self, **others: Any) -> "Net":
+        return Net(self)
 
 
 class Net(nn.Module):
@@ -51,9 +55,15 @@ class Net(nn.Module):
 class SquaresConfig:
     noise: float = 0.1
 
+    def build(self, model: Net, *, data: "Opened | None" = None, **others: Any) -> "Squares":
+        return Squares(model, self, scale=1.0 if data is None else data.scale)
+
 
 class Squares(nn.Module):
     """Squared errors of the units that have a target (a NaN marks those that have none)."""
+
+    unit = "targets"
+    labels = {"calls": "calls"}  # noqa: RUF012
 
     def __init__(self, model: Net, config: SquaresConfig, *, scale: float = 1.0) -> None:
         super().__init__()
@@ -64,19 +74,16 @@ class Squares(nn.Module):
         error = self.scale * (self.model(batch["x"]) + jitter) - batch["y"].nan_to_num()
         return error[~batch["y"].isnan()].square().sum()
 
-    def count(self, batch: dict[str, Tensor]) -> Tensor:
+    def denominator(self, batch: dict[str, Tensor]) -> Tensor:
         return (~batch["y"].isnan()).sum()
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-        self.eval()
-        total, units = 0.0, 0
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
+        total, targets = torch.zeros(2, dtype=torch.float64).unbind()
         for batch in batches:
             torch.rand(3), random.random()
-            total += float(self(batch))
-            units += int(self.count(batch))
-        self.train()
-        return {"val_loss": total / units}
+            total += self(batch)
+            targets += self.denominator(batch)
+        return {"val_loss": Measure(total, targets)}
 
     def metrics(self) -> dict[str, float]:
         return {"calls": float(self.model.calls)}
@@ -86,6 +93,9 @@ class Squares(nn.Module):
 class PointsConfig:
     batch: int = 4
     version: int = 0
+
+    def open(self, *, seed: int, rank: int = 0, world: int = 1, **others: Any) -> "Opened":
+        return Opened(Points(self, seed, rank, world), {"source": "points", "sha256": f"{self.version:064d}"})
 
 
 class Points:
@@ -123,16 +133,13 @@ class Opened:
     train: Points
     manifest: dict[str, Any]
     scale: float = 0.5
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def validation(self, batches: int | None = None) -> Iterator[dict[str, Tensor]]:
         for index in range(batches or 6):
             if index == 1 and EVALUATION_SIGNALS:
                 signal.raise_signal(EVALUATION_SIGNALS.pop())
             yield self.train.at(-1 - index)
-
-
-def open_points(config: PointsConfig, *, seed: int, rank: int = 0, world: int = 1) -> Opened:
-    return Opened(Points(config, seed, rank, world), {"source": "points", "sha256": f"{config.version:064d}"})
 
 
 def run_config(*, muon: bool = True, dropout: float = 0.25, noise: float = 0.1, **loop: Any) -> RunConfig:

@@ -47,15 +47,14 @@ def generator_of(arguments: argparse.Namespace, command: str) -> Any:
     """Return the objective of a run whose model denoises, on the processor."""
     load_code(arguments, command)
     folder = arguments.folder
-    from danlu.train import run
-    from danlu.train.component import component
+    from danlu.protocols import Denoises
+    from danlu.train import load_objective
 
-    kind = component(run.read_config(folder).objective)
-    if not hasattr(kind, "denoiser"):
-        raise ValueError(
-            f"{folder} is a run of {kind.__name__}, which has no denoiser; take one of digits-ddpm or -flow"
-        )
-    return run.load_objective(folder)[0].cpu().eval()
+    objective = load_objective(folder)[0].cpu()
+    if not isinstance(objective, Denoises):
+        kind = type(objective).__name__
+        raise ValueError(f"{folder} is a run of {kind}, which has no denoiser; take one of digits-ddpm or digits-flow")
+    return objective
 
 
 def progress(what: str) -> Callable[[int, int, int], None] | None:

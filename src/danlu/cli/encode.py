@@ -1,6 +1,7 @@
 """``danlu encode``: images as ``.ddcm`` files, by a run that generates images."""
 
 import argparse
+from typing import Any
 
 from danlu.cli.common import add_run, failures_code, generator_of, progress
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write a ``.ddcm`` file for every image; list those that could not be read at the end."""
     from danlu.data.codec_files import encode_files
     from danlu.diffusion import CodecConfig, model_digest
-    from danlu.train.run import read_config
+    from danlu.train import read_config
 
     config = CodecConfig(
         steps=arguments.steps,
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     objective = generator_of(arguments, "encode")
-    sizes = read_config(arguments.folder).model
+    sizes: Any = read_config(arguments.folder).model
     done = encode_files(
         arguments.images,
         arguments.out,

@@ -51,15 +51,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _measure(arguments: argparse.Namespace, parts: Any) -> None:
     """Print the distances between a run's images and the held-out ones of its data."""
+    from danlu import recipes
     from danlu.evaluation import feature_network, measure_images, sampling_steps
-    from danlu.recipes import load
-    from danlu.train import run
+    from danlu.protocols import Generator
+    from danlu.train import load
 
     objective, data = parts.objective, parts.data
-    if not hasattr(objective, "sample"):
+    if not isinstance(objective, Generator):
         return
     if arguments.features is not None:
-        network: Any = run.load(arguments.features)[0]
+        network: Any = load(arguments.features)[0]
         if not hasattr(network, "features"):
             raise ValueError(f"--features must be the run of a classifier of images, got {arguments.features}")
     elif not data.classes:
@@ -69,7 +70,7 @@ def _measure(arguments: argparse.Namespace, parts: Any) -> None:
         )
     else:
         print("comparing by a classifier of the same images (trained once, then kept) ...", file=sys.stderr, flush=True)
-        network = feature_network(load("digits-classifier"), parts.config.data, sha256=data.manifest["sha256"])
+        network = feature_network(recipes.load("digits-classifier"), parts.config.data, sha256=data.manifest["sha256"])
     steps = sampling_steps(objective, arguments.steps)
     print(f"steps {steps}")
     found = measure_images(

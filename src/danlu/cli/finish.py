@@ -3,6 +3,7 @@
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 from danlu.cli.common import is_text, printable
 
@@ -36,10 +37,12 @@ def _write_samples(folder: Path) -> str:
 
 def _write_texts(folder: Path) -> None:
     """Write a few texts, from nothing, to samples.txt and the terminal."""
+    from danlu.data import load_tokenizer
     from danlu.evaluation import continuation
-    from danlu.train import run
+    from danlu.train import load
 
-    model, tokenizer, config = run.load(folder)
+    model, config = load(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     with open(folder / "samples.txt", "w", encoding="utf-8") as file:
         for index in range(_SAMPLES):
             heading = f"--- sample {index + 1} of {_SAMPLES}"
@@ -54,18 +57,19 @@ def _write_images(folder: Path) -> str:
     Of few classes each has a column.
     """
     from danlu.evaluation import draw_classes, sampling_steps
+    from danlu.protocols import Generator
     from danlu.report import write_images
-    from danlu.train import run
-    from danlu.train.component import component
+    from danlu.train import load_objective
 
-    if not hasattr(component(run.read_config(folder).objective), "sample"):
+    objective, config = load_objective(folder)
+    model: Any = config.model
+    if not isinstance(objective, Generator):
         return ""
-    objective, config = run.load_objective(folder)
     steps = sampling_steps(objective)
     path = folder / "samples.png"
     if not path.exists():
-        columns = config.model.num_classes if 1 < config.model.num_classes <= 16 else 8
+        columns = model.num_classes if 1 < model.num_classes <= 16 else 8
         count = _IMAGES // columns * columns
-        images = draw_classes(objective, config.model, count, steps=steps, seed=config.train.seed)
+        images = draw_classes(objective, model, count, steps=steps, seed=config.train.seed)
         print(f"Samples: {write_images(path, images, columns=columns)}")
     return f"--steps {steps} --out samples.png"

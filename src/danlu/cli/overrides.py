@@ -26,6 +26,8 @@ COMMON = {
 }
 """Short names of options that every training program has."""
 
+# The length of a run in steps or in minutes: to give one is to take back the recipe's other.
+_LENGTHS = ("train.steps", "train.minutes")
 _NUMBER = re.compile(r"-\d|-\.\d|-inf")
 
 
@@ -87,11 +89,12 @@ def apply(config: T, words: Sequence[str], *, fixed: Sequence[str] = (), find: F
 
 def change(draft: Draft, words: Sequence[str], *, fixed: Sequence[str] = (), find: Find | None = None) -> list[str]:
     """Apply ``words`` to a draft as :func:`apply` does; return a sentence for every old name that was used."""
-    said: list[str] = []
+    said, named = list[str](), set[str]()
     pairs = [(name if name in draft.values else COMMON.get(name, name), values) for name, values in _pairs(words)]
     for name, values in sorted(pairs, key=lambda pair: pair[0].count(".")):
         path, old = draft.today(name)
         said += old
+        named.add(path)
         found = {spot.path: spot for spot in draft.spots() if spot.path not in fixed}
         if path not in found:
             _unknown(path, found)
@@ -103,6 +106,9 @@ def change(draft: Draft, words: Sequence[str], *, fixed: Sequence[str] = (), fin
             raise ValueError(f"--{path} is a section; set one of its options: {', '.join(inside)}")
         else:
             _choose(draft, spot, values, option, find)
+    for given, other in (_LENGTHS, _LENGTHS[::-1]):
+        if given in named and other not in named and any(spot.path == other for spot in draft.spots()):
+            draft.set(other, None)
     for spot in list(draft.spots()):
         # A recipe may have relative paths of its own.
         absolute = _absolute(spot.value, spot.hint)

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from danlu._validate import choice, integer, number
 from danlu.cli.common import add_run, is_text, load_code, printable
@@ -56,10 +57,12 @@ def _write(arguments: argparse.Namespace) -> int:
     for option in ("steps", "guidance", "out", "classes", "upsample"):
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option} is for runs on images; {arguments.folder} is a run on text")
+    from danlu.data import load_tokenizer
     from danlu.evaluation import continuation
-    from danlu.train import run
+    from danlu.train import load
 
-    model, tokenizer, _ = run.load(arguments.folder)
+    model, _ = load(arguments.folder)
+    tokenizer = load_tokenizer(Path(arguments.folder) / "tokenizer.json")
     count = arguments.count or 1
     for index in range(count):
         if count > 1:
@@ -83,25 +86,24 @@ def _write(arguments: argparse.Namespace) -> int:
 
 def _draw(arguments: argparse.Namespace) -> int:
     """Draw images and write them as one picture, or the way to them as an animation."""
-    import inspect
-
     import torch
 
     from danlu.evaluation import class_names, draw_classes, sampling_steps
+    from danlu.protocols import Generator
     from danlu.report import write_images
-    from danlu.train import run
-    from danlu.train.component import component
+    from danlu.train import load_objective
 
     if arguments.prompt:
         raise ValueError(f"--prompt is for runs on text; {arguments.folder} has no tokenizer")
-    kind = component(run.read_config(arguments.folder).objective)
-    if not hasattr(kind, "sample"):
-        raise ValueError(f"{arguments.folder} is a run of {kind.__name__}, which writes no text and draws no images")
-    objective, config = run.load_objective(arguments.folder)
+    objective, config = load_objective(arguments.folder)
+    model: Any = config.model
+    if not isinstance(objective, Generator):
+        kind = type(objective).__name__
+        raise ValueError(f"{arguments.folder} is a run of {kind}, which writes no text and draws no images")
     out = Path(arguments.out or Path(arguments.folder) / "drawn.png")
     choice("--out, its suffix,", out.suffix.lower(), (".png", ".jpg", ".webp", ".gif"))
     moving = out.suffix.lower() in (".gif", ".webp")
-    names = class_names(arguments.folder, config.model.num_classes)
+    names = class_names(arguments.folder, model.num_classes)
     chosen = None
     if arguments.classes is not None:
         if not names:
@@ -111,14 +113,10 @@ def _draw(arguments: argparse.Namespace) -> int:
         chosen = torch.tensor([names.index(name) for name in arguments.classes])
     larger = {}
     if arguments.upsample is not None:
-        if "upsample" not in inspect.signature(kind.sample).parameters:
-            raise ValueError(
-                f"--upsample is for runs that denoise or follow a velocity, not for one of {kind.__name__}"
-            )
         larger = {"upsample": arguments.upsample}
     images = draw_classes(
         objective,
-        config.model,
+        model,
         arguments.count or _IMAGES,
         classes=chosen,
         steps=sampling_steps(objective, arguments.steps),

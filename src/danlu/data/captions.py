@@ -60,6 +60,10 @@ class CaptionsConfig:
         number("drawn", self.drawn, low=0, high=1)
         ImagesConfig(source=self.source, batch=self.batch, validation=self.validation)  # checks the rest
 
+    def open(self, *, seed: int = 0, rank: int = 0, world: int = 1, **others: Any) -> "CaptionsData":
+        """Open the data for process ``rank`` of ``world``: :func:`open_captions`."""
+        return open_captions(self, seed=seed, rank=rank, world=world)
+
 
 class _Form(NamedTuple):
     """A kind of sentence, position by position: what stands there, and what comes from the digits."""
@@ -181,6 +185,11 @@ class CaptionsData:
     train: "CaptionLoader"
     held_out: Sentences
     manifest: dict[str, Any]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """None: a network of these sentences is sized by its own configuration."""
+        return {}
 
     def validation(self, batches: int | None = None) -> Iterator[Batch]:
         """Go once through the validation examples, or through the first ``batches`` batches of them."""

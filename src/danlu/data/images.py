@@ -79,6 +79,15 @@ class ImagesConfig:
         integer("batch", self.batch)
         number("validation", self.validation, low=0, high=0.5, low_open=True)
 
+    def expected_sizes(self) -> dict[str, int]:
+        """Return the size of the images, and their channels where they are given."""
+        size = self.size or _SOURCES[self.source].size
+        return {"image_size": size} | ({} if self.channels is None else {"channels": self.channels})
+
+    def open(self, *, seed: int = 0, rank: int = 0, world: int = 1, **others: Any) -> "ImagesData":
+        """Open the data for process ``rank`` of ``world``: :func:`open_images`."""
+        return open_images(self, seed=seed, rank=rank, world=world)
+
 
 @dataclass(frozen=True)
 class _Source:

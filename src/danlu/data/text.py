@@ -69,6 +69,14 @@ class TextConfig:
         integer("batch", self.batch)
         number("validation", self.validation, low=0, high=0.5, low_open=True)
 
+    def expected_sizes(self) -> dict[str, int]:
+        """Return the vocabulary that is asked for; a text too short for it has a smaller one."""
+        return {} if self.tokenizer is not None else {"vocab_size": self.vocab_size}
+
+    def open(self, *, seed: int = 0, rank: int = 0, world: int = 1, **others: Any) -> "TextData":
+        """Open the data for process ``rank`` of ``world``: :func:`open_text`."""
+        return open_text(self, seed=seed, rank=rank, world=world)
+
 
 @dataclass(frozen=True)
 class TextData:
@@ -99,6 +107,10 @@ class TextData:
     def length(self) -> int:
         """Tokens in a window: the one asked for, or less if the text is shorter than that."""
         return self.train.length
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer into a run's folder."""
+        self.tokenizer.save(folder / "tokenizer.json")
 
     def validation(self, batches: int | None = None) -> Iterator[Batch]:
         """Go once through the validation text, or through ``batches`` batches spread evenly over it.

@@ -18,22 +18,21 @@ from danlu._validate import integer
 from danlu.config import fingerprint
 from danlu.data import ImagesConfig, ImagesData, to_bytes, to_float
 from danlu.evaluation.distances import copied_share, frechet_distance, kernel_distance, precision_recall
-from danlu.train import RunConfig, run
+from danlu.protocols import Generator
+from danlu.train import RunConfig, load, run
 
 Features = Callable[[Tensor], Tensor]
 _BATCH = 128
-# What a sampler that follows a differential equation needs; an objective that needs fewer says so itself.
-_STEPS = 50
 
 
-def sampling_steps(objective: Any, steps: int | None = None) -> int:
+def sampling_steps(objective: Generator, steps: int | None = None) -> int:
     """Return the number of steps to sample with: ``steps``, or the number that the objective is made for.
 
     Raises:
         ValueError, TypeError: ``steps`` is no positive integer.
     """
     if steps is None:
-        return int(getattr(objective, "sampling_steps", _STEPS))
+        return objective.sampling_steps
     integer("steps", steps)
     return steps
 
@@ -214,11 +213,12 @@ def feature_network(classifier: RunConfig, images: ImagesConfig | None = None, *
         ValueError, OSError: as :func:`danlu.train.train`.
     """
     if images is not None:
-        classifier = replace(classifier, data=replace(images, augment=(), batch=classifier.data.batch))
+        own: Any = classifier.data
+        classifier = replace(classifier, data=replace(images, augment=(), batch=own.batch))
     folder = cache_folder() / "features" / fingerprint({"run": fingerprint(classifier), "data": sha256})[:32]
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         run.train(classifier, folder, quiet=True)
     else:
         run.resume(folder, quiet=True)
-    return run.load(folder)[0]
+    return load(folder)[0]

@@ -83,6 +83,10 @@ class ConvNet(nn.Module):
         y: Tensor = self.head(F.silu(self.features(x_bchw)))
         return y
 
+    def training_flops(self, length: int | None = None) -> float:
+        """Floating-point operations of training one image: the backward pass is two more of the forward one."""
+        return 3.0 * self.flops
+
     @property
     def flops(self) -> float:
         """Floating-point operations of a forward pass of one image in convolutions and linear maps."""

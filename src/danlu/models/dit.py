@@ -135,6 +135,10 @@ class DiT(nn.Module):
         cos, sin = rotary_angles_nd(grid, size, base=self.config.rope_base, layout="halves")
         return cos.to(dtype), sin.to(dtype)
 
+    def training_flops(self, length: int | None = None) -> float:
+        """Floating-point operations of training one image: the backward pass is two more of the forward one."""
+        return 3.0 * self.flops
+
     @property
     def flops(self) -> float:
         """Floating-point operations of a forward pass of one image in linear maps and attention."""

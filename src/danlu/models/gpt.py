@@ -158,6 +158,10 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return total, total
 
+    def training_flops(self, length: int | None = None) -> float:
+        """Floating-point operations of training one token of a sequence of ``length`` tokens (1 where not given)."""
+        return self.flops_per_token(length or 1)
+
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of a forward and a backward pass a token, as `Transformer.flops_per_token`."""
         linear = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name != "positions")

@@ -241,6 +241,10 @@ class Transformer(nn.Module):
                 idle += stack - stack * module.config.top_k // module.config.num_experts
         return total, total - idle
 
+    def training_flops(self, length: int | None = None) -> float:
+        """Floating-point operations of training one token of a sequence of ``length`` tokens (1 where not given)."""
+        return self.flops_per_token(length or 1)
+
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of a forward and a backward pass a token at ``length`` tokens.
 

@@ -223,6 +223,10 @@ class UNet(nn.Module):
         y = unpatchify(self.last(self.last_modulation(x, c_bd)), self.config.patch)
         return y.permute(0, 3, 1, 2).to(x_bchw.dtype)
 
+    def training_flops(self, length: int | None = None) -> float:
+        """Floating-point operations of training one image: the backward pass is two more of the forward one."""
+        return 3.0 * self.flops
+
     @property
     def flops(self) -> float:
         """Floating-point operations of a forward pass of one image in convolutions, linear maps and attention."""

@@ -19,6 +19,7 @@ from danlu.objectives.score_matching import (
     sliced_loss,
 )
 from danlu.objectives.sid import SiD, SiDConfig, generator_loss
+from danlu.objectives.validation import evaluate
 
 __all__ = [
     "Captioning",
@@ -43,6 +44,7 @@ __all__ = [
     "SiDConfig",
     "conditional_loss",
     "drop_tokens",
+    "evaluate",
     "expected_embedding",
     "explicit_loss",
     "generator_loss",

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.diffusion import classifier_free
-
-Batch = Mapping[str, Tensor]
+from danlu.protocols import Batch, Measure
 
 
 class ImageObjective(nn.Module):
@@ -17,6 +16,10 @@ class ImageObjective(nn.Module):
     Args:
         model: the network, held as ``self.model``.
     """
+
+    unit = "images"
+    sampling_steps = 50
+    labels: Mapping[str, str] = {}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -30,38 +33,26 @@ class ImageObjective(nn.Module):
         """The sum over images, with everything random drawn from ``generator``."""
         raise NotImplementedError
 
-    def count(self, batch: Batch) -> Tensor:
+    def denominator(self, batch: Batch) -> Tensor:
         """Return the number of images, int64."""
         return torch.tensor(len(batch["images"]), device=batch["images"].device)
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return ``val_loss``, the mean over images of the loss, with the same noise every time.
-
-        Raises:
-            ValueError: there is no image.
-        """
-        was_training = self.training
-        self.eval()
-        total, count, generator = 0.0, 0, None
-        try:
-            for batch in batches:
-                if generator is None:
-                    generator = torch.Generator(batch["images"].device).manual_seed(0)
-                with torch.no_grad():
-                    total += self._loss(batch, generator).item()
-                count += len(batch["images"])
-        finally:
-            self.train(was_training)
-        if not count:
-            raise ValueError("batches must hold at least one image, got none")
-        return {"val_loss": total / count}
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
+        """Measure ``val_loss``, the mean over images of the loss, with the same noise every time."""
+        device = next(self.model.parameters()).device
+        total, count = torch.zeros(2, dtype=torch.float64, device=device).unbind()
+        generator = torch.Generator(device).manual_seed(0)
+        for batch in batches:
+            total += self._loss(batch, generator)
+            count += len(batch["images"])
+        return {"val_loss": Measure(total, count)}
 
     def metrics(self) -> dict[str, float]:
         """Return what else there is to report of the last batch: nothing."""
         return {}
 
 
-def told_classes(
+def class_labels(
     model: nn.Module, labels: Tensor | None, count: int, *, dropout: float = 0.0, generator: torch.Generator | None
 ) -> Tensor | None:
     """Return the classes to tell ``model`` about ``count`` images, int64, or None if it has none.
@@ -81,9 +72,14 @@ def told_classes(
 
 
 def check_sampling(
-    model: nn.Module, shape: tuple[int, ...], labels: Tensor | None, guidance: float | None
+    model: nn.Module, shape: tuple[int, ...], labels: Tensor | None, guidance: float | None, *, upsample: int = 1
 ) -> tuple[torch.device, Tensor | None]:
-    """Check what a ``sample`` method was asked for; return the device to draw on and the classes."""
+    """Check what a ``sample`` method was asked for; return the device to draw on and the classes.
+
+    ``upsample`` is passed on by objectives that have no use for it.
+    """
+    if upsample != 1:
+        raise ValueError(f"upsample must be 1 for an objective without a denoiser of larger images, got {upsample}")
     if len(shape) != 4:
         raise ValueError(f"shape must be (images, channels, height, width), got {tuple(shape)}")
     for name, size in zip(("images", "channels", "height", "width"), shape, strict=True):
@@ -96,7 +92,7 @@ def check_sampling(
             raise ValueError(f"labels must be {shape[0]} integers from 0 to {classes} ({classes}: no class)")
     if guidance not in (None, 1) and labels is None:
         raise ValueError(f"guidance {guidance} needs labels to guide towards")
-    return next(model.parameters()).device, told_classes(model, labels, shape[0], generator=None)
+    return next(model.parameters()).device, class_labels(model, labels, shape[0], generator=None)
 
 
 def guided_call(

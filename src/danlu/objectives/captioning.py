@@ -1,7 +1,8 @@
 """Next word and next patch of sequences of text and images."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from danlu._validate import number
 from danlu.models.text_image import TextImage
 from danlu.nn.cross_entropy import linear_cross_entropy
-from danlu.protocols import IGNORE
+from danlu.protocols import IGNORE, Batch, Measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,10 @@ class CaptioningConfig:
 
     patch_weight: float = 10.0
     """a patch's mean squared error counts so many times what a nat of a word does"""
+
+    def build(self, model: TextImage, **others: Any) -> "Captioning":
+        """Make the objective around a network of text and images."""
+        return Captioning(model, self)
 
 
 class Captioning(nn.Module):
@@ -33,82 +38,79 @@ class Captioning(nn.Module):
         ValueError: a negative weight.
     """
 
+    unit = "words and patches"
+    labels = {"val_caption_accuracy": "captions right"}  # noqa: RUF012
+
     def __init__(self, model: TextImage, config: CaptioningConfig | None = None) -> None:
         super().__init__()
         self.model, self.config = model, CaptioningConfig() if config is None else config
         number("patch_weight", self.config.patch_weight, low=0)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Summed loss, float32."""
         x_btd = self.model.read(batch["tokens"], batch["patches"], batch["grid"])
         words = linear_cross_entropy(x_btd, self.model.head_weight, batch["targets"])
         return words + self.config.patch_weight * self._squares(x_btd, batch).mean(-1).sum()
 
-    def _squares(self, x_btd: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def _squares(self, x_btd: Tensor, batch: Batch) -> Tensor:
         """Squared errors of the next patches, zero where none is asked for, ``(batch, time, values)``."""
         wanted = batch["patches"].roll(-1, 1)
         found: Tensor = self.model.patch_out(x_btd)
         return (found.float() - wanted).square() * batch["draws"][..., None]
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def denominator(self, batch: Batch) -> Tensor:
         """Number of words and patches that are asked for, int64."""
         return (batch["targets"] != IGNORE).sum() + batch["draws"].sum()
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Measures over ``batches``.
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
+        """Measure what there are examples of in the batches.
 
-        ``val_loss`` is the loss a unit; ``val_caption_accuracy`` the share of captions whose every word is the
-        likeliest one, which is what greedy decoding writes; ``val_word_accuracy`` the share of their words;
+        ``val_loss`` is the loss per word or patch; ``val_caption_accuracy`` the share of captions whose every word is
+        the likeliest one, which is what greedy decoding writes; ``val_word_accuracy`` the share of their words;
         ``val_patch_error`` the squared error of patches over that of predicting each pixel's mean: 1 is to know nothing
-        of the image. What the batches have no example of is left out.
-
-        Raises:
-            ValueError: nothing is asked for.
+        of the image.
         """
-        was_training = self.training
-        self.eval()
         device = self.model.embedding.device
-        # loss, units, captions, whole captions, words, right words, squared error
         sums = torch.zeros(7, dtype=torch.float64, device=device)
         moments = torch.zeros(3, self.model.patch_out.out_features, dtype=torch.float64, device=device)
-        try:
-            for batch in batches:
-                x_btd = self.model.read(batch["tokens"], batch["patches"], batch["grid"])
-                targets, draws, squares = batch["targets"], batch["draws"], self._squares(x_btd, batch)
-                words = linear_cross_entropy(x_btd, self.model.head_weight, targets)
-                logits = x_btd @ self.model.head_weight.to(x_btd.dtype).T
-                asked = (targets != IGNORE) & ~draws.any(-1, keepdim=True)
-                right = (logits.argmax(-1) == targets) & asked
-                captions = asked.any(-1)
-                sums += torch.stack(
-                    [
-                        (words + self.config.patch_weight * squares.mean(-1).sum()).double(),
-                        self.count(batch).double(),
-                        captions.sum().double(),
-                        (captions & (right == asked).all(-1)).sum().double(),
-                        asked.sum().double(),
-                        right.sum().double(),
-                        squares.sum().double(),
-                    ]
-                )
-                wanted = batch["patches"].roll(-1, 1).double() * draws[..., None]
-                moments[0] += draws.sum()
-                moments[1] += wanted.sum((0, 1))
-                moments[2] += wanted.square().sum((0, 1))
-        finally:
-            self.train(was_training)
-        loss, units, captions_seen, whole, words_asked, words_right, error = sums.tolist()
-        if not units:
-            raise ValueError("batches must ask for at least one word or patch, got none")
-        found = {"val_loss": loss / units}
-        if captions_seen:
-            found |= {"val_caption_accuracy": whole / captions_seen, "val_word_accuracy": words_right / words_asked}
-        spread = (moments[2] - moments[1].square() / moments[0].clamp_min(1)).sum().item()
-        if spread > 0:
-            found["val_patch_error"] = error / spread
-        return found
+        for batch in batches:
+            x_btd = self.model.read(batch["tokens"], batch["patches"], batch["grid"])
+            targets, draws, squares = batch["targets"], batch["draws"], self._squares(x_btd, batch)
+            words = linear_cross_entropy(x_btd, self.model.head_weight, targets)
+            logits = x_btd @ self.model.head_weight.to(x_btd.dtype).T
+            asked = (targets != IGNORE) & ~draws.any(-1, keepdim=True)
+            right = (logits.argmax(-1) == targets) & asked
+            captions = asked.any(-1)
+            sums += torch.stack(
+                [
+                    (words + self.config.patch_weight * squares.mean(-1).sum()).double(),
+                    self.denominator(batch).double(),
+                    captions.sum().double(),
+                    (captions & (right == asked).all(-1)).sum().double(),
+                    asked.sum().double(),
+                    right.sum().double(),
+                    squares.sum().double(),
+                ]
+            )
+            wanted = batch["patches"].roll(-1, 1).double() * draws[..., None]
+            moments[0] += draws.sum()
+            moments[1] += wanted.sum((0, 1))
+            moments[2] += wanted.square().sum((0, 1))
+        loss, units, captions, complete, words, right, error = sums.unbind()
+        return {
+            "val_loss": Measure(loss, units),
+            "val_caption_accuracy": Measure(complete, captions),
+            "val_word_accuracy": Measure(right, words),
+            "val_patch_error": Measure(error, moments, _over_spread),
+        }
 
     def metrics(self) -> dict[str, float]:
         """Nothing beside the loss."""
         return {}
+
+
+def _over_spread(error: Tensor, moments_3p: Tensor) -> Tensor | None:
+    """The squared error over that of predicting the mean of each of the values; None for values all alike."""
+    count, first, second = moments_3p
+    spread = (second - first.square() / count.clamp_min(1)).sum()
+    return error / spread if spread > 0 else None

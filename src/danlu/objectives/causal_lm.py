@@ -1,11 +1,11 @@
 """Next-token prediction."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from danlu._validate import integer, number
@@ -14,7 +14,7 @@ from danlu.nn import SSM
 from danlu.nn.balance import expert_load, max_violation, watching
 from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.objectives.drop_token import drop_tokens
-from danlu.protocols import IGNORE
+from danlu.protocols import IGNORE, Batch, Data, Measure, TokenData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,14 @@ class CausalLMConfig:
         integer("chunk", self.chunk)
         number("drop_tokens", self.drop_tokens, low=0, high=1, high_open=True)
         number("z_loss", self.z_loss, low=0)
+
+    def build(self, model: Transformer | GPT, *, data: Data | None = None, **others: Any) -> "CausalLM":
+        """Make the objective around a network that has ``hidden`` and ``head_weight``.
+
+        Raises:
+            TypeError: ``data`` do not say how many bytes a token stands for.
+        """
+        return CausalLM(model, self, byte_lengths=byte_lengths_of(data))
 
 
 class CausalLM(nn.Module):
@@ -52,9 +60,12 @@ class CausalLM(nn.Module):
     >>> from danlu.models import TransformerConfig
     >>> objective = CausalLM(Transformer(TransformerConfig(vocab_size=7, dim=16, layers=1, hidden=8)))
     >>> batch = {"tokens": torch.tensor([[1, 2, 3]]), "targets": torch.tensor([[2, 3, -100]])}
-    >>> objective(batch).shape, objective.count(batch).item()
+    >>> objective(batch).shape, objective.denominator(batch).item()
     (torch.Size([]), 2)
     """
+
+    unit = "tokens"
+    labels = {"val_bpb": "bits/byte", "max_vio": "imbalance"}  # noqa: RUF012
 
     byte_lengths: Tensor | None
 
@@ -69,64 +80,69 @@ class CausalLM(nn.Module):
         # A property of the tokenizer, not of the training: it is not saved with the weights.
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats, float32."""
         if not (self.training and self.config.drop_tokens):
             return self._loss(batch)
         short = drop_tokens(batch, self.config.drop_tokens)
-        return self._loss(short) * (self.count(batch) / self.count(short).clamp_min(1))
+        return self._loss(short) * (self.denominator(batch) / self.denominator(short).clamp_min(1))
 
-    def _loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         x_btd = self.model.hidden(batch["tokens"], documents=batch.get("documents"), positions=batch.get("positions"))
         z_loss = self.config.z_loss if self.training else 0.0  # what is evaluated stays the loss alone
         return linear_cross_entropy(
             x_btd, self.model.head_weight, batch["targets"], chunk=self.config.chunk, z_loss=z_loss
         )
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def denominator(self, batch: Batch) -> Tensor:
         """Number of tokens with a target, int64."""
         return (batch["targets"] != IGNORE).sum()
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Mean loss over ``batches``: ``val_loss`` in nats a token, ``val_bpb`` in bits a byte of text, and for
-        experts ``val_max_vio``, the MaxVio of the load over all of ``batches``, averaged over layers.
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
+        """Measure the loss over ``batches``.
 
-        With several processes each brings its own batches, and all get the mean over those of all.
-
-        Raises:
-            ValueError: no token has a target.
+        ``val_loss`` in nats per token, ``val_bpb`` in bits per byte of text, and for experts ``val_max_vio``, the
+        MaxVio of the load over all of ``batches``, averaged over layers.
         """
-        was_training = self.training
-        self.eval()
         device = self.model.embedding.device
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
-        try:
-            with watching(self.model) as loads:
-                for batch in batches:
-                    sums[0] += self(batch)
-                    sums[1] += self.count(batch)
-                    if self.byte_lengths is not None:
-                        targets = batch["targets"]
-                        sums[2] += self.byte_lengths[targets[targets != IGNORE]].sum()
-        finally:
-            self.train(was_training)
-        if dist.is_available() and dist.is_initialized():
-            for total in (sums, *loads):
-                dist.all_reduce(total)
-        nats, tokens, size = sums.tolist()
-        if not tokens:
-            raise ValueError("batches must hold at least one token with a target, got none")
-        result = {"val_loss": nats / tokens}
-        if size:
-            result["val_bpb"] = nats / size / math.log(2)
+        nats, tokens, size = torch.zeros(3, dtype=torch.float64, device=device).unbind()
+        with watching(self.model) as loads:
+            for batch in batches:
+                nats += self(batch)
+                tokens += self.denominator(batch)
+                if self.byte_lengths is not None:
+                    targets = batch["targets"]
+                    size += self.byte_lengths[targets[targets != IGNORE]].sum()
+        found = {"val_loss": Measure(nats, tokens), "val_bpb": Measure(nats, size, _bits)}
         if loads:
-            result["val_max_vio"] = torch.stack([max_violation(load) for load in loads]).mean().item()
-        return result
+            found["val_max_vio"] = Measure(torch.stack(loads), tokens, _mean_violation)
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Expert balance at the last optimizer step; empty for a dense model."""
         return expert_load(self.model)
+
+
+def byte_lengths_of(data: Data | None) -> Tensor | None:
+    """Bytes that each token of ``data`` stands for, int64 ``(vocab,)``; None without data, or where they are not text.
+
+    Raises:
+        TypeError: ``data`` do not say.
+    """
+    if data is None:
+        return None
+    if not isinstance(data, TokenData):
+        kind = type(data).__name__
+        raise TypeError(f"data must have byte_lengths (None for tokens that are not text), and {kind} has none")
+    return data.byte_lengths
+
+
+def _bits(nats: Tensor, size: Tensor) -> Tensor:
+    return nats / size / math.log(2)
+
+
+def _mean_violation(loads_le: Tensor, tokens: Tensor) -> Tensor:
+    return max_violation(loads_le).mean()
 
 
 def check_drops(model: nn.Module) -> None:

@@ -1,13 +1,15 @@
 """Classification of images by cross-entropy."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from danlu._validate import number
+from danlu.protocols import Batch, Measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,10 @@ class ClassificationConfig:
 
     def __post_init__(self) -> None:
         number("smoothing", self.smoothing, low=0, high=1, high_open=True)
+
+    def build(self, model: nn.Module, **others: Any) -> "Classification":
+        """Make the objective around a network that gives logits."""
+        return Classification(model, self)
 
 
 class Classification(nn.Module):
@@ -33,45 +39,37 @@ class Classification(nn.Module):
     >>> from danlu.models import ConvNet, ConvNetConfig
     >>> objective = Classification(ConvNet(ConvNetConfig(image_size=8, widths=(4,))))
     >>> batch = {"images": torch.zeros(3, 1, 8, 8), "labels": torch.tensor([1, 2, 3])}
-    >>> objective(batch).shape, objective.count(batch).item()
+    >>> objective(batch).shape, objective.denominator(batch).item()
     (torch.Size([]), 3)
     """
+
+    unit = "images"
+    labels = {"val_accuracy": "accuracy"}  # noqa: RUF012
 
     def __init__(self, model: nn.Module, config: ClassificationConfig | None = None) -> None:
         super().__init__()
         self.model, self.config = model, ClassificationConfig() if config is None else config
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats, float32."""
         smoothing = self.config.smoothing if self.training else 0.0
         logits = self.model(batch["images"])
         return F.cross_entropy(logits.float(), batch["labels"], reduction="sum", label_smoothing=smoothing)
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def denominator(self, batch: Batch) -> Tensor:
         """Number of images, int64."""
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Return ``val_loss`` in nats an image and ``val_accuracy``, the share that is classified right.
-
-        Raises:
-            ValueError: there is no image.
-        """
-        was_training = self.training
-        self.eval()
-        loss, right, count = 0.0, 0, 0
-        try:
-            for batch in batches:
-                logits, labels = self.model(batch["images"]), batch["labels"]
-                loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-                right += int((logits.argmax(-1) == labels).sum())
-                count += len(labels)
-        finally:
-            self.train(was_training)
-        if not count:
-            raise ValueError("batches must hold at least one image, got none")
-        return {"val_loss": loss / count, "val_accuracy": right / count}
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
+        """Measure ``val_loss`` in nats per image and ``val_accuracy``, the share that is classified right."""
+        device = next(self.model.parameters()).device
+        loss, right, count = torch.zeros(3, dtype=torch.float64, device=device).unbind()
+        for batch in batches:
+            logits, labels = self.model(batch["images"]), batch["labels"]
+            loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+            right += (logits.argmax(-1) == labels).sum()
+            count += len(labels)
+        return {"val_loss": Measure(loss, count), "val_accuracy": Measure(right, count)}
 
     def metrics(self) -> dict[str, float]:
         """Nothing beyond the loss."""

@@ -7,7 +7,7 @@ different noise levels are weighed, and in what is easy for a network.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ from danlu.diffusion import (
     to_x0_eps,
     upsample_guidance,
 )
-from danlu.objectives._images import Batch, ImageObjective, check_sampling, guided_call, mean_square, told_classes
+from danlu.objectives._images import ImageObjective, check_sampling, class_labels, guided_call, mean_square
+from danlu.protocols import Batch
 
 __all__ = ["Denoising", "DenoisingConfig", "multiscale_loss", "predict", "prediction_error"]
 
@@ -76,6 +77,10 @@ class DenoisingConfig:
         choice("sampler", self.sampler, ("ddim", "ddpm", "heun"))
         number("eta", self.eta, low=0, high=1)
 
+    def build(self, model: nn.Module, **others: Any) -> "Denoising":
+        """Make the objective around a network; see :class:`Denoising` for what it must take."""
+        return Denoising(model, self)
+
 
 class Denoising(ImageObjective):
     """Mean square error of a prediction, summed over images.
@@ -97,7 +102,7 @@ class Denoising(ImageObjective):
 
     def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         x0, config = batch["images"], self.config
-        classes = told_classes(
+        classes = class_labels(
             self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
         )
         error = prediction_error(self.model, config, x0, classes, generator=generator)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from danlu.diffusion import (
     time_grid,
     upsample_guidance,
 )
-from danlu.objectives._images import Batch, ImageObjective, check_sampling, guided_call, mean_square, told_classes
+from danlu.objectives._images import ImageObjective, check_sampling, class_labels, guided_call, mean_square
+from danlu.protocols import Batch
 
 __all__ = ["FlowMatching", "FlowMatchingConfig"]
 
@@ -45,6 +46,10 @@ class FlowMatchingConfig:
         number("label_dropout", self.label_dropout, low=0, high=1)
         choice("sampler", self.sampler, ("euler", "heun"))
 
+    def build(self, model: nn.Module, **others: Any) -> "FlowMatching":
+        """Make the objective around a network; see :class:`FlowMatching` for what it must take."""
+        return FlowMatching(model, self)
+
 
 class FlowMatching(ImageObjective):
     """Mean square of ``v(x_t, t) - (eps - x_0)`` with ``x_t = (1 - t) x_0 + t eps``, summed over images.
@@ -68,7 +73,7 @@ class FlowMatching(ImageObjective):
         x0, config = batch["images"], self.config
         t = config.times.draw(len(x0), FLOW, device=x0.device, generator=generator).to(x0.dtype)
         eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
-        classes = told_classes(
+        classes = class_labels(
             self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
         )
         return mean_square(self.model(FLOW.noised(x0, eps, t), t, classes) - (eps - x0)).sum()

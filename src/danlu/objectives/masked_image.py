@@ -1,14 +1,16 @@
 """Masked autoencoding: the pixels of hidden patches from those that are seen."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from danlu._validate import number
 from danlu.models.mae import MAE
-from danlu.objectives._images import Batch, ImageObjective
+from danlu.objectives._images import ImageObjective
 from danlu.objectives.drop_token import kept_tokens
+from danlu.protocols import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,10 @@ class MaskedImageConfig:
 
     def __post_init__(self) -> None:
         number("mask", self.mask, low=0, high=1, low_open=True, high_open=True)
+
+    def build(self, model: MAE, **others: Any) -> "MaskedImage":
+        """Make the objective around a network; see :class:`MaskedImage` for what it must take."""
+        return MaskedImage(model, self)
 
 
 class MaskedImage(ImageObjective):
@@ -42,7 +48,7 @@ class MaskedImage(ImageObjective):
     >>> model = MAE(MAEConfig(image_size=8, dim=16, layers=1, num_heads=2, decoder_dim=8, decoder_num_heads=1))
     >>> objective = MaskedImage(model)
     >>> batch = {"images": torch.randn(3, 1, 8, 8)}
-    >>> objective(batch).shape, objective.count(batch).item()
+    >>> objective(batch).shape, objective.denominator(batch).item()
     (torch.Size([]), 3)
     """
 

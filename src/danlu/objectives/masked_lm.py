@@ -5,11 +5,11 @@ puts its mean in the place of the noise, ``p e + (1 - p) m``; a masked language 
 ``e`` instead. `expected_embedding` is the table that makes up for the difference.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from danlu.nn.balance import expert_load
 from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.objectives.causal_lm import check_drops
 from danlu.objectives.drop_token import drop_tokens
-from danlu.protocols import IGNORE
+from danlu.protocols import IGNORE, Batch, Measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,10 @@ class MaskedLMConfig:
         integer("chunk", self.chunk)
         number("drop_tokens", self.drop_tokens, low=0, high=1, high_open=True)
 
+    def build(self, model: Transformer, **others: Any) -> "MaskedLM":
+        """Make the objective around a network that has ``hidden``, ``head_weight`` and ``embedding``."""
+        return MaskedLM(model, self)
+
 
 class MaskedLM(nn.Module):
     """Cross-entropy of tokens that are hidden, summed over them.
@@ -72,9 +76,12 @@ class MaskedLM(nn.Module):
     >>> tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2]])
     >>> batch = {"tokens": tokens, "targets": tokens.roll(-1)}
     >>> objective = MaskedLM(model)
-    >>> objective(batch).shape, objective.count(batch).item()
+    >>> objective(batch).shape, objective.denominator(batch).item()
     (torch.Size([]), 1)
     """
+
+    unit = "tokens"
+    labels = {"val_accuracy": "accuracy", "max_vio": "imbalance"}  # noqa: RUF012
 
     def __init__(self, model: Transformer, config: MaskedLMConfig | None = None) -> None:
         super().__init__()
@@ -89,7 +96,7 @@ class MaskedLM(nn.Module):
         """Draw the mask's embedding like one of the table's."""
         nn.init.normal_(self.mask_token, std=self.model.config.dim**-0.5 if self.model.config.tied else 1.0)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats, float32."""
         if not (self.training and self.config.drop_tokens):
             x_nd, wanted_n = self._predict(batch, None)
@@ -98,9 +105,9 @@ class MaskedLM(nn.Module):
         short = drop_tokens({**batch, "asked": askable(batch)}, self.config.drop_tokens)
         x_nd, wanted_n = self._predict(short, None)
         loss = linear_cross_entropy(x_nd, self.model.head_weight, wanted_n, chunk=self.config.chunk)
-        return loss * (self.count(batch) / self.count(short).clamp_min(1))
+        return loss * (self.denominator(batch) / self.denominator(short).clamp_min(1))
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def denominator(self, batch: Batch) -> Tensor:
         """Number of tokens that are asked for, int64."""
         return self._share(askable(batch)).sum()
 
@@ -109,7 +116,7 @@ class MaskedLM(nn.Module):
         there = askable_bt.sum(1)
         return torch.where(there > 0, (self.config.rate * there).round().long().clamp_min(1), 0)
 
-    def _predict(self, batch: Mapping[str, Tensor], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _predict(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Hidden states where tokens are asked for, ``(n, dim)``, and these tokens, -100 where a row has fewer."""
         tokens_bt, askable_bt, config = batch["tokens"], askable(batch), self.config
         device, table = tokens_bt.device, self.model.embedding
@@ -128,44 +135,28 @@ class MaskedLM(nn.Module):
         x_bkd = x_btd.gather(1, asked_bk[..., None].expand(-1, -1, x_btd.shape[-1]))
         return x_bkd.flatten(0, 1), wanted_bk.masked_fill(beyond_bk, IGNORE).flatten()
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Measures over ``batches`` with the same masks every time: ``val_loss`` in nats a token that is asked for, and
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
+        """Measure with the same masks every time: ``val_loss`` in nats per token that is asked for, and
         ``val_accuracy``, the share of these whose likeliest token is right.
-
-        With several processes each brings its own batches, and all get the mean over those of all.
-
-        Raises:
-            ValueError: no token can be asked for.
         """
-        was_training = self.training
-        self.eval()
         device = self.model.embedding.device
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, right, asked
+        nats, right, asked = torch.zeros(3, dtype=torch.float64, device=device).unbind()
         generator = torch.Generator(device).manual_seed(0)
-        try:
-            for batch in batches:
-                x_nd, wanted_n = self._predict(batch, generator)
-                x_nd, wanted_n = x_nd[wanted_n != IGNORE], wanted_n[wanted_n != IGNORE]
-                logits_nv = x_nd @ self.model.head_weight.to(x_nd.dtype).T
-                sums[0] += F.cross_entropy(logits_nv.float(), wanted_n, reduction="sum")
-                sums[1] += (logits_nv.argmax(-1) == wanted_n).sum()
-                sums[2] += wanted_n.numel()
-        finally:
-            self.train(was_training)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        nats, right, asked = sums.tolist()
-        if not asked:
-            raise ValueError("batches must hold at least one token to ask for, got none")
-        return {"val_loss": nats / asked, "val_accuracy": right / asked}
+        for batch in batches:
+            x_nd, wanted_n = self._predict(batch, generator)
+            x_nd, wanted_n = x_nd[wanted_n != IGNORE], wanted_n[wanted_n != IGNORE]
+            logits_nv = x_nd @ self.model.head_weight.to(x_nd.dtype).T
+            nats += F.cross_entropy(logits_nv.float(), wanted_n, reduction="sum")
+            right += (logits_nv.argmax(-1) == wanted_n).sum()
+            asked += wanted_n.numel()
+        return {"val_loss": Measure(nats, asked), "val_accuracy": Measure(right, asked)}
 
     def metrics(self) -> dict[str, float]:
         """Expert balance at the last optimizer step; empty for a dense model."""
         return expert_load(self.model)
 
 
-def askable(batch: Mapping[str, Tensor]) -> Tensor:
+def askable(batch: Batch) -> Tensor:
     """Booleans ``(batch, time)``: tokens that may be asked for, all but the first of a sequence and padding.
 
     >>> askable({"tokens": torch.tensor([[0, 5, 6, 1]]), "targets": torch.tensor([[5, 6, -100, -100]])}).int().tolist()

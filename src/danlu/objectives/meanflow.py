@@ -13,15 +13,16 @@ al., arXiv:2601.22158.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from danlu._validate import choice, integer, number, positive
 from danlu.diffusion import LogitNormalTimes, Progress, TimesConfig, average_velocity, prior
-from danlu.objectives._images import Batch, ImageObjective, check_sampling, mean_square, told_classes
+from danlu.objectives._images import ImageObjective, check_sampling, class_labels, mean_square
 from danlu.objectives.flow_matching import FLOW
+from danlu.protocols import Batch
 
 __all__ = ["MeanFlow", "MeanFlowConfig", "total_derivative"]
 
@@ -82,6 +83,10 @@ class MeanFlowConfig:
         number("guidance_to", self.guidance_to, low=self.guidance_from, high=1)
         number("label_dropout", self.label_dropout, low=0, high=1)
 
+    def build(self, model: nn.Module, *, batches: int | None = None, **others: Any) -> "MeanFlow":
+        """Make the objective around a network of two times, to be trained on ``batches`` batches (None: to sample)."""
+        return MeanFlow(model, self, batches)
+
     @property
     def guided(self) -> bool:
         """Whether a guided velocity is learned."""
@@ -117,7 +122,6 @@ class MeanFlow(ImageObjective):
     """
 
     sampling_steps = 1
-    """steps that `danlu sample` takes when none are asked for"""
 
     def __init__(self, model: nn.Module, config: MeanFlowConfig | None = None, batches: int | None = None) -> None:
         super().__init__(model)
@@ -155,6 +159,11 @@ class MeanFlow(ImageObjective):
             square = square / (square.detach() + self.config.offset) ** self.config.power
         return square.sum()
 
+    def pace(self, share: float) -> None:
+        """End the flow matching when its share of a run of unknown length is over."""
+        if share >= self.config.flow_share:
+            self.flow_left.zero_()
+
     def average(self, x: Tensor, t: Tensor, classes: Tensor | None, r: Tensor) -> Tensor:
         """Return the network's average velocity ``u(x, t, r)`` of images ``(b, c, h, w)`` and times ``(b,)``."""
         output: Tensor = self.model(x, t, classes, r)
@@ -170,7 +179,7 @@ class MeanFlow(ImageObjective):
         t = torch.maximum(one, other).to(x0.dtype)
         r = torch.cat([torch.minimum(one, other)[:apart].to(x0.dtype), t[apart:]])
         x, velocity = FLOW.noised(x0, noise, t), noise - x0
-        classes = told_classes(self.model, labels, size, dropout=config.label_dropout, generator=generator)
+        classes = class_labels(self.model, labels, size, dropout=config.label_dropout, generator=generator)
         if config.guided and classes is not None:
             velocity = self._guided(x, t, classes, velocity)
         return _Draw(x, t, r, classes, velocity, apart)
@@ -232,6 +241,7 @@ class MeanFlow(ImageObjective):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
         guidance: float | None = None,
+        upsample: int = 1,
         trajectory: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -242,7 +252,7 @@ class MeanFlow(ImageObjective):
         """
         if guidance not in (None, 1):
             raise ValueError("guidance is learned in training by MeanFlow (omega and kappa); sampling takes none")
-        device, classes = check_sampling(self.model, tuple(shape), labels, None)
+        device, classes = check_sampling(self.model, tuple(shape), labels, None, upsample=upsample)
         integer("steps", steps)
         if self.flow_left > 0:
             _log.warning(

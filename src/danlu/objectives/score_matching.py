@@ -15,7 +15,7 @@ x_0 (:func:`ratio_score`) is biased with any finite number of them. Source: kexu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ from danlu.diffusion import (
     time_grid,
     to_x0_eps,
 )
-from danlu.objectives._images import Batch, ImageObjective, check_sampling, guided_call, told_classes
+from danlu.objectives._images import ImageObjective, check_sampling, class_labels, guided_call
+from danlu.protocols import Batch
 
 __all__ = [
     "ScoreMatching",
@@ -157,6 +158,10 @@ class ScoreMatchingConfig:
         integer("probes", self.probes)
         number("label_dropout", self.label_dropout, low=0, high=1)
 
+    def build(self, model: nn.Module, **others: Any) -> "ScoreMatching":
+        """Make the objective around a network; see :class:`ScoreMatching` for what it must take."""
+        return ScoreMatching(model, self)
+
 
 class ScoreMatching(ImageObjective):
     """Score matching on noisy images: ``b^2`` times the chosen loss, a component's mean, summed over images.
@@ -180,7 +185,7 @@ class ScoreMatching(ImageObjective):
         eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
         x = config.schedule.noised(x0, eps, t)
         b = config.schedule.coefficients(t)[1]
-        classes = told_classes(
+        classes = class_labels(
             self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
         )
 
@@ -205,6 +210,7 @@ class ScoreMatching(ImageObjective):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
         guidance: float | None = None,
+        upsample: int = 1,
         trajectory: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -214,7 +220,7 @@ class ScoreMatching(ImageObjective):
             ValueError: an argument is out of range, or the labels do not fit the model.
         """
         schedule = self.config.schedule
-        device, classes = check_sampling(self.model, tuple(shape), labels, guidance)
+        device, classes = check_sampling(self.model, tuple(shape), labels, guidance, upsample=upsample)
         output = guided_call(
             lambda x, t, told: self.model(x, schedule.condition(t), told), self.model, classes, guidance
         )

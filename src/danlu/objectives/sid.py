@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from danlu._validate import integer, number, positive
 from danlu.config import Pretrained
 from danlu.diffusion import EDM, LogNormalNoise, Progress, to_x0_eps
-from danlu.objectives._images import Batch, ImageObjective, check_sampling, mean_square, told_classes
+from danlu.objectives._images import ImageObjective, check_sampling, class_labels, mean_square
 from danlu.objectives.denoising import Denoising, DenoisingConfig, predict, prediction_error
+from danlu.protocols import Batch
 
 __all__ = ["SiD", "SiDConfig", "generator_loss"]
 
@@ -58,6 +60,15 @@ class SiDConfig:
         positive("sigma_init", self.sigma_init)
         number("t_max", self.t_max, low=0, high=1, low_open=True)
 
+    def build(self, model: nn.Module, *, pretrained: Callable[[Pretrained], Any] | None = None, **others: Any) -> "SiD":
+        """Make the objective around a network of the teacher's shape.
+
+        Args:
+            model: as of :class:`SiD`.
+            pretrained: gives the teacher's trained objective; None to sample only.
+        """
+        return SiD(model, self, teacher=None if pretrained is None else pretrained(self.teacher))
+
 
 class SiD(ImageObjective):
     """The losses of generator and student score in one sum, each without gradient into the other's parameters.
@@ -76,7 +87,6 @@ class SiD(ImageObjective):
     """
 
     sampling_steps = 1
-    """steps that `danlu sample` takes when none are asked for"""
 
     def __init__(self, model: nn.Module, config: SiDConfig, *, teacher: Denoising | None = None) -> None:
         super().__init__(model)
@@ -137,7 +147,7 @@ class SiD(ImageObjective):
         return self._x0(self.model, b * z, t.to(z).expand(len(z)), classes)
 
     def _classes(self, batch: Batch) -> Tensor | None:
-        return told_classes(self.model, batch.get("labels"), len(batch["images"]), generator=None)
+        return class_labels(self.model, batch.get("labels"), len(batch["images"]), generator=None)
 
     def _noise(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         like = batch["images"]
@@ -174,6 +184,7 @@ class SiD(ImageObjective):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
         guidance: float | None = None,
+        upsample: int = 1,
         trajectory: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -187,7 +198,7 @@ class SiD(ImageObjective):
             raise ValueError(f"steps must be 1, got {steps}: a generator made by SiD takes one step")
         if guidance not in (None, 1):
             raise ValueError(f"guidance is no part of SiD: a guided teacher has to be distilled; got {guidance}")
-        device, classes = check_sampling(self.model, tuple(shape), labels, None)
+        device, classes = check_sampling(self.model, tuple(shape), labels, None, upsample=upsample)
         z = torch.randn(tuple(shape), generator=generator, device=device)
         images = self.generate(z, classes)
         if progress is not None:

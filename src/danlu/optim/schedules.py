@@ -52,6 +52,10 @@ class Constant:
         """Return the factor on the rate at ``step`` (from 0) of ``total`` steps."""
         return _warm(step, _steps_of(self.warmup, total))
 
+    def settles_at(self, total: int) -> float:
+        """Return 1: no factor depends on how long the run will be."""
+        return 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
@@ -89,6 +93,10 @@ class WarmupStableDecay:
         progress = min(1.0, max(0.0, (step - (total - span)) / span)) if span else float(step >= total)
         fall = math.sqrt(progress) if self.shape == "sqrt" else progress
         return _warm(step, _steps_of(self.warmup, total)) * (1.0 - (1.0 - self.floor) * fall)
+
+    def settles_at(self, total: int) -> float:
+        """Return the share of a run of ``total`` steps after which the decay begins."""
+        return 1.0 - min(1.0, _steps_of(self.decay, total) / total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +157,10 @@ class InverseTime:
         lives = max(0, step - warmup) / self.half_life
         decay = (1.0 + (math.sqrt(2.0) - 1.0) * lives) ** -2 if self.squared else 1.0 / (1.0 + lives)
         return _warm(step, warmup) * decay
+
+    def settles_at(self, total: int) -> float:
+        """Return 1: no factor depends on how long the run will be."""
+        return 1.0
 
 
 ScheduleConfig = Constant | WarmupStableDecay | Cosine | InverseTime

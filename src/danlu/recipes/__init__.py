@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from danlu._validate import nearest
 
 if TYPE_CHECKING:
-    from danlu.train.run import RunConfig
+    from danlu.train import RunConfig
 
 __all__ = ["REGISTRY", "Recipe", "installed", "load"]
 

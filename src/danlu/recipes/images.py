@@ -57,12 +57,14 @@ def digits_ddpm() -> RunConfig:
     return replace(digits_flow(), recipe="digits-ddpm", objective=objective)
 
 
+_EDM = DenoisingConfig(
+    schedule=EDM(), prediction="edm", times=LogNormalNoise(), sampler="heun", clip=False, label_dropout=0.0
+)
+
+
 def digits_edm() -> RunConfig:
     """The network of digits by denoising in EDM's form, Heun's method."""
-    objective = DenoisingConfig(
-        schedule=EDM(), prediction="edm", times=LogNormalNoise(), sampler="heun", clip=False, label_dropout=0.0
-    )
-    return replace(digits_flow(), recipe="digits-edm", objective=objective)
+    return replace(digits_flow(), recipe="digits-edm", objective=_EDM)
 
 
 def digits_sid() -> RunConfig:
@@ -74,7 +76,7 @@ def digits_sid() -> RunConfig:
     return replace(
         teacher,
         recipe="digits-sid",
-        objective=SiDConfig(teacher=Pretrained(run="runs/digits-edm-1"), denoising=teacher.objective),
+        objective=SiDConfig(teacher=Pretrained(run="runs/digits-edm-1"), denoising=_EDM),
         optim=AdamWConfig(lr=3e-4, betas=(0.0, 0.999), weight_decay=0.0),
         train=replace(teacher.train, steps=1400, clip=None),
     )

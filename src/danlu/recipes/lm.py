@@ -32,7 +32,7 @@ def lm() -> RunConfig:
         objective=CausalLMConfig(),
         optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
         schedule=WarmupStableDecay(warmup=10, decay=0.4),
-        train=TrainConfig(steps=600, eval_every=150),
+        train=TrainConfig(steps=600, minutes=8, eval_every=150),
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __all__ = ["Metrics", "Series", "read_metrics"]
 
 FILE = "metrics.jsonl"
+_RENAMED = {"tokens": "items", "tokens_per_second": "items_per_second"}  # as release 0.1 wrote them
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_metrics(run: str | os.PathLike[str]) -> Metrics:
         step = int(record["step"])
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.setdefault(name, {})[step] = float(value)
+                found.setdefault(_RENAMED.get(name, name), {})[step] = float(value)
     if not found:
         raise ValueError(f"{path} has no step yet: nothing to report")
     return Metrics({name: _sorted(values) for name, values in found.items()})

@@ -46,7 +46,7 @@ def write(run: str | os.PathLike[str]) -> Path:
     metrics = read_metrics(folder)
     name = folder.resolve().name
     figures = {"loss": loss_figure(metrics, title=f"{name}: loss")}
-    if "tokens_per_second" in metrics or ("tokens" in metrics and "time" in metrics):
+    if "items_per_second" in metrics or ("items" in metrics and "time" in metrics):
         figures["throughput"] = throughput_figure(metrics, title=f"{name}: throughput", unit=_unit(folder))
     (folder / "plots").mkdir(exist_ok=True)
     images = []
@@ -77,16 +77,16 @@ def write(run: str | os.PathLike[str]) -> Path:
 
 
 def summary(metrics: Metrics, *, unit: str = "tokens") -> dict[str, str]:
-    """Return a run's figures for a reader: last and best losses, units, time and the median throughput.
+    """Return a run's figures for a reader: last and best losses, items, time and the median throughput.
 
     >>> import numpy as np
     >>> from danlu.report.metrics import Series
     >>> steps = np.array([1, 2])
-    >>> summary(Metrics({"loss": Series(steps, np.array([3.0, 2.0])), "tokens": Series(steps, np.array([9.0, 18.0]))}))
+    >>> summary(Metrics({"loss": Series(steps, np.array([3.0, 2.0])), "items": Series(steps, np.array([9.0, 18.0]))}))
     {'steps': '2', 'last training loss': '2.0000', 'tokens': '18'}
     """
     found: dict[str, Any] = {}
-    loss, rate = metrics["loss"], metrics["tokens_per_second"]
+    loss, rate = metrics["loss"], metrics["items_per_second"]
     if len(loss):
         found["steps"] = f"{loss.steps[-1]:,}"
         found["last training loss"] = f"{loss.values[-1]:.4f}"
@@ -95,17 +95,17 @@ def summary(metrics: Metrics, *, unit: str = "tokens") -> dict[str, str]:
         if len(values):
             best = int(values.values.argmin())
             found[words] = f"{values.values[-1]:.4f} (lowest {values.values[best]:.4f} at step {values.steps[best]:,})"
-    if len(metrics["tokens"]):
-        found[unit] = f"{metrics['tokens'].values[-1]:,.0f}"
+    if len(metrics["items"]):
+        found[unit] = f"{metrics['items'].values[-1]:,.0f}"
     if len(metrics["time"]):
         found["training time"] = f"{metrics['time'].values[-1] / 60:.1f} minutes"
     if len(rate):
-        found[f"median {unit} a second"] = f"{sorted(rate.values)[len(rate) // 2]:,.0f}"
+        found[f"median {unit} per second"] = f"{sorted(rate.values)[len(rate) // 2]:,.0f}"
     return found
 
 
 def _unit(folder: Path) -> str:
-    """What the run's data consist of: tokens, unless the manifest says otherwise."""
+    """What the items of the run are: tokens, unless the manifest says otherwise."""
     manifest = folder / "manifest.json"
     return str(json.loads(manifest.read_text()).get("unit", "tokens")) if manifest.is_file() else "tokens"
 

@@ -55,19 +55,19 @@ def loss_figure(metrics: Metrics, *, title: str = "") -> Figure:
 
 
 def throughput_figure(metrics: Metrics, *, title: str = "", unit: str = "tokens") -> Figure:
-    """Draw the units (tokens, images) trained a second over the run, and the units trained over the time.
+    """Draw how many tokens or images were trained per second over the run, and how many in all over the time.
 
     Args:
-        metrics: a run's metrics with ``tokens_per_second``, ``tokens`` and ``time``.
+        metrics: a run's metrics with ``items_per_second``, ``items`` and ``time``.
         title: the figure's heading.
-        unit: what the run's data consist of.
+        unit: what the items are, in the plural.
 
     Raises:
         ValueError: the run logged neither.
     """
-    rate, tokens, time = _finite(metrics["tokens_per_second"]), metrics["tokens"], metrics["time"]
-    if not len(rate) and not (len(tokens) and len(time)):
-        raise ValueError("the run has neither tokens_per_second nor tokens and time to draw")
+    rate, items, time = _finite(metrics["items_per_second"]), metrics["items"], metrics["time"]
+    if not len(rate) and not (len(items) and len(time)):
+        raise ValueError("the run has neither items_per_second nor items and time to draw")
     figure = _figure(title)
     axes = figure.add_subplot(1, 2, 1)
     if len(rate):
@@ -75,11 +75,11 @@ def throughput_figure(metrics: Metrics, *, title: str = "", unit: str = "tokens"
         axes.plot(rate.steps, _running_median(rate.values), color=_BLUE, linewidth=1.6, label="running median")
         axes.legend(frameon=False, loc="lower right")
     axes.set_ylim(bottom=0)
-    _label(axes, f"{unit} a second", "linear")
+    _label(axes, f"{unit} per second", "linear")
     axes = figure.add_subplot(1, 2, 2)
-    shared, left, right = np.intersect1d(tokens.steps, time.steps, assume_unique=True, return_indices=True)
+    shared, left, right = np.intersect1d(items.steps, time.steps, assume_unique=True, return_indices=True)
     if len(shared):
-        axes.plot(time.values[right] / 60, tokens.values[left] / 1e6, color=_BLUE, linewidth=1.6)
+        axes.plot(time.values[right] / 60, items.values[left] / 1e6, color=_BLUE, linewidth=1.6)
     _label(axes, f"{unit} (millions)", "linear")
     axes.set_xlabel("time (minutes)")
     return figure

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["World", "barrier", "broadcast", "gather", "group", "joined", "sum_over_ranks", "world", "wrap"]
+__all__ = ["World", "barrier", "broadcast", "gather", "group", "init_distributed", "sum_over_ranks", "world", "wrap"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def group() -> Any:
 
 
 @contextlib.contextmanager
-def joined(device: str = "auto") -> Iterator[World]:
+def init_distributed(device: str = "auto") -> Iterator[World]:
     """Join the processes that ``torchrun`` started (nccl on GPUs, gloo on CPUs) for the length of a block.
 
     Outside ``torchrun`` this joins nothing. A group that was joined before is used and left as it is.

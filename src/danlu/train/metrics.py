@@ -7,23 +7,12 @@ are not finite are written as ``null``, for JSON has no word for them.
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-__all__ = ["MetricsFile", "Record", "Reporter", "TensorBoard"]
+from danlu.protocols import Record
 
-Record = Mapping[str, Any]
-
-
-class Reporter(Protocol):
-    """Receives the record of every logged step in order, then is closed."""
-
-    def __call__(self, record: Record) -> None:
-        """Take one record."""
-
-    def close(self) -> None:
-        """Finish: nothing is reported afterwards."""
+__all__ = ["MetricsFile", "TensorBoard"]
 
 
 class MetricsFile:

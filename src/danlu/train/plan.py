@@ -1,19 +1,20 @@
 """What a run is going to do, in plain sentences, before it does it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from danlu import optim
+from danlu.optim import state_bytes
+from danlu.protocols import Batch, CountsOperations, CountsParameters, Data
 from danlu.train import rng
+from danlu.train.config import TrainConfig
 from danlu.train.device import Policy
 from danlu.train.progress import duration
-from danlu.train.trainer import Batch, TrainConfig
 
-__all__ = ["EXPECTED_SHARE", "activation_bytes", "sentences", "state_bytes", "training_flops"]
+__all__ = ["EXPECTED_SHARE", "activation_bytes", "sentences", "training_flops"]
 
 EXPECTED_SHARE = 0.4
 """Share of the measured rate of matrix products that a training step is expected to reach; the run shows the truth."""
@@ -51,22 +52,12 @@ def activation_bytes(objective: nn.Module, batch: Batch) -> int:
     return kept * rows
 
 
-def state_bytes(optimizers: Sequence[Optimizer]) -> int:
-    """Return the bytes that ``optimizers`` will keep between steps."""
-    return sum(map(optim.state_bytes, optimizers))
+def training_flops(model: nn.Module, data: Data) -> float | None:
+    """Return the floating-point operations of training one of what the loss is divided by, by the model's own count.
 
-
-def training_flops(model: nn.Module, data: Any) -> float | None:
-    """Return the operations of training one of the units that the data consist of, by the network's own count.
-
-    None for a network that does not count them.
+    None for a model that does not count them.
     """
-    length = getattr(data, "length", None)
-    per_token = getattr(model, "flops_per_token", None)
-    if per_token and length:
-        return float(per_token(length))
-    forward: Any = getattr(model, "flops", None)
-    return None if forward is None else 3.0 * float(forward)  # the backward pass is two more of the forward one
+    return model.training_flops(data.manifest.get("length")) if isinstance(model, CountsOperations) else None
 
 
 def sentences(
@@ -74,7 +65,7 @@ def sentences(
     *,
     model: nn.Module,
     objective: Any,
-    optimizers: Sequence[Optimizer],
+    optimizer: Optimizer,
     batch: Batch,
     policy: Policy,
     processes: int = 1,
@@ -86,13 +77,13 @@ def sentences(
     Args:
         config: the loop.
         model: the network; ``parameter_counts()`` gives its total and active parameters if it has experts.
-        objective: what is trained.
-        optimizers: of the run.
+        objective: what is trained, a module that fits :class:`danlu.protocols.Objective`.
+        optimizer: of the run.
         batch: one micro-batch of this process.
         policy: arithmetic and measured speed.
         processes: that share the work.
-        flops: floating point operations of training a unit.
-        manifest: what the data are; its ``unit`` is what the objective counts (tokens, images).
+        flops: floating-point operations of training one of what the loss is divided by.
+        manifest: what the data are.
     """
     said = []
     data = manifest or {}
@@ -100,32 +91,48 @@ def sentences(
         size = f", {data['bytes'] / 1e6:.2f} MB" if "bytes" in data else ""
         said.append(f"Data: {data['source']}{size}{_documents(data)}.")
         said += data.get("warnings", [])
+    parameters = list(objective.parameters())
     total = sum(p.numel() for p in model.parameters())
-    counts = getattr(model, "parameter_counts", None)
-    total, active = counts() if counts else (total, total)
-    experts = f", of which {_count(active)} work on each token" if active != total else ""
+    total, active = model.parameter_counts() if isinstance(model, CountsParameters) else (total, total)
+    experts = f" ({_count(active)} active per token)" if active != total else ""
     said.append(f"Model: {_count(total)} parameters{experts}.")
-    a_step = int(objective.count(batch)) * config.accumulate * processes
-    units = a_step * config.steps
-    unit = data.get("unit", "tokens")
-    held = data.get(f"train_{unit}")
-    passes = f", {units / held:.1f} passes over the data" if held else ""
-    said.append(f"Training: {config.steps:,} steps of {a_step:,} {unit}, {_count(units)} in all{passes}.")
-    weights = sum(p.nbytes for p in objective.parameters())
+    unit = objective.unit
+    a_step = int(objective.denominator(batch)) * config.accumulate * processes
+    items = None if config.steps is None else a_step * config.steps
+    said.append(f"Training: {_extent(config)}, {a_step:,} {unit} per step{_in_all(items, unit, data)}.")
+    weights = sum(p.nbytes for p in parameters)
     copies = 3 if config.ema is not None else 2  # weights, gradients, average
-    memory = copies * weights + state_bytes(optimizers) + activation_bytes(objective, batch)
+    memory = copies * weights + state_bytes(optimizer) + activation_bytes(objective, batch)
     size = f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:.0f} MiB"
     said.append(f"Memory: about {size} for weights, gradients, optimizer state and activations.")
     said.append(policy.sentence())
-    if flops:
-        seconds = flops * units / (EXPECTED_SHARE * policy.rate * processes)
-        said.append(
-            f"Time: about {duration(seconds)}, if {EXPECTED_SHARE:.0%} of the measured speed is reached; "
-            "the line below soon knows better."
-        )
+    if flops and items and config.minutes is None:
+        seconds = flops * items / (EXPECTED_SHARE * policy.rate * processes)
+        said.append(f"Time: about {duration(seconds)} at {EXPECTED_SHARE:.0%} of the measured speed.")
     if config.compile:
         said.append("The first step compiles the model, which takes a minute or so.")
     return said
+
+
+def _extent(config: TrainConfig) -> str:
+    """How long the run is.
+
+    >>> _extent(TrainConfig(steps=600)), _extent(TrainConfig(steps=600, minutes=8))
+    ('600 steps', 'for 8 min 00 s, at most 600 steps')
+    """
+    if config.minutes is None:
+        return f"{config.steps:,} steps"
+    most = "" if config.steps is None else f", at most {config.steps:,} steps"
+    return f"for {duration(60 * config.minutes)}{most}"
+
+
+def _in_all(items: int | None, unit: str, data: Mapping[str, Any]) -> str:
+    """What a run of known length goes through, and how often that is all of the data."""
+    if items is None:
+        return ""
+    held = data.get(f"train_{unit}")
+    passes = f" ({items / held:.1f} passes over the data)" if held else ""
+    return f", {_count(items)} in all{passes}"
 
 
 def _documents(data: Mapping[str, Any]) -> str:

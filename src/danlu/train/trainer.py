@@ -1,8 +1,12 @@
-"""The training loop. It knows no task: an objective gives the summed loss of a batch and counts its units.
+"""The training loop. It knows no task: an objective gives the summed loss of a batch and what to divide it by.
 
-With ``S_i`` the summed loss of micro-batch ``i`` and ``n_i`` its units (tokens, images, ...), a step follows the
-gradient of ``sum S_i / sum n_i`` over all micro-batches of all processes: accumulating, or sharing the work among
-processes, gives the step of one large batch, however unevenly the units are spread.
+With ``S_i`` the summed loss of micro-batch ``i`` and ``n_i`` its denominator (tokens with a target, images, ...), a
+step follows the gradient of ``sum S_i / sum n_i`` over all micro-batches of all processes: accumulating, or sharing the
+work among processes, gives the step of one large batch, however unevenly the targets are spread.
+
+A step's record goes through three states: its numbers wait on the device (``_pending``, so that the step does not wait
+for them), it is read and reported, or it is read and waits for its evaluation (``_unevaluated``). The last one is part
+of the checkpoint: a run that is interrupted in an evaluation begins with that evaluation when it is resumed.
 """
 
 import time
@@ -12,102 +16,28 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from danlu._validate import choice, integer, number, positive
+from danlu.objectives import evaluate
 from danlu.optim import NonFiniteGuard, clip_grad_norm_, grad_norm
+from danlu.protocols import Batch, Loader, Paced, Record, Reporter, ScheduleConfig
 from danlu.train import checkpoint, rng
+from danlu.train.budget import Length
+from danlu.train.config import TrainConfig
 from danlu.train.device import Policy, choose
 from danlu.train.distributed import barrier, gather, sum_over_ranks, world, wrap
-from danlu.train.metrics import Record, Reporter
+from danlu.train.migrations import upgraded_state
 from danlu.train.signals import Stop
 
-__all__ = ["Batch", "Loader", "TrainConfig", "Trainer"]
-
-Batch = Mapping[str, Tensor]
+__all__ = ["TrainConfig", "Trainer"]
 
 _FLUSH_EVERY = {"cpu": 1, "cuda": 16}  # steps whose numbers wait on the device before they are read together
-
-
-class Loader(Protocol):
-    """An endless stream of batches whose position is a small state."""
-
-    def __next__(self) -> Batch:
-        """Return the next batch."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return the position."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """Go to a position."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The loop of a run.
-
-    Attributes:
-        steps: optimizer steps.
-        accumulate: micro-batches in a step.
-        seed: of the weights, the order of the data and everything drawn.
-        clip: largest global norm of the gradient; None leaves it as it is.
-        patience: steps in a row that may be skipped because a gradient is not finite before the run stops.
-        log_every: steps between two logged ones.
-        eval_every: steps between evaluations (the last step is always evaluated); None for the last only.
-        eval_batches: validation batches of an evaluation; None for all.
-        checkpoint_every: steps between checkpoints (the end is always saved); None for the end only.
-        keep: checkpoints kept.
-        precision: of activations and their matrix products; "auto" takes what was measured to be best here.
-        device: "auto" takes a GPU if there is one.
-        threads: CPU threads; None for the physical cores available.
-        compile: run the objective through torch.compile: the first step then takes a minute or so.
-        ema: decay of a moving average of the weights, evaluated and sampled in their place; None for none.
-        tensorboard: write TensorBoard event files.
-    """
-
-    steps: int = 1000
-    accumulate: int = 1
-    seed: int = 0
-    clip: float | None = 1.0
-    patience: int = 10
-    log_every: int = 1
-    eval_every: int | None = 100
-    eval_batches: int | None = 16
-    checkpoint_every: int | None = 200
-    keep: int = 2
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None
-    compile: bool = False
-    ema: float | None = None
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "patience", "log_every", "keep"):
-            integer(name, getattr(self, name))
-        for name in ("eval_every", "eval_batches", "checkpoint_every"):
-            if getattr(self, name) is not None:
-                integer(name, getattr(self, name))
-        if self.threads is not None:
-            integer("threads", self.threads, high=1024)
-        integer("seed", self.seed, low=0, high=2**63 - 1)
-        if self.clip is not None:
-            positive("clip", self.clip)
-        if self.ema is not None:
-            number("ema", self.ema, low=0, high=1, high_open=True)
-        choice("precision", self.precision, ("auto", "float32", "bfloat16"))
-        choice("device", self.device, ("auto", "cpu", "cuda"))
-
-    @property
-    def batches(self) -> int:
-        """Training batches of a run."""
-        return self.steps * self.accumulate
 
 
 class _InterruptedError(Exception):
@@ -119,8 +49,8 @@ class _Pending:
     """Numbers of a step that may still be on their way from the device."""
 
     step: int
-    loss: Tensor  # summed over this process's units
-    units: Tensor  # of all processes
+    loss: Tensor  # summed over this process's targets
+    items: Tensor  # targets of all processes
     norm: Tensor
     lr: float
     skipped: int
@@ -129,14 +59,13 @@ class _Pending:
 
 
 class Trainer:
-    """Train ``objective`` for ``config.steps`` steps.
+    """Train ``objective`` for ``config.steps`` steps, or for ``config.minutes``.
 
     Args:
-        objective: a module: ``objective(batch)`` is a summed loss, ``objective.count(batch)`` its units,
-            ``objective.evaluate(batches)`` a dictionary of numbers, ``objective.metrics()`` another.
-        optimizers: stepped in order.
-        schedules: stepped after them.
-        loader: training batches: dictionaries of tensors.
+        objective: a module that fits :class:`danlu.protocols.Objective`.
+        optimizer: of its parameters.
+        schedule: of the learning rate, a factor on every group's own.
+        loader: training batches.
         config: the loop.
         policy: arithmetic; None chooses by ``config.precision``.
         validation: called with a number of batches (None: all), gives this process's share of the validation batches.
@@ -144,19 +73,20 @@ class Trainer:
         described: the configuration stored in checkpoints.
         reporters: receive the record of every logged step, on rank 0.
         ema: moving average of ``objective`` (:func:`danlu.train.ema.averaged`), evaluated in its place.
-        flops: floating point operations of training a unit, for the share of the device's speed that is used.
+        flops: floating-point operations of training one of what the loss is divided by, for the share of the device's
+            speed that is used.
 
     Example::
 
-        trainer = Trainer(objective, [optimizer], [schedule], loader, TrainConfig(steps=100))
+        trainer = Trainer(objective, optimizer, Cosine(), loader, TrainConfig(steps=100))
         trainer.fit()
     """
 
     def __init__(
         self,
         objective: nn.Module,
-        optimizers: Sequence[Optimizer],
-        schedules: Sequence[LRScheduler],
+        optimizer: Optimizer,
+        schedule: ScheduleConfig,
         loader: Loader,
         config: TrainConfig,
         *,
@@ -169,7 +99,9 @@ class Trainer:
         flops: float | None = None,
     ) -> None:
         self.objective: Any = objective
-        self.optimizers, self.schedules, self.loader = list(optimizers), list(schedules), loader
+        self.optimizer, self.loader = optimizer, loader
+        self.length = Length(config.steps, config.minutes, schedule)
+        self.scheduler = LambdaLR(optimizer, lambda step: schedule.factor(step, self.length.steps))
         self.config, self.validation, self.folder = config, validation, folder
         self.described = dict(described or {})
         self.reporters, self.ema, self.flops = list(reporters), ema, flops
@@ -181,13 +113,28 @@ class Trainer:
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.guard = NonFiniteGuard(config.patience)
         self.step = 0
-        self.tokens = 0
+        self.items = 0
         self.seconds = 0.0
-        self.saved: int | None = None
+        self._saved: int | None = None  # step of the newest checkpoint
         self._pending: list[_Pending] = []
-        self._unevaluated: dict[str, Any] | None = None  # record of a step whose evaluation is still to come
+        self._unevaluated: dict[str, Any] | None = None
         self._start = time.perf_counter()
-        self._stopping = False
+        self._stop_agreed = False  # by all processes, in the last step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.length.reached(self.step)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step has been taken and everything about it was reported."""
+        return self.finished and self._unevaluated is None
+
+    @property
+    def logged(self) -> int:
+        """The last step whose record is final: one that still waits for its evaluation will be reported again."""
+        return self.step if self._unevaluated is None else self.step - 1
 
     def fit(self, stop: Stop | None = None) -> None:
         """Train to the last step, or until ``stop`` has received a signal; then the state has been saved.
@@ -197,18 +144,15 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         stop = stop or Stop()
-        config = self.config
         self._start = time.perf_counter() - self.seconds
         try:
             while True:
                 if self._unevaluated is not None:
                     self._evaluate(stop)
-                finished = self.step >= config.steps
-                if self.world.size == 1:
-                    self._stopping = stop.signal is not None
-                if finished or self._stopping or (self.step and _due(self.step, config.checkpoint_every)):
+                ending = self.finished or self._stopping(stop)
+                if ending or (self.step and _due(self.step, self.config.checkpoint_every)):
                     self.save()
-                if finished or self._stopping:
+                if ending:
                     return
                 self._train_step(stop)
         except BaseException:
@@ -216,28 +160,32 @@ class Trainer:
                 self._report_pending()
             raise
 
+    def _stopping(self, stop: Stop) -> bool:
+        return stop.signal is not None if self.world.size == 1 else self._stop_agreed
+
     def save(self) -> None:
         """Write a checkpoint of the present state, unless the newest one is of this step already."""
         self._report_pending()
-        if self.folder is None or self.saved == self.step:
+        if self.folder is None or self._saved == self.step:
             return
         state = self.state_dict()  # every process contributes its generators
         if self.world.main:
             checkpoint.save(self.folder, self.step, state, config=self.described, keep=self.config.keep)
         barrier()
-        self.saved = self.step
+        self._saved = self.step
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the run depends on."""
         self.seconds = time.perf_counter() - self._start
         return {
             "step": self.step,
-            "tokens": self.tokens,
+            "items": self.items,
             "seconds": self.seconds,
+            "length": self.length.state_dict(),
             "unevaluated": self._unevaluated,
             "objective": self.objective.state_dict(),
-            "optimizers": [checkpoint.plain_groups(optimizer.state_dict()) for optimizer in self.optimizers],
-            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "optimizer": checkpoint.plain_groups(self.optimizer.state_dict()),
+            "schedule": self.scheduler.state_dict(),
             "loader": dict(self.loader.state_dict()),
             "guard": self.guard.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -245,20 +193,22 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where :meth:`state_dict` was taken.
+        """Continue exactly where :meth:`state_dict` was taken, by this release or the one before.
 
         With as many processes as then, every later number is the same bit for bit; with another number the random
         generators of the processes are seeded anew.
         """
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.saved = self.step
+        state = upgraded_state(state)
+        self.step, self.items, self.seconds = state["step"], state["items"], state["seconds"]
+        self._saved = self.step
         self._unevaluated = state["unevaluated"]
+        if state["length"] is not None:  # a checkpoint of the release before has none
+            self.length.load_state_dict(state["length"])
         self.objective.load_state_dict(state["objective"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
-            optimizer.load_state_dict({**saved, "param_groups": [{**now, **then} for now, then in groups]})
-        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
-            schedule.load_state_dict(saved)
+        saved = state["optimizer"]
+        groups = zip(self.optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+        self.optimizer.load_state_dict({**saved, "param_groups": [{**now, **then} for now, then in groups]})
+        self.scheduler.load_state_dict(state["schedule"])
         self.loader.load_state_dict(state["loader"])
         self.guard.load_state_dict(state["guard"])
         if self.ema is not None:
@@ -268,85 +218,102 @@ class Trainer:
         else:
             rng.seed_all(self.config.seed + 1_000_003 * (self.world.rank + self.world.size * self.step))
 
-    @property
-    def logged(self) -> int:
-        """The last step whose record is final: one that still waits for its evaluation will be reported again."""
-        return self.step if self._unevaluated is None else self.step - 1
-
     def _train_step(self, stop: Stop) -> None:
-        config, began = self.config, time.perf_counter()
+        began = time.perf_counter()
+        loss, items, elapsed = self._forward_backward(stop)
+        norm, lr = self._apply(elapsed)
+        self.step += 1
+        now = time.perf_counter()
+        self._pending.append(
+            _Pending(self.step, loss, items, norm, lr, self.guard.skipped, now - self._start, now - began)
+        )
+        if self.validation is not None and (self.finished or _due(self.step, self.config.eval_every)):
+            self._unevaluated = self._report_pending(hold=True)
+        elif len(self._pending) >= _FLUSH_EVERY.get(self.policy.device.type, 1):
+            self._report_pending()
+
+    def _forward_backward(self, stop: Stop) -> tuple[Tensor, Tensor, float]:
+        """Accumulate the gradient of a step; return the summed loss, the denominator of all, and the seconds so far.
+
+        One collective adds up what every process has to know: the denominators, whether one was asked to stop, and the
+        time, which has to be the same for all because it may decide on the length of the run.
+        """
+        device = self.policy.device
         self.objective.train()
-        batches = [_to(next(self.loader), self.policy.device) for _ in range(config.accumulate)]
-        units = torch.stack([self.objective.count(batch) for batch in batches]).sum().double()
-        asked = torch.full_like(units, float(stop.signal is not None))
-        totals = sum_over_ranks(torch.stack([units, asked]))
-        scale = self.world.size / totals[0].clamp_min(1)  # data parallelism averages gradients over processes
-        loss = torch.zeros((), dtype=torch.float64, device=self.policy.device)
+        batches = [_to(next(self.loader), device) for _ in range(self.config.accumulate)]
+        items = torch.stack([self.objective.denominator(batch) for batch in batches]).sum().double()
+        elapsed = time.perf_counter() - self._start
+        if self.world.size > 1:
+            asked = torch.tensor([stop.signal is not None, elapsed / self.world.size], dtype=items.dtype, device=device)
+            items, others = (totals := sum_over_ranks(torch.cat([items[None], asked])))[0], totals[1:].tolist()
+            self._stop_agreed, elapsed = others[0] > 0, others[1]
+        scale = self.world.size / items.clamp_min(1)  # data parallelism averages gradients over processes
+        loss = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(batches):
             alone = self.world.size > 1 and index < len(batches) - 1
             with self.called.no_sync() if alone else nullcontext():
                 part = self.called(batch)
                 (part * scale.to(part.dtype)).backward()
             loss += part.detach()
-        norm = grad_norm(self.parameters) if config.clip is None else clip_grad_norm_(self.parameters, config.clip)
-        lr = float(self.optimizers[0].param_groups[0]["lr"])
+        return loss, items, elapsed
+
+    def _apply(self, elapsed: float) -> tuple[Tensor, float]:
+        """Clip, step and schedule; return the gradient's norm and the learning rate that was used."""
+        clip = self.config.clip
+        norm = grad_norm(self.parameters) if clip is None else clip_grad_norm_(self.parameters, clip)
+        lr = float(self.optimizer.param_groups[0]["lr"])
         allowed = self.guard.allows(norm, self.objective.named_parameters())
         if allowed:
-            for optimizer in self.optimizers:
-                optimizer.step()
+            self.optimizer.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.objective)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.length.update(self.step, elapsed)
+        if self.config.minutes is not None and isinstance(self.objective, Paced):
+            self.objective.pace(self.step / self.length.steps)
         with warnings.catch_warnings():
             if not allowed:  # a skipped first step is no mistake in the order of calls
                 warnings.simplefilter("ignore")
-            for schedule in self.schedules:
-                schedule.step()
-        if self.world.size > 1:
-            self._stopping = bool(totals[1] > 0)
-        self.step += 1
-        now = time.perf_counter()
-        self._pending.append(
-            _Pending(self.step, loss, totals[0], norm, lr, self.guard.skipped, now - self._start, now - began)
-        )
-        due = self.step == config.steps or _due(self.step, config.eval_every)
-        if self.validation is not None and due:
-            self._unevaluated = self._report_pending(hold=True)
-        elif len(self._pending) >= _FLUSH_EVERY.get(self.policy.device.type, 1):
-            self._report_pending()
+            self.scheduler.step()
+        return norm, lr
 
     def _report_pending(self, *, hold: bool = False) -> dict[str, Any] | None:
         """Read the numbers that wait on the device in one go and report them; ``hold`` back the last and return it."""
         if not self._pending:
             return None
-        rows = torch.stack([torch.stack([p.loss, p.units, p.norm.double()]) for p in self._pending])
+        rows = torch.stack([torch.stack([p.loss, p.items, p.norm.double()]) for p in self._pending])
         rows[:, 0] = sum_over_ranks(rows[:, 0].contiguous())
-        last = self._pending[-1]
         record: dict[str, Any] = {}
-        for pending, (loss, units, norm) in zip(self._pending, rows.tolist(), strict=True):
-            self.tokens += int(units)
-            speed = units / pending.seconds
-            record = {
-                "step": pending.step,
-                "loss": loss / max(units, 1),
-                "tokens": self.tokens,
-                "time": pending.time,
-                "tokens_per_second": speed,
-                "lr": pending.lr,
-                "grad_norm": norm,
-            }
-            if self.flops:
-                record["mfu"] = speed * self.flops / (self.policy.rate * self.world.size)
-            if pending.skipped:
-                record["skipped"] = pending.skipped
-            if pending is last:
+        for pending, (loss, items, norm) in zip(self._pending, rows.tolist(), strict=True):
+            last = pending is self._pending[-1]
+            self.items += int(items)
+            record = self._record(pending, loss, items, norm)
+            if last:
                 record |= self.objective.metrics()
-            logged = pending.step % self.config.log_every == 0 or pending.step == self.config.steps
-            if logged and not (hold and pending is last):
+            logged = pending.step % self.config.log_every == 0 or self.length.reached(pending.step)
+            if logged and not (hold and last):
                 self._report(record)
         self._pending.clear()
         return record if hold else None
+
+    def _record(self, pending: _Pending, loss: float, items: float, norm: float) -> dict[str, Any]:
+        speed = items / pending.seconds
+        record = {
+            "step": pending.step,
+            "loss": loss / max(items, 1),
+            "items": self.items,
+            "time": pending.time,
+            "items_per_second": speed,
+            "lr": pending.lr,
+            "grad_norm": norm,
+        }
+        if self.flops:
+            record["mfu"] = speed * self.flops / (self.policy.rate * self.world.size)
+        if pending.skipped:
+            record["skipped"] = pending.skipped
+        if self.config.minutes is not None:
+            record["steps"] = self.length.steps
+        return record
 
     def _report(self, record: Record) -> None:
         if self.world.main:
@@ -362,32 +329,23 @@ class Trainer:
         if validation is None or record is None:
             return
         evaluated: Any = self.objective if self.ema is None else self.ema.module
-        units = torch.zeros((), dtype=torch.float64, device=self.policy.device)
 
         def batches() -> Iterator[Batch]:
-            nonlocal units
             for batch in islice(validation(self.config.eval_batches), self.config.eval_batches):
                 if stop.signal is not None and self.world.size == 1:
                     raise _InterruptedError
-                moved = _to(batch, self.policy.device)
-                units = units + evaluated.count(moved)
-                yield moved
+                yield _to(batch, self.policy.device)
 
         before = rng.snapshot()
         try:
-            found: dict[str, float] = evaluated.evaluate(batches())
+            found = evaluate(evaluated, batches())
         except _InterruptedError:
             return
         finally:
             rng.restore(before)
-        if self.world.size > 1:  # every process has evaluated its share
-            names = sorted(found)
-            sums = torch.stack([units * found[name] for name in names] + [units])
-            *means, total = sum_over_ranks(sums).tolist()
-            found = {name: mean / max(total, 1) for name, mean in zip(names, means, strict=True)}
         self._report({**record, **found})
         self._unevaluated = None
-        self.saved = None  # a checkpoint that still asks for this evaluation is out of date
+        self._saved = None  # a checkpoint that still asks for this evaluation is out of date
 
 
 def _due(step: int, every: int | None) -> bool:

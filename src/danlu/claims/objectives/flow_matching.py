@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.claims.frame import Claim, relative
-from danlu.objectives import FlowMatching
+from danlu.objectives import FlowMatching, evaluate
 
 _STD = 0.7
 
@@ -26,7 +26,7 @@ class _Velocity(nn.Module):
 def _loss(factor: float) -> float:
     """Loss an image of 1000 images of 400 normal components."""
     images = _STD * torch.randn(1000, 1, 20, 20, generator=torch.Generator().manual_seed(0))
-    return FlowMatching(_Velocity(factor)).evaluate([{"images": images}])["val_loss"]
+    return evaluate(FlowMatching(_Velocity(factor)), [{"images": images}])["val_loss"]
 
 
 CLAIMS = (

@@ -1,0 +1,59 @@
+"""Evaluation of an objective: the one place where modes are switched, gradients are off and processes are added up."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from danlu.protocols import Batch, Measure, Objective
+
+__all__ = ["evaluate"]
+
+
+@torch.no_grad()
+def evaluate(objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
+    """Measure an objective on batches, in evaluation mode and without gradients.
+
+    With several processes each brings its own batches and all get the numbers of all batches together; what was not
+    measured on any of them is left out. The module is left in the mode that it was in.
+
+    Args:
+        objective: a module that fits :class:`danlu.protocols.Objective`.
+        batches: read once, on the module's device.
+
+    Returns:
+        The numbers by name, ``val_loss`` among them.
+
+    Raises:
+        ValueError: the batches hold nothing that the loss could be measured on.
+
+    >>> from danlu.models import ConvNet, ConvNetConfig
+    >>> from danlu.objectives import Classification
+    >>> objective = Classification(ConvNet(ConvNetConfig(image_size=8, widths=(4,))))
+    >>> batch = {"images": torch.zeros(3, 1, 8, 8), "labels": torch.tensor([1, 2, 3])}
+    >>> sorted(evaluate(objective, [batch]))
+    ['val_accuracy', 'val_loss']
+    """
+    if not isinstance(objective, torch.nn.Module):
+        raise TypeError(f"objective must be a torch.nn.Module, got {type(objective).__name__}")
+    was_training = objective.training
+    objective.eval()
+    try:
+        measures = objective.evaluate(batches)
+    finally:
+        objective.train(was_training)
+    if dist.is_available() and dist.is_initialized():
+        # Sorted: every process reduces in the same order.
+        measures = {name: _over_processes(measures[name]) for name in sorted(measures)}
+    found = {name: value for name, measure in measures.items() if (value := measure.value()) is not None}
+    if "val_loss" not in found:
+        raise ValueError(f"batches must hold {objective.unit} to measure the loss on, got none")
+    return found
+
+
+def _over_processes(measure: Measure) -> Measure:
+    total, denominator = measure.total.clone(), measure.denominator.clone()  # two measures may share a sum
+    dist.all_reduce(total)
+    dist.all_reduce(denominator)
+    return replace(measure, total=total, denominator=denominator)

@@ -1,0 +1,75 @@
+"""From a configuration to the components of a run, made and fitted together."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from danlu.nn import balance
+from danlu.protocols import Data, ExpectsSizes
+from danlu.train import rng
+from danlu.train.config import RunConfig
+from danlu.train.device import Policy, choose
+from danlu.train.distributed import World, group
+from danlu.train.load import build_model, load_objective
+
+__all__ = ["Assembly", "assemble"]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The components of a run, fitted together; ``config`` is the configuration with the sizes of the data."""
+
+    config: RunConfig
+    data: Data
+    model: nn.Module
+    objective: Any
+    optimizer: Optimizer
+    policy: Policy
+    world: World
+
+
+def assemble(config: RunConfig, world: World | None = None) -> Assembly:
+    """Open the data and make model, objective and optimizer, seeded by ``config.train.seed``.
+
+    The model's fields that the data's ``sizes`` name (a vocabulary, the size of images) take those values, known only
+    once the data were read; a field that is 0 (no classes, say) is a choice and stays. Model, objective and optimizer
+    are made once before, with the sizes known by then: reading data can take long, and what is wrong with the
+    others should be said first.
+
+    Raises:
+        ValueError, TypeError, OSError: a component does not accept its configuration.
+    """
+    world = world or World()
+    policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
+    policy.apply()
+    if isinstance(config.data, ExpectsSizes):
+        config = _fitted(config, config.data.expected_sizes())
+    rng.seed_all(config.train.seed)
+    model = build_model(config, policy)
+    drawn = rng.snapshot()
+    config.optim.build(config.objective.build(model), process_group=None)
+    data = config.data.open(seed=config.train.seed, rank=world.rank, world=world.size)
+    fitted = _fitted(config, data.sizes)
+    if fitted != config:
+        config = fitted
+        rng.seed_all(config.train.seed)
+        model = build_model(config, policy)
+    else:
+        rng.restore(drawn)
+    objective = config.objective.build(
+        model, data=data, batches=config.train.batches, pretrained=lambda other: load_objective(other.run)[0]
+    ).to(policy.device)
+    optimizer = config.optim.build(objective, process_group=group())
+    balance.attach(model, optimizer, summed_loss=objective)
+    return Assembly(config, data, model, objective, optimizer, policy, world)
+
+
+def _fitted(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
+    """The configuration with the sizes that the data have."""
+    fields = {field.name for field in dataclasses.fields(config.model)}
+    sizes = {name: size for name, size in sizes.items() if name in fields and getattr(config.model, name)}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
