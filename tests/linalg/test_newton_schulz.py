@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from danlu.approx import optimal_composition, published
 from danlu.linalg import _newton_schulz, orthogonalize
-from danlu.linalg._newton_schulz import default_gram_steps, power_of_two_scale
+from danlu.linalg._newton_schulz import default_gram_steps, iterate, power_of_two_scale
 from danlu.linalg.msign import default_compositions
 
 
@@ -99,13 +99,35 @@ def test_gram_steps_are_taken_where_they_save_products():
     assert default_gram_steps(seven[:1], 64, 256, torch.float32) == 0
 
 
-def test_engine_waits_for_no_value_and_its_traced_form_gives_the_same(monkeypatch):
+def test_engine_waits_for_no_value():
     stack = _random(3, 7, 11, dtype=torch.float32)
-    f = default_compositions(torch.float32)[0]
-    assert orthogonalize(stack.to("meta"), f).shape == stack.shape
-    eager = orthogonalize(stack, f)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(orthogonalize(stack, f), eager, rtol=0, atol=1e-6)
+    assert orthogonalize(stack.to("meta"), default_compositions(torch.float32)[0]).shape == stack.shape
+
+
+@pytest.mark.parametrize("scale", ["schatten8", "frobenius"])
+@pytest.mark.parametrize("gram_steps", [None, 0, 3])
+@pytest.mark.parametrize("degree", [3, 5, 7, 9])
+@pytest.mark.parametrize("shape", [(3, 7, 11), (2, 12, 5), (1, 6, 6)])
+def test_buffers_used_again_give_what_the_formulas_as_written_give(shape, degree, gram_steps, scale):
+    stack, steps = _random(*shape), optimal_composition(1e-2, 4, degree=degree)
+    plain = iterate(stack, steps.coefficients, None, scale, gram_steps)
+    found = orthogonalize(stack, steps, scale=scale, gram_steps=gram_steps)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+
+
+def test_flat_spectra_take_the_short_composition_in_both_forms():
+    flat, steep = torch.eye(300)[None], torch.diag(0.5 ** torch.arange(300.0))[None]
+    long, short = default_compositions(torch.bfloat16)
+    for stack, taken in ((flat, short), (steep, long)):
+        expected = iterate(stack, taken.coefficients, None, "schatten8", None)
+        assert torch.equal(iterate(stack, long.coefficients, short.coefficients, "schatten8", None), expected)
+        torch.testing.assert_close(orthogonalize(stack, long, short=short), expected, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_engine_is_one_graph_and_gives_the_same():
+    stack, steps = _random(3, 7, 11, dtype=torch.float32), default_compositions(torch.float32)[0]
+    compiled = torch.compile(lambda M: orthogonalize(M, steps), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(stack), orthogonalize(stack, steps), rtol=0, atol=1e-6)
 
 
 def test_scale_is_a_power_of_two_that_brings_the_largest_entry_into_the_upper_half():

@@ -20,7 +20,7 @@ _CHUNK_GRAMS = 1 << 19
 
 # Rounding leaves a Gram matrix with eigenvalues of -eps and so where it should have zeros, and a step that multiplies
 # small singular values by a multiplies those by a^2, until they leave the interval in which the polynomials converge.
-# This is how much growth each format bears before the last step.
+# This is how much growth each dtype bears before the last step.
 _GRAM_GROWTH = {torch.float64: 1e12, torch.float32: 1e5, torch.bfloat16: 160.0}
 
 # Frobenius over Schatten-8 norm from which a spectrum counts as flat: 1.3 for a power law 1/i, 4 and more for Gaussian
@@ -28,7 +28,7 @@ _GRAM_GROWTH = {torch.float64: 1e12, torch.float32: 1e5, torch.bfloat16: 160.0}
 _FLAT = 3.5
 
 # Side from which forming little more than half of a symmetric product is quicker than all of it, on a CPU. Blocks of a
-# stack in a half format are copied before they are multiplied, so that there it never is.
+# stack in a 16-bit dtype are copied before they are multiplied, so that there it never is.
 _MIRRORED = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 384}
 
 
@@ -46,14 +46,14 @@ def orthogonalize(
     This is the hot path under :func:`danlu.linalg.msign`: it validates nothing, records no gradient, leaves its input
     unchanged and, unless ``short`` is given, never waits for the device.
 
-    The scale is first a power of two (exact in every format), then the Schatten-8 norm
+    The scale is first a power of two (exact in every dtype), then the Schatten-8 norm
     :math:`\\|(M M^T)^2\\|_F^{1/4} \\ge \\sigma_1`, which the first step computes anyway and which is several times
     tighter than the Frobenius norm on flat spectra. A zero matrix gives zero. Not for float16, which has not the range
     to hold the square of a Gram matrix.
 
     Args:
         stack_bmn: ``(B, m, n)``, a floating dtype, in which the products run; any strides, any device.
-        composition: odd polynomials designed for [lower, 1], with a safety factor where the dtype is a half format.
+        composition: odd polynomials designed for [lower, 1], with a safety factor where the dtype has 16 bits.
         short: a composition with fewer steps, taken for a chunk of the stack whose matrices all have a Frobenius norm
             of at least 3.5 times their scale: their spectra are flat, so fewer values are small. Waits for the device.
         scale: ``"frobenius"`` is the scale that published coefficient sets were fitted for.
@@ -78,17 +78,16 @@ def orthogonalize(
         out = torch.empty(stack_bmn.shape, dtype=stack_bmn.dtype, device=stack_bmn.device)
         if out.numel() == 0:
             return out
-        size = count
-        if stack_bmn.device.type == "cpu" and not torch.compiler.is_compiling():
-            size = min(count, chunk_length(m, n, stack_bmn.dtype, stack_bmn.device, chunk_bytes))
+        shorter = short.coefficients if short else None
+        if torch.compiler.is_compiling():
+            return iterate(stack_bmn, steps, shorter, scale, gram_steps)
+        size = min(count, chunk_length(m, n, stack_bmn.dtype, stack_bmn.device, chunk_bytes))
         for start in range(0, count, size):
             chunk = stack_bmn[start : start + size]
             target = out[start : start + size]
             if chunk.shape[0] == 1:  # mm is quicker than bmm of one
                 chunk, target = chunk[0], target[0]
-            result = _iterate(chunk, steps, short.coefficients if short else None, scale, gram_steps, target)
-            if torch.compiler.is_compiling():
-                return result.reshape(stack_bmn.shape)
+            _iterate_into(target, chunk, steps, shorter, scale, gram_steps)
     return out
 
 
@@ -150,20 +149,82 @@ def _products(steps: Sequence[Sequence[float]], m: int, n: int, tail: int) -> fl
     return own + 2 * ratio * (len(steps) - tail) + (2 * ratio + 3 * (tail - 1) if tail else 0)
 
 
-def _iterate(
-    M: Tensor,
-    steps: Sequence[Sequence[float]],
-    short: Sequence[Sequence[float]] | None,
-    scale: str,
-    gram_steps: int | None,
-    out: Tensor,
-) -> Tensor:
-    """Return the composition of one chunk ``M``, ``(m, n)`` or ``(b, m, n)``, written into ``out`` in eager mode."""
+Steps = Sequence[Sequence[float]]
+"""Coefficients of the odd polynomials, step by step."""
+
+
+def iterate(M: Tensor, steps: Steps, short: Steps | None, scale: str, gram_steps: int | None) -> Tensor:
+    """Return the composition of ``M``, ``(…, m, n)``, as the formulas are written.
+
+    This is what a compiled model runs; :func:`_iterate_into` is the same in buffers that it uses again.
+    """
+    m, n = M.shape[-2:]
+
+    def gram(X: Tensor) -> Tensor:
+        return X @ X.mT if m <= n else X.mT @ X
+
+    def apply(P: Tensor, X: Tensor) -> Tensor:
+        return P @ X if m <= n else X @ P
+
+    X = M * power_of_two_scale(M)
+    A = gram(X)
+    A2 = A @ A
+    bound, frobenius = _norms(A, A2)
+    if short is not None and bool((frobenius >= _FLAT * bound).all()):
+        steps = short
+    tail = _tail(steps, (m, n), M.dtype, gram_steps)
+    # The largest entry is at least 1/2, hence so is the largest singular value, unless the matrix is zero.
+    s = (frobenius if scale == "frobenius" else bound).clamp_min(0.25).reciprocal()
+    X = apply(_scaled_polynomial(A, A2, steps[0], s), X)
+    for coefficients in steps[1 : len(steps) - tail]:
+        X = apply(polynomial(gram(X), coefficients), X)
+    if tail:
+        A = gram(X)
+        Q = P = polynomial(A, steps[len(steps) - tail])
+        for coefficients in steps[len(steps) - tail + 1 :]:
+            A = P @ A @ P
+            P = polynomial(A, coefficients)
+            Q = apply(P, Q)
+        X = apply(Q, X)
+    return X
+
+
+def polynomial(A: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Return ``c0 I + c1 A + c2 A^2 + …`` of degree 4 at most.
+
+    >>> polynomial(torch.eye(2), [1.0, 2.0, 3.0]).tolist()
+    [[6.0, 0.0], [0.0, 6.0]]
+    """
+    constant, linear, *higher = coefficients
+    P = A * linear
+    if len(higher) == 1:
+        P = P + higher[0] * (A @ A)
+    elif higher:
+        A2 = A @ A
+        inner = A * higher[1] + (A2 * higher[2] if len(higher) == 3 else 0)
+        inner.diagonal(dim1=-2, dim2=-1).add_(higher[0])
+        P = P + A2 @ inner
+    P.diagonal(dim1=-2, dim2=-1).add_(constant)
+    return P
+
+
+def _norms(A: Tensor, A2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Schatten-8 and Frobenius norms of a matrix, ``(…, 1, 1)``, from its Gram matrix and that squared."""
+    dtype = at_least_float32(A.dtype)
+    bound = torch.linalg.vector_norm(A2, dim=(-2, -1), keepdim=True, dtype=dtype).pow(0.25)
+    return bound, A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=dtype)[..., None, None].sqrt()
+
+
+def _tail(steps: Steps, shape: tuple[int, int], dtype: torch.dtype, gram_steps: int | None) -> int:
+    return default_gram_steps(steps, *shape, dtype) if gram_steps is None else min(gram_steps, len(steps) - 1)
+
+
+def _iterate_into(
+    out: Tensor, M: Tensor, steps: Steps, short: Steps | None, scale: str, gram_steps: int | None
+) -> None:
+    """Write what :func:`iterate` returns for one chunk, ``(m, n)`` or ``(b, m, n)``, into ``out``."""
     m, n = M.shape[-2:]
     wide = m <= n
-
-    def tail_of(steps: Sequence[Sequence[float]]) -> int:
-        return default_gram_steps(steps, m, n, M.dtype) if gram_steps is None else min(gram_steps, len(steps) - 1)
 
     def gram(X: Tensor, out: Tensor) -> Tensor:
         return _symmetric_product(X, X.mT, out) if wide else _symmetric_product(X.mT, X, out)
@@ -172,36 +233,32 @@ def _iterate(
         return _product(P, X, out) if wide else _product(X, P, out)
 
     # X alternates between two buffers; begin in the one that makes the last product land in `out`.
-    tail = tail_of(steps)
+    tail = _tail(steps, (m, n), M.dtype, gram_steps)
     products = len(steps) - tail + (tail > 0)
     X, other = (out, torch.empty_like(out)) if products % 2 == 0 else (torch.empty_like(out), out)
     A, T, P = (M.new_empty((*M.shape[:-2], min(m, n), min(m, n))) for _ in range(3))
 
-    X = torch.mul(M, power_of_two_scale(M), out=X)
-    A = gram(X, A)
-    T = _symmetric_product(A, A, T)
-    bound = torch.linalg.vector_norm(T, dim=(-2, -1), keepdim=True, dtype=at_least_float32(M.dtype)).pow(0.25)
-    frobenius = A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=bound.dtype)[..., None, None].sqrt()
+    torch.mul(M, power_of_two_scale(M), out=X)
+    gram(X, A)
+    _symmetric_product(A, A, T)
+    bound, frobenius = _norms(A, T)
     if short is not None and bool((frobenius >= _FLAT * bound).all()):
-        steps, tail = short, tail_of(short)
-    if scale == "frobenius":
-        bound = frobenius
-    # The largest entry is at least 1/2, hence so is the largest singular value, unless the matrix is zero.
-    P = _scaled_polynomial(A, T, steps[0], bound.clamp_min(0.25).reciprocal())
+        steps, tail = short, _tail(short, (m, n), M.dtype, gram_steps)
+    s = (frobenius if scale == "frobenius" else bound).clamp_min(0.25).reciprocal()
+    P = _scaled_polynomial(A, T, steps[0], s)
     X, other = apply(P, X, other), X
-
     for coefficients in steps[1 : len(steps) - tail]:
-        A = gram(X, A)
-        P = _polynomial(A, coefficients, T, P)
+        gram(X, A)
+        _polynomial_into(P, A, coefficients, T)
         X, other = apply(P, X, other), X
     if tail:
-        A = gram(X, A)
+        gram(X, A)
         Q: Tensor | None = None
         for remaining, coefficients in zip(range(tail - 1, -1, -1), steps[len(steps) - tail :]):
-            P = _polynomial(A, coefficients, T, P)
+            _polynomial_into(P, A, coefficients, T)
             if remaining:
-                T = _symmetric_product(P, A, T)
-                A = _symmetric_product(T, P, A)
+                _symmetric_product(P, A, T)
+                _symmetric_product(T, P, A)
             if Q is None:
                 Q, P = P, torch.empty_like(P)
             else:
@@ -209,14 +266,11 @@ def _iterate(
                 Q, T = (_product(P, Q, T) if wide else _product(Q, P, T)), Q
         assert Q is not None
         X = apply(Q, X, other)
-    if X is not out and not torch.compiler.is_compiling():
-        X = out.copy_(X)
-    return X
+    if X is not out:
+        out.copy_(X)
 
 
 def _product(A: Tensor, B: Tensor, out: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return A @ B
     return torch.mm(A, B, out=out) if A.ndim == 2 else torch.bmm(A, B, out=out)
 
 
@@ -230,10 +284,8 @@ def _symmetric_product(
     """
     size = out.shape[-1]
     copied = A.ndim == 3 and A.dtype.itemsize < 4
-    if torch.compiler.is_compiling() or A.device.type != "cpu" or copied or size < _MIRRORED[A.dtype]:
-        if C is not None:
-            return _fused(C, A, B, beta, alpha, out)
-        return _product(A, B, out)
+    if A.device.type != "cpu" or copied or size < _MIRRORED[A.dtype]:
+        return _product(A, B, out) if C is None else _fused(C, A, B, beta, alpha, out)
     block = -(-size // (4 if size >= 512 or A.shape[-1] > size else 2))
     for start in range(0, size, block):
         end = min(start + block, size)
@@ -247,23 +299,28 @@ def _symmetric_product(
     return out
 
 
-def _polynomial(A: Tensor, coefficients: Sequence[float], T: Tensor, P: Tensor) -> Tensor:
-    """Return ``c0 I + c1 A + c2 A^2 + …`` in ``P``; ``T`` is scratch."""
+def _fused(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
+    """Return ``beta C + alpha A B``."""
+    fused = torch.addmm if A.ndim == 2 else torch.baddbmm
+    return fused(C, A, B, beta=beta, alpha=alpha, out=out)
+
+
+def _polynomial_into(P: Tensor, A: Tensor, coefficients: Sequence[float], T: Tensor) -> None:
+    """Write :func:`polynomial` into ``P``; ``T`` is scratch."""
     constant, linear, *higher = coefficients
     if not higher:
-        P = torch.mul(A, linear) if torch.compiler.is_compiling() else torch.mul(A, linear, out=P)
+        torch.mul(A, linear, out=P)
     elif len(higher) == 1:
-        P = _symmetric_product(A, A, P, A, linear, higher[0])
+        _symmetric_product(A, A, P, A, linear, higher[0])
     else:
         # Degrees 7 and 9 split as (c0 + c1 A) + A^2 (c2 + c3 A + c4 A^2), which is one product more than degree 5.
-        T = _symmetric_product(A, A, T)
+        _symmetric_product(A, A, T)
         inner = torch.mul(A, higher[1])
         if len(higher) == 3:
             inner.add_(T, alpha=higher[2])
         inner.diagonal(dim1=-2, dim2=-1).add_(higher[0])
-        P = _symmetric_product(T, inner, P, A, linear)
+        _symmetric_product(T, inner, P, A, linear)
     P.diagonal(dim1=-2, dim2=-1).add_(constant)
-    return P
 
 
 def _scaled_polynomial(A: Tensor, A2: Tensor, coefficients: Sequence[float], s: Tensor) -> Tensor:
@@ -287,14 +344,6 @@ def _scaled_polynomial(A: Tensor, A2: Tensor, coefficients: Sequence[float], s: 
     return P.to(A.dtype)
 
 
-def _fused(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float, out: Tensor) -> Tensor:
-    """Return ``beta C + alpha A B``."""
-    if torch.compiler.is_compiling():
-        return beta * C + alpha * (A @ B)
-    fused = torch.addmm if A.ndim == 2 else torch.baddbmm
-    return fused(C, A, B, beta=beta, alpha=alpha, out=out)
-
-
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which norms and small factors are held: float32 for the half formats."""
+    """Return the dtype in which norms and small factors are held: float32 for 16-bit dtypes."""
     return torch.float32 if dtype.itemsize < 4 else dtype
