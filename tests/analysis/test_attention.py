@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tensors import gaussian
 from torch import Tensor
 
 from danlu.analysis import (
@@ -16,17 +17,13 @@ from danlu.analysis import (
 )
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def lower(n: int) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool).tril()
 
 
 @pytest.mark.parametrize("kind", ["softmax", "linear"])
 def test_rows_are_weights_and_masked_entries_are_zero(kind: str) -> None:
-    a = attention_matrix(random(2, 13, 5), random(2, 13, 5, seed=1), mask=lower(13), kind=kind)
+    a = attention_matrix(gaussian(2, 13, 5), gaussian(2, 13, 5, seed=1), mask=lower(13), kind=kind)
     torch.testing.assert_close(a.sum(-1), torch.ones(2, 13, dtype=torch.float64), rtol=0, atol=1e-14)
     assert (a >= 0).all()
     assert (a.triu(1) == 0).all()
@@ -41,16 +38,16 @@ def test_log_determinant_of_uniform_causal_attention_is_minus_the_log_of_a_facto
 
 
 def test_log_determinant_equals_that_of_a_factorisation_where_one_works() -> None:
-    a = attention_matrix(random(3, 11, 4), random(3, 11, 4, seed=1), mask=lower(11))
+    a = attention_matrix(gaussian(3, 11, 4), gaussian(3, 11, 4, seed=1), mask=lower(11))
     torch.testing.assert_close(triangular_logdet(a), torch.linalg.slogdet(a).logabsdet, rtol=1e-12, atol=0)
     torch.testing.assert_close(triangular_logdet(a.mT), triangular_logdet(a), rtol=0, atol=0)
     with pytest.raises(ValueError, match="triangular"):
-        triangular_logdet(random(3, 3))
+        triangular_logdet(gaussian(3, 3))
 
 
 @pytest.mark.parametrize("d", [3, 16, 64])
 def test_linear_attention_has_the_rank_of_its_head_and_full_rank_when_causal(d: int) -> None:
-    q, k = random(128, d), random(128, d, seed=1)
+    q, k = gaussian(128, d), gaussian(128, d, seed=1)
     whole = attention_matrix(q, k, kind="linear")
     s = torch.linalg.svdvals(whole)
     assert s[d] / s[0] < 1e-12
@@ -63,7 +60,7 @@ def test_the_effective_ranks_that_the_table_lists_are_draws_like_others(d: int, 
     # The table is one draw of 512 tokens. Of five others the interval that holds a sixth in 99 of 100 cases is
     # mean +- t sd sqrt(1 + 1/5), with t = 4.604 at four degrees of freedom.
     for mask, listed in [(None, both), (lower(512), causal)]:
-        draws = [attention_matrix(*random(2, 512, d, seed=seed), mask=mask) for seed in range(5)]
+        draws = [attention_matrix(*gaussian(2, 512, d, seed=seed), mask=mask) for seed in range(5)]
         found = torch.stack([effective_rank(draw) for draw in draws])
         assert abs(found.mean().item() - listed) <= 4.604 * math.sqrt(1.2) * found.std().item()
 
@@ -79,7 +76,7 @@ def test_uniform_attention_has_rank_one_unless_it_is_causal() -> None:
 def test_effective_rank_counts_equal_singular_values_and_ignores_scale() -> None:
     a = torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0, 0.0], dtype=torch.float64))
     assert effective_rank(a).item() == pytest.approx(3, rel=1e-12)
-    torch.testing.assert_close(effective_rank(7 * random(6, 6)), effective_rank(random(6, 6)))
+    torch.testing.assert_close(effective_rank(7 * gaussian(6, 6)), effective_rank(gaussian(6, 6)))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,8 +95,8 @@ def test_residual_is_nothing_for_equal_tokens_and_everything_around_zero() -> No
 
 def test_impossible_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="kind"):
-        attention_matrix(random(3, 2), random(3, 2), kind="cosine")
+        attention_matrix(gaussian(3, 2), gaussian(3, 2), kind="cosine")
     with pytest.raises(ValueError, match="tolerance"):
-        numerical_rank(random(3, 3), tolerance=-1.0)
+        numerical_rank(gaussian(3, 3), tolerance=-1.0)
     with pytest.raises(ValueError, match="layers"):
         rank_collapse(3, 2, 0)

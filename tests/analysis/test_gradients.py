@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tensors import gaussian
 from torch import nn
 
 from danlu.analysis import drop_ratio, gradient_size, norm_summary, rate_for_size
@@ -17,10 +18,6 @@ def parameters(*gradients):
         parameter.grad = gradient
         made.append(parameter)
     return made
-
-
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def test_the_measures_are_those_of_all_gradients_as_one_vector():

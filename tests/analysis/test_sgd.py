@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tensors import gaussian
 
 from danlu.analysis import (
     average_loss_report,
@@ -16,10 +17,6 @@ from danlu.analysis import (
     regret_bound,
     step_terms,
 )
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def interval(theta):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import gaussian
 
 from danlu.approx import Composition, published
 from danlu.linalg import mclip, msign, mstep, orthogonalize, singular_power, spectral_relu
@@ -15,13 +16,9 @@ from danlu.linalg.mclip import METHODS
 exact = functools.partial(msign, method="svd")
 
 
-def _random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def _vectors(m, n, seed=0):
     r = min(m, n)
-    return torch.linalg.qr(_random(m, r, seed=seed)).Q, torch.linalg.qr(_random(n, r, seed=seed + 1)).Q
+    return torch.linalg.qr(gaussian(m, r, seed=seed)).Q, torch.linalg.qr(gaussian(n, r, seed=seed + 1)).Q
 
 
 def _with_spectrum(sigma, m, n, seed=0):
@@ -53,7 +50,7 @@ def _iterated(M, steps=FOUR_STEPS):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(7, 13), (13, 7), (11, 11), (1, 1), (2, 3, 5, 7)])
 def test_with_an_exact_sign_every_form_is_the_clip(method, shape):
-    M = _random(*shape) * 0.5
+    M = gaussian(*shape) * 0.5
     for c in (1.0, 0.3):
         X = mclip(M, -c, c, method=method, sign=exact)
         torch.testing.assert_close(X, _clipped(M, -c, c), rtol=0, atol=1e-12)
@@ -61,14 +58,14 @@ def test_with_an_exact_sign_every_form_is_the_clip(method, shape):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "v1"])
 def test_every_form_but_v1_is_right_on_a_rank_deficient_matrix(method):
-    M = _random(13, 3) @ _random(3, 7, seed=1)
+    M = gaussian(13, 3) @ gaussian(3, 7, seed=1)
     torch.testing.assert_close(mclip(M, method=method, sign=exact), _clipped(M), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["auto", "svd", "general"])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.8), (0.5, 0.5), (0.0, 0.4), (-0.2, 0.6), (-0.7, -0.4)])
 def test_any_interval_and_null_directions_stay_null(method, low, high):
-    for M in (_random(7, 13), _random(13, 3) @ _random(3, 7, seed=1)):
+    for M in (gaussian(7, 13), gaussian(13, 3) @ gaussian(3, 7, seed=1)):
         if method == "general" and low < 0 < -low < high:
             continue
         X = mclip(M, low, high, method=method, sign=exact)
@@ -76,7 +73,7 @@ def test_any_interval_and_null_directions_stay_null(method, low, high):
 
 
 def test_equal_ends_give_the_scaled_sign_and_a_zero_interval_gives_zero():
-    M = _random(7, 11)
+    M = gaussian(7, 11)
     torch.testing.assert_close(mclip(M, 0.7, 0.7), 0.7 * msign(M), rtol=0, atol=1e-13)
     assert torch.equal(mclip(M, -1.0, 0.0), torch.zeros_like(M))
     torch.testing.assert_close(mclip(M, high=1e-9) / 1e-9, msign(M), rtol=0, atol=1e-10)
@@ -84,7 +81,7 @@ def test_equal_ends_give_the_scaled_sign_and_a_zero_interval_gives_zero():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_orthonormal_matrix_is_a_fixed_point_and_zero_stays_zero(method):
-    Q = torch.linalg.qr(_random(13, 7)).Q
+    Q = torch.linalg.qr(gaussian(13, 7)).Q
     torch.testing.assert_close(mclip(Q, method=method, sign=exact), Q, rtol=0, atol=2e-15)
     zero = torch.zeros(2, 5, 7)
     assert torch.equal(mclip(zero, method=method), zero)
@@ -92,7 +89,7 @@ def test_orthonormal_matrix_is_a_fixed_point_and_zero_stays_zero(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_transposition_and_batching_pass_through(method):
-    M = _random(3, 5, 11)
+    M = gaussian(3, 5, 11)
     X = mclip(M, method=method, sign=exact)
     torch.testing.assert_close(mclip(M.mT, method=method, sign=exact), X.mT, rtol=0, atol=1e-12)
     torch.testing.assert_close(mclip(M[1], method=method, sign=exact), X[1], rtol=0, atol=1e-12)
@@ -100,7 +97,7 @@ def test_transposition_and_batching_pass_through(method):
 
 def test_input_is_left_unchanged():
     for dtype in (torch.float32, torch.bfloat16):
-        M = _random(7, 11, dtype=dtype)
+        M = gaussian(7, 11, dtype=dtype)
         before = M.clone()
         for method in METHODS:
             mclip(M, method=method)
@@ -111,7 +108,7 @@ def test_input_is_left_unchanged():
 
 
 def test_matrix_already_inside_comes_back_bit_for_bit():
-    M = _random(5, 9, dtype=torch.bfloat16)
+    M = gaussian(5, 9, dtype=torch.bfloat16)
     M = M / 100
     assert torch.equal(mclip(M), M)
 
@@ -212,7 +209,7 @@ def test_default_has_a_bounded_error_on_every_spectrum(name, shape):
     seed=st.integers(0, 99),
 )
 def test_default_is_the_clip_for_every_shape_and_scale(m, n, batch, exponent, high, seed):
-    M = _random(*batch, m, n, seed=seed) * 2.0**exponent
+    M = gaussian(*batch, m, n, seed=seed) * 2.0**exponent
     cap = high * 2.0**exponent
     error = (mclip(M, -cap, cap) - _clipped(M, -cap, cap)).abs().max()
     assert error < 1e-12 * 2.0**exponent * math.sqrt(m * n)
@@ -220,7 +217,7 @@ def test_default_is_the_clip_for_every_shape_and_scale(m, n, batch, exponent, hi
 
 def test_step_relu_and_powers_act_on_the_singular_values():
     for shape in ((7, 13), (13, 7), (2, 5, 5)):
-        M = _random(*shape)
+        M = gaussian(*shape)
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         for sign_method in ("svd", "sign"):
             step = mstep(M, 1.3, method=sign_method, sign=exact)

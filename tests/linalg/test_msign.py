@@ -9,21 +9,18 @@ import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import gaussian
 
 from danlu.approx import optimal_composition, published
 from danlu.linalg import msign, orthogonalize, polar
 from danlu.linalg.msign import METHODS, default_compositions, rank_tolerance
 
 
-def _random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def _with_spectrum(sigma, m, n, seed=0):
     """Return a matrix with these singular values, and the product of its singular vectors."""
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
-    U = torch.linalg.qr(_random(m, len(sigma), seed=seed)).Q
-    V = torch.linalg.qr(_random(n, len(sigma), seed=seed + 1)).Q
+    U = torch.linalg.qr(gaussian(m, len(sigma), seed=seed)).Q
+    V = torch.linalg.qr(gaussian(n, len(sigma), seed=seed + 1)).Q
     return (U * sigma) @ V.T, U @ V.T
 
 
@@ -40,13 +37,13 @@ SHAPES = [(1, 1), (1, 7), (7, 1), (11, 11), (7, 13), (13, 7), (2, 3, 5, 11)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_singular_values_of_msign_are_one(shape):
-    S = torch.linalg.svdvals(msign(_random(*shape)))
+    S = torch.linalg.svdvals(msign(gaussian(*shape)))
     assert (S - 1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_msign_is_idempotent_and_its_product_with_the_matrix_is_symmetric_and_not_negative(shape):
-    M = _random(*shape)
+    M = gaussian(*shape)
     X = msign(M)
     H = X.mT @ M
     torch.testing.assert_close(msign(X), X, rtol=0, atol=1e-12)
@@ -55,21 +52,21 @@ def test_msign_is_idempotent_and_its_product_with_the_matrix_is_symmetric_and_no
 
 
 def test_msign_of_a_vector_a_diagonal_and_a_scalar_are_the_textbook_ones():
-    v = _random(17, 1)
+    v = gaussian(17, 1)
     torch.testing.assert_close(msign(v), v / v.norm(), rtol=0, atol=1e-14)
     d = torch.tensor([3.0, -0.1, 0.0, 5.0], dtype=torch.float64)
     torch.testing.assert_close(msign(d.diag()), d.sign().diag(), rtol=0, atol=1e-14)
 
 
 def test_root_mean_square_is_one_over_the_root_of_the_longer_side():
-    assert (msign(_random(37, 101)).square().mean().sqrt() * math.sqrt(101)).item() == pytest.approx(1, abs=1e-12)
+    assert (msign(gaussian(37, 101)).square().mean().sqrt() * math.sqrt(101)).item() == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("method", ["svd", "designed", "polar_express"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_orthogonal_factors_pass_through(method, dtype):
-    P, Q = (torch.linalg.qr(_random(k, k, seed=k)).Q for k in (7, 13))
-    R = _random(7, 13)
+    P, Q = (torch.linalg.qr(gaussian(k, k, seed=k)).Q for k in (7, 13))
+    R = gaussian(7, 13)
     left = msign((P @ R @ Q).to(dtype), method=method).double()
     right = P @ msign(R.to(dtype), method=method).double() @ Q
     torch.testing.assert_close(left, right, rtol=0, atol=1e-10 if dtype == torch.float64 else 3e-5)
@@ -78,7 +75,7 @@ def test_orthogonal_factors_pass_through(method, dtype):
 @pytest.mark.parametrize("method", ["auto", "designed", "jordan"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_power_of_two_changes_no_bit(method, dtype):
-    M = _random(3, 11, 17, dtype=dtype)
+    M = gaussian(3, 11, 17, dtype=dtype)
     for exponent in (-60, -7, 5, 60):
         assert torch.equal(msign(M * 2.0**exponent, method=method), msign(M, method=method))
 
@@ -87,20 +84,20 @@ def test_a_power_of_two_changes_no_bit(method, dtype):
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
 )
 def test_other_factors_change_no_more_than_rounding(dtype, tolerance):
-    M = _random(11, 29, dtype=dtype)
+    M = gaussian(11, 29, dtype=dtype)
     for factor in (1e-20, 0.3, 7.0, 1e20):
         torch.testing.assert_close(msign(M * factor), msign(M), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", ["svd", "designed"])
 def test_a_minus_sign_and_a_transposition_pass_through(method):
-    M = _random(7, 13)
+    M = gaussian(7, 13)
     torch.testing.assert_close(msign(-M, method=method), -msign(M, method=method), rtol=0, atol=1e-12)
     torch.testing.assert_close(msign(M.T, method=method), msign(M, method=method).T, rtol=0, atol=1e-12)
 
 
 def test_rank_deficient_matrix_gives_exactly_its_rank_of_ones():
-    M = _random(23, 5) @ _random(5, 31, seed=1)
+    M = gaussian(23, 5) @ gaussian(5, 31, seed=1)
     S = torch.linalg.svdvals(msign(M))
     assert (S[:5] - 1).abs().max() < 1e-12
     assert S[5:].max() < 1e-12
@@ -112,7 +109,7 @@ def test_rank_deficient_matrix_gives_exactly_its_rank_of_ones():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_matrix_gives_zero_and_leaves_its_neighbours_alone(method, dtype):
-    M = _random(3, 7, 11).to(dtype)
+    M = gaussian(3, 7, 11).to(dtype)
     M[1] = 0
     X = msign(M, method=method)
     assert X.dtype == dtype
@@ -123,7 +120,7 @@ def test_zero_matrix_gives_zero_and_leaves_its_neighbours_alone(method, dtype):
 @pytest.mark.parametrize("name", [m for m in METHODS if m not in ("auto", "svd", "designed")])
 @pytest.mark.parametrize("shape", [(11, 13), (13, 11), (5, 29)])
 def test_matrix_iteration_is_the_scalar_composition_on_the_singular_values(name, shape):
-    M = _random(*shape)
+    M = gaussian(*shape)
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     expected = (U * torch.from_numpy(published(name)((S / M.norm()).numpy()))) @ Vh
     torch.testing.assert_close(msign(M, method=name), expected, rtol=0, atol=1e-10)
@@ -131,7 +128,7 @@ def test_matrix_iteration_is_the_scalar_composition_on_the_singular_values(name,
 
 def test_norms_between_the_largest_singular_value_and_frobenius_are_ordered():
     for shape in ((7, 13), (31, 31), (1, 5)):
-        M = _random(*shape)
+        M = gaussian(*shape)
         A = M @ M.T
         chain = [torch.linalg.matrix_norm(M, 2), (A @ A).norm() ** 0.25, A.norm() ** 0.5, M.norm()]
         assert all(a <= b * (1 + 1e-12) for a, b in itertools.pairwise(chain))
@@ -141,7 +138,7 @@ def test_norms_between_the_largest_singular_value_and_frobenius_are_ordered():
 @pytest.mark.parametrize("method", ["svd", "designed", "jordan"])
 def test_input_is_left_unchanged(method, dtype):
     for shape in ((5, 5), (3, 11), (11, 3), (2, 3, 7)):
-        M = _random(*shape, dtype=dtype)
+        M = gaussian(*shape, dtype=dtype)
         before = M.clone()
         msign(M, method=method)
         msign(M.mT, method=method)
@@ -189,8 +186,8 @@ ADVERSARIAL = {
 def test_exact_path_is_right_on_adversarial_spectra(name, shape):
     sigma = ADVERSARIAL[name].double()
     M, _ = _with_spectrum(sigma, *shape)
-    U = torch.linalg.qr(_random(shape[0], 37, seed=0)).Q
-    V = torch.linalg.qr(_random(shape[1], 37, seed=1)).Q
+    U = torch.linalg.qr(gaussian(shape[0], 37, seed=0)).Q
+    V = torch.linalg.qr(gaussian(shape[1], 37, seed=1)).Q
     expected = (U * (sigma > 0)) @ V.T
     torch.testing.assert_close(msign(M), expected, rtol=0, atol=1e-8)
 
@@ -227,7 +224,7 @@ def test_bfloat16_error_is_below_that_of_five_steps_of_torch(name, shape):
 
     sigma = _four_spectra(min(shape))[name]
     if sigma is None:
-        M = _random(*shape)
+        M = gaussian(*shape)
         sign = msign(M)
     else:
         M, sign = _with_spectrum(sigma, *shape)
@@ -239,14 +236,14 @@ def test_bfloat16_error_is_below_that_of_five_steps_of_torch(name, shape):
 def test_polar_express_reaches_the_recorded_errors_on_a_rectangular_gaussian(steps, expected):
     errors = []
     for seed in range(3):
-        M = _random(256, 1024, seed=seed)
+        M = gaussian(256, 1024, seed=seed)
         sign = msign(M)
         errors.append(_frobenius_error(msign(M, method="polar_express", steps=steps), sign))
     assert np.median(errors) == pytest.approx(expected, rel=0.15)
 
 
 def test_polar_express_beats_jordan_from_five_steps_on_and_not_before():
-    M = _random(256, 1024, dtype=torch.float32)
+    M = gaussian(256, 1024, dtype=torch.float32)
     sign = msign(M.double())
 
     def error(name, steps):
@@ -259,7 +256,7 @@ def test_polar_express_beats_jordan_from_five_steps_on_and_not_before():
 
 
 def test_jordan_never_converges_but_stays_in_its_limit_set():
-    X = msign(_random(31, 97), method="jordan", steps=40)
+    X = msign(gaussian(31, 97), method="jordan", steps=40)
     S = torch.linalg.svdvals(X)
     assert S.min() > 0.6818
     assert S.max() < 1.1344
@@ -275,7 +272,7 @@ def test_more_steps_by_lower_reach_smaller_values():
 
 def test_step_count_follows_the_flatness_of_the_spectrum():
     flat, steep = (
-        _random(256, 256, dtype=torch.bfloat16),
+        gaussian(256, 256, dtype=torch.bfloat16),
         _with_spectrum(1 / torch.arange(1, 257), 256, 256)[0].bfloat16(),
     )
     five, four = default_compositions(torch.bfloat16)
@@ -284,7 +281,7 @@ def test_step_count_follows_the_flatness_of_the_spectrum():
 
 
 def test_many_steps_on_the_gram_side_do_not_blow_up_null_directions():
-    M = (_random(31, 7) @ _random(7, 97, seed=1)).float()
+    M = (gaussian(31, 7) @ gaussian(7, 97, seed=1)).float()
     S = torch.linalg.svdvals(msign(M, method="designed", lower=1e-7))
     assert (S[:7] - 1).abs().max() < 1e-4
     assert S.max() < 1.001
@@ -300,15 +297,15 @@ def test_empty_matrices_come_back_empty(shape):
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (5, 5), (2, 3, 5), (1, 1), (1, 5)])
 @pytest.mark.parametrize("method", ["svd", "designed"])
 def test_gradient_is_the_gradient_of_the_exact_sign(shape, method):
-    M = _random(*shape).requires_grad_()
+    M = gaussian(*shape).requires_grad_()
     f = (lambda M: msign(M)) if method == "svd" else (lambda M: msign(M, method="designed", lower=1e-3))
     assert torch.autograd.gradcheck(f, (M,), eps=1e-6, atol=1e-6)
 
 
 def test_gradient_at_a_rank_deficient_matrix_is_right_along_changes_that_keep_the_rank():
-    L, R = _random(7, 3), _random(3, 11, seed=1)
-    dL, dR = _random(7, 3, seed=2), _random(3, 11, seed=3)
-    G = _random(7, 11, seed=4)
+    L, R = gaussian(7, 3), gaussian(3, 11, seed=1)
+    dL, dR = gaussian(7, 3, seed=2), gaussian(3, 11, seed=3)
+    G = gaussian(7, 11, seed=4)
     M = (L @ R).requires_grad_()
     (msign(M) * G).sum().backward()
     h = 1e-6
@@ -318,17 +315,17 @@ def test_gradient_at_a_rank_deficient_matrix_is_right_along_changes_that_keep_th
 
 
 def test_gradient_is_orthogonal_to_the_matrix_because_scale_does_not_matter():
-    M = _random(5, 9).requires_grad_()
-    (msign(M) * _random(5, 9, seed=1)).sum().backward()
+    M = gaussian(5, 9).requires_grad_()
+    (msign(M) * gaussian(5, 9, seed=1)).sum().backward()
     assert abs((M.grad * M).sum().item()) < 1e-12
     assert M.grad.norm() > 0.1
 
 
 def test_gradient_in_float32_agrees_with_float64():
-    G = _random(11, 23, seed=1)
+    G = gaussian(11, 23, seed=1)
     grads = []
     for dtype in (torch.float64, torch.float32):
-        M = (_random(11, 23) * 1e-12).to(dtype).requires_grad_()
+        M = (gaussian(11, 23) * 1e-12).to(dtype).requires_grad_()
         (msign(M) * G.to(dtype)).sum().backward()
         grads.append(M.grad.double())
     assert (grads[0] - grads[1]).norm() < 1e-4 * grads[0].norm()
@@ -337,7 +334,7 @@ def test_gradient_in_float32_agrees_with_float64():
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("shape", [(7, 7), (13, 7), (7, 13)])
 def test_polar_factors_are_those_of_scipy(shape, side):
-    M = _random(*shape)
+    M = gaussian(*shape)
     U, P = polar(M, side=side)
     theirs_u, theirs_p = scipy.linalg.polar(M.numpy(), side=side)
     np.testing.assert_allclose(U.numpy(), theirs_u, atol=1e-12)

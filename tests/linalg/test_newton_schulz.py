@@ -4,16 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from tensors import gaussian
 from torch.utils.flop_counter import FlopCounterMode
 
 from danlu.approx import optimal_composition, published
 from danlu.linalg import _newton_schulz, orthogonalize
 from danlu.linalg._newton_schulz import default_gram_steps, iterate, power_of_two_scale
 from danlu.linalg.msign import default_compositions
-
-
-def _random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("stack", [(), (3,)])
@@ -59,7 +56,7 @@ def test_the_cost_counts_the_products_that_are_made(degrees: tuple[int, ...], sh
 @pytest.mark.parametrize("degree", [3, 5, 7, 9])
 @pytest.mark.parametrize("shape", [(11, 13), (29, 5)])
 def test_every_degree_is_evaluated_right_on_the_matrix_and_on_the_gram_side(degree, shape):
-    M = _random(*shape)
+    M = gaussian(*shape)
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     f = optimal_composition(1e-2, 4, degree=degree)
     expected = (U * torch.from_numpy(f((S / S.pow(8).sum().pow(1 / 8)).numpy()))) @ Vh
@@ -69,7 +66,7 @@ def test_every_degree_is_evaluated_right_on_the_matrix_and_on_the_gram_side(degr
 
 
 def test_tighter_start_doubles_the_smallest_value_more_often_than_not():
-    M, steps = _random(150, 100, 100, dtype=torch.float32), published("jordan")
+    M, steps = gaussian(150, 100, 100, dtype=torch.float32), published("jordan")
     smallest = {s: torch.linalg.svdvals(orthogonalize(M, steps, scale=s))[:, -1] for s in ("schatten8", "frobenius")}
     ratio = smallest["schatten8"] / smallest["frobenius"]
     assert 0.5 < (ratio >= 2).double().mean() < 0.75
@@ -79,7 +76,7 @@ def test_tighter_start_doubles_the_smallest_value_more_often_than_not():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 7, 29), (6, 29, 7), (6, 13, 13)])
 def test_chunks_of_the_stack_do_not_change_the_result(shape, dtype):
-    M, f = _random(*shape, dtype=dtype), default_compositions(torch.bfloat16)[0]
+    M, f = gaussian(*shape, dtype=dtype), default_compositions(torch.bfloat16)[0]
     whole = orthogonalize(M, f)
     small = orthogonalize(M, f, chunk_bytes=2 * M[0].numel() * M.element_size())
     single = torch.stack([orthogonalize(x[None], f)[0] for x in M])
@@ -100,7 +97,7 @@ def test_gram_steps_are_taken_where_they_save_products():
 
 
 def test_engine_waits_for_no_value():
-    stack = _random(3, 7, 11, dtype=torch.float32)
+    stack = gaussian(3, 7, 11, dtype=torch.float32)
     assert orthogonalize(stack.to("meta"), default_compositions(torch.float32)[0]).shape == stack.shape
 
 
@@ -109,7 +106,7 @@ def test_engine_waits_for_no_value():
 @pytest.mark.parametrize("degree", [3, 5, 7, 9])
 @pytest.mark.parametrize("shape", [(3, 7, 11), (2, 12, 5), (1, 6, 6)])
 def test_buffers_used_again_give_what_the_formulas_as_written_give(shape, degree, gram_steps, scale):
-    stack, steps = _random(*shape), optimal_composition(1e-2, 4, degree=degree)
+    stack, steps = gaussian(*shape), optimal_composition(1e-2, 4, degree=degree)
     plain = iterate(stack, steps.coefficients, None, scale, gram_steps)
     found = orthogonalize(stack, steps, scale=scale, gram_steps=gram_steps)
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
@@ -125,7 +122,7 @@ def test_flat_spectra_take_the_short_composition_in_both_forms():
 
 
 def test_a_compiled_engine_is_one_graph_and_gives_the_same():
-    stack, steps = _random(3, 7, 11, dtype=torch.float32), default_compositions(torch.float32)[0]
+    stack, steps = gaussian(3, 7, 11, dtype=torch.float32), default_compositions(torch.float32)[0]
     compiled = torch.compile(lambda M: orthogonalize(M, steps), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(stack), orthogonalize(stack, steps), rtol=0, atol=1e-6)
 

@@ -6,16 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import gaussian
 
 from danlu.linalg import spectral_norm, spectral_norm_gradient
 
 
-def _random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def _with_spectrum(sigma, m, n):
-    U, V = torch.linalg.qr(_random(m, len(sigma))).Q, torch.linalg.qr(_random(n, len(sigma), seed=1)).Q
+    U, V = torch.linalg.qr(gaussian(m, len(sigma))).Q, torch.linalg.qr(gaussian(n, len(sigma), seed=1)).Q
     return (U * torch.as_tensor(sigma, dtype=torch.float64)) @ V.T
 
 
@@ -24,7 +21,7 @@ def _with_spectrum(sigma, m, n):
 def test_norm_and_vectors_are_those_of_the_singular_value_decomposition(shape, block):
     if block > min(shape[-2:]):
         pytest.skip("a block has at most min(m, n) vectors")
-    M = _random(*shape)
+    M = gaussian(*shape)
     top = spectral_norm(M, iterations=300, block=block)
     torch.testing.assert_close(top.value, torch.linalg.matrix_norm(M, 2), rtol=1e-10, atol=0)
     image = (M @ top.right.unsqueeze(-1)).squeeze(-1)
@@ -34,7 +31,7 @@ def test_norm_and_vectors_are_those_of_the_singular_value_decomposition(shape, b
 
 @given(m=st.integers(1, 40), n=st.integers(1, 40), exponent=st.integers(-90, 90), seed=st.integers(0, 99))
 def test_estimate_never_exceeds_the_norm_and_scales_with_the_matrix(m, n, exponent, seed):
-    M = _random(m, n, seed=seed)
+    M = gaussian(m, n, seed=seed)
     value = spectral_norm(M).value
     assert value <= torch.linalg.matrix_norm(M, 2) * (1 + 1e-12)
     assert torch.equal(spectral_norm(M * 2.0**exponent).value, value * 2.0**exponent)
@@ -45,7 +42,7 @@ def test_error_shrinks_by_the_square_of_the_ratio_of_singular_values():
     v1 = torch.linalg.svd(M).Vh[0]
 
     def tangent(iterations):
-        right = spectral_norm(M, start=_random(5, seed=3), iterations=iterations).right
+        right = spectral_norm(M, start=gaussian(5, seed=3), iterations=iterations).right
         cosine = (right @ v1).abs()
         return (right - (right @ v1) * v1).norm() / cosine
 
@@ -62,7 +59,7 @@ def test_estimate_from_ones_on_a_power_law_is_the_ratio_of_its_moments(exponent,
 
 
 def test_gaussian_matrix_reaches_97_percent_in_ten_iterations():
-    M = _random(1024, 1024, dtype=torch.float32)
+    M = gaussian(1024, 1024, dtype=torch.float32)
     norm = torch.linalg.eigvalsh(M @ M.T)[-1].sqrt()
     share = [(spectral_norm(M, iterations=t).value / norm).item() for t in (1, 5, 10, 20)]
     assert share == pytest.approx([0.775, 0.933, 0.971, 0.990], abs=0.02)
@@ -70,7 +67,7 @@ def test_gaussian_matrix_reaches_97_percent_in_ten_iterations():
 
 
 def test_warm_start_continues_where_the_last_call_stopped():
-    M = _random(37, 53)
+    M = gaussian(37, 53)
     for block in (1, 4):
         start, values = None, []
         for _ in range(5):
@@ -82,7 +79,7 @@ def test_warm_start_continues_where_the_last_call_stopped():
 
 
 def test_rows_that_sum_to_zero_do_not_stop_the_iteration():
-    M = _random(7, 11)
+    M = gaussian(7, 11)
     M -= M.mean(1, keepdim=True)
     assert (M.T @ (M @ torch.ones(11).double())).norm() < 1e-13
     for start in (None, torch.ones(11).double()):
@@ -104,8 +101,8 @@ def test_zero_matrix_has_norm_zero_and_unit_vectors():
 
 
 def test_gradient_is_u_v_transposed_by_finite_differences():
-    M = _random(7, 11)
-    D = _random(7, 11, seed=1)
+    M = gaussian(7, 11)
+    D = gaussian(7, 11, seed=1)
     G = spectral_norm_gradient(M, iterations=300)
     h = 1e-5
     slope = (torch.linalg.matrix_norm(M + h * D, 2) - torch.linalg.matrix_norm(M - h * D, 2)) / (2 * h)
@@ -117,7 +114,7 @@ def test_gradient_is_u_v_transposed_by_finite_differences():
 
 
 def test_norm_times_gradient_is_the_best_rank_one_approximation():
-    M = _random(7, 11)
+    M = gaussian(7, 11)
     U, S, Vh = torch.linalg.svd(M)
     top = spectral_norm(M, iterations=300)
     torch.testing.assert_close(
@@ -129,7 +126,7 @@ def test_at_a_tie_the_gradient_is_one_of_the_subgradients():
     eye = torch.eye(3, dtype=torch.float64)
     G = spectral_norm_gradient(eye)
     for seed in range(20):
-        D = _random(3, 3, seed=seed) * 0.1
+        D = gaussian(3, 3, seed=seed) * 0.1
         assert torch.linalg.matrix_norm(eye + D, 2) >= 1 + (G * D).sum() - 1e-12
     assert torch.linalg.matrix_norm(eye - 0.1 * G, 2) > 1 - 0.1  # which a gradient would not allow
 

@@ -1,15 +1,16 @@
 """Linear, norm and feed-forward layers against PyTorch's own formulas."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tensors import gaussian
 
 from danlu.nn import FeedForward, Linear, RMSNorm, declare, swiglu
 from danlu.nn.linear import matrix_vector
 
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+random = partial(gaussian, seed=2)
 
 
 def test_rms_norm_and_its_gradients_equal_torchs() -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tensors import gaussian
 from torch import nn
 
 from danlu.models import Transformer, TransformerConfig
@@ -18,10 +19,6 @@ from danlu.nn import (
     lora_state_dict,
     merge_lora,
 )
-
-
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def randomize(model):

@@ -1,11 +1,13 @@
 """Rotary positions: relative, orthogonal, reversible."""
 
+from functools import partial
 from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import gaussian
 
 from danlu.nn import (
     grid_coordinates,
@@ -17,9 +19,7 @@ from danlu.nn import (
 )
 from danlu.nn.rotary import SCHEMES, Scheme
 
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+random = partial(gaussian, seed=1)
 
 
 @given(st.integers(0, 5000), st.sampled_from([2, 6, 14]))

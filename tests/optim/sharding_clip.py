@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sharding_world import ZOO, cut_over, full, gaussian, here
+from sharding_world import ZOO, cut_over, full, here
+from tensors import gaussian
 from torch import nn
 
 from danlu.optim import NonFiniteGuard, clip_grad_norm_, grad_norm

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from sharding_world import ZOO, cut_over, full, gaussian, here, placed
+from sharding_world import ZOO, cut_over, full, here, placed
+from tensors import gaussian
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode

@@ -5,7 +5,8 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharding_world import cut_over, full, gaussian
+from sharding_world import cut_over, full
+from tensors import gaussian
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard

@@ -6,7 +6,8 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from sharding_world import ZOO, assert_same_everywhere, cut_over, full, gaussian, here, placed
+from sharding_world import ZOO, assert_same_everywhere, cut_over, full, here, placed
+from tensors import gaussian
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode

@@ -31,10 +31,6 @@ ZOO = [
 ]
 
 
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def here(tensor, dim):
     return tensor
 

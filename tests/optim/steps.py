@@ -23,7 +23,3 @@ def one_step(gradient, weight=None, *, steps=1, **options):
     for _ in range(steps):
         step(optimizer, gradient)
     return parameter.detach()
-
-
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -4,14 +4,11 @@ import math
 
 import pytest
 import torch
+from tensors import gaussian
 from torch import nn
 
 from danlu.optim import Amos, InverseTime, amos_hyperparameters, amos_scale, param_groups
 from danlu.optim._common import PIECE
-
-
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def run(gradients, start, **options):

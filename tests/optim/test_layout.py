@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from steps import gaussian, one_step, step
+from steps import one_step, step
+from tensors import gaussian
 from torch import nn
 
 from danlu.optim import Muon

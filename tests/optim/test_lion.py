@@ -1,14 +1,15 @@
 """Lion: the identities of a sign update."""
 
+from functools import partial
+
 import pytest
+import tensors
 import torch
 from torch import nn
 
 from danlu.optim import Lion, Tiger
 
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+gaussian = partial(tensors.gaussian, dtype=torch.float32)
 
 
 def run(make, gradients, start=None):

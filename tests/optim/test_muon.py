@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from steps import gaussian, one_step, step
+from steps import one_step, step
+from tensors import gaussian
 from torch import nn
 
 from danlu.approx import optimal_composition, published

@@ -30,7 +30,10 @@ CHECKS = [
 def outcomes(tmp_path_factory):
     """What each check raised on each of four processes, which are started once for all of them."""
     folder = tmp_path_factory.mktemp("four")
-    program = subprocess.Popen([sys.executable, str(WORKER), str(folder)], start_new_session=True)
+    # The program finds what tests share, as pytest does.
+    paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    program = subprocess.Popen([sys.executable, str(WORKER), str(folder)], env=environment, start_new_session=True)
     try:
         assert program.wait(timeout=280) == 0
     finally:

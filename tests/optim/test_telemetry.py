@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
+from tensors import gaussian
 from torch import nn
 
 from danlu.optim import Muon, measured_step, singular_entropy
-
-
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def test_the_entropy_is_that_of_the_shares_of_energy():

@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
+from tensors import gaussian
 from torch import nn
 
 from danlu.optim import Tiger
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def run(gradients, start, **options):

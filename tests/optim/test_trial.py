@@ -3,12 +3,16 @@
 import copy
 import io
 import math
+from functools import partial
 
 import pytest
+import tensors
 import torch
 from torch import nn
 
 from danlu.optim import Amos, Lion, Muon, Tiger
+
+gaussian = partial(tensors.gaussian, dtype=torch.float32)
 
 
 def without_decay(options):
@@ -29,10 +33,6 @@ OPTIMIZERS = {
 }
 RATES = {"muon": 0.3, "lion": 0.05, "tiger": 0.05, "amos": 0.2}
 every = pytest.mark.parametrize("name", OPTIMIZERS)
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def rate(name):

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from tensors import gaussian
 from torch import Tensor
 
 from danlu.nn import GQA, MLA, GQAConfig, MLAConfig, causal_mask, rotary_angles
@@ -23,6 +25,9 @@ KINDS: dict[str, Callable[[], GQA | MLA]] = {
 }
 
 
+random = partial(gaussian, seed=4)
+
+
 def build(kind: str) -> GQA | MLA:
     torch.manual_seed(3)
     return KINDS[kind]().double()
@@ -30,10 +35,6 @@ def build(kind: str) -> GQA | MLA:
 
 def rope(layer: GQA | MLA, start: int, end: int) -> tuple[Tensor, Tensor]:
     return rotary_angles(torch.arange(start, end, dtype=torch.float64), layer.rope_dim)
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from tensors import gaussian
 from torch import Tensor
 
 from danlu.models import Transformer, TransformerConfig
@@ -37,8 +39,7 @@ every_layer = pytest.mark.parametrize("kind", LAYERS)
 DIM = 13
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+random = partial(gaussian, seed=9)
 
 
 def visible(mask: Mask, time: int, prefix: int) -> Tensor:

@@ -2,11 +2,13 @@
 
 import math
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tensors import gaussian
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -14,9 +16,7 @@ from danlu.models import Transformer, TransformerConfig
 from danlu.nn import GQA, GQAConfig, recurrent_attention, rotary_angles, rotate
 from danlu.nn.attention.recurrent import RecomputeStack, RecurrentLayer, recompute_calls
 
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+random = partial(gaussian, seed=6)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Many tokens at once: what the recurrence gives one by one, for every cut of a prompt."""
 
+from functools import partial
+
 import pytest
 import torch
+from tensors import gaussian
 from torch import Tensor
 
 from danlu.nn import SSM, SSMConfig
@@ -20,8 +23,7 @@ KERNELS = {
 every_kernel = pytest.mark.parametrize("kind", KERNELS)
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+random = partial(gaussian, seed=4)
 
 
 def build(kind: str) -> SSM:

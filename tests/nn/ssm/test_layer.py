@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from tensors import gaussian
 from torch import Tensor
 
 from danlu.nn import SSM, SSMConfig, causal_mask
@@ -21,16 +23,15 @@ KINDS: dict[str, Callable[[], SSM]] = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+random = partial(gaussian, seed=4)
+
+
 def build(kind: str) -> SSM:
     torch.manual_seed(3)
     layer = KINDS[kind]().double()
     if kind == "rtf":
         torch.nn.init.uniform_(layer.space.a, -0.1, 0.1)  # away from the shift register that it starts as
     return layer
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 
 
 @every_kind
