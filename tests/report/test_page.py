@@ -88,3 +88,21 @@ def test_the_running_median_ignores_a_lone_spike_and_keeps_a_constant() -> None:
     values = np.full(97, 2.0)
     values[50] = 1000.0
     np.testing.assert_array_equal(_running_median(values), np.full(97, 2.0))
+
+
+def test_the_page_names_the_time_budget_of_a_run_that_had_one(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    (run / "config.json").write_text('{"train": {"steps": 600, "minutes": 8}}')
+    assert "<tr><td>time budget</td><td>8 minutes</td></tr>" in write(run).read_text()
+    (run / "config.json").write_text('{"train": {"steps": 600, "minutes": null}}')
+    assert "time budget" not in write(run).read_text()
+
+
+def test_numbers_that_release_0_1_called_tokens_are_drawn(tmp_path: Path) -> None:
+    from danlu.report import read_metrics
+
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3.0, "tokens": 7, "time": 2, "tokens_per_second": 3.5}\n'
+    )
+    found = read_metrics(tmp_path)
+    assert (found["items"].values.tolist(), found["items_per_second"].values.tolist()) == ([7.0], [3.5])

@@ -6,7 +6,6 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -55,8 +54,9 @@ def write(run: str | os.PathLike[str]) -> Path:
         (folder / "plots" / f"{plot}.png").write_bytes(png)
         encoded = base64.b64encode(png).decode("ascii")
         images.append(f'<h2>{plot.capitalize()}</h2>\n<img alt="{plot}" src="data:image/png;base64,{encoded}">')
-    body = [f"<h1>{html.escape(name)}</h1>", _table(summary(metrics, unit=_unit(folder))), *images]
     samples, config, pictures = (folder / name for name in ("samples.txt", "config.json", "samples.png"))
+    rows = summary(metrics, unit=_unit(folder)) | _budget(config)
+    body = [f"<h1>{html.escape(name)}</h1>", _table(rows), *images]
     if pictures.is_file():
         encoded = base64.b64encode(pictures.read_bytes()).decode("ascii")
         body.append(f'<h2>Samples</h2>\n<img alt="samples" src="data:image/png;base64,{encoded}">')
@@ -85,7 +85,7 @@ def summary(metrics: Metrics, *, unit: str = "tokens") -> dict[str, str]:
     >>> summary(Metrics({"loss": Series(steps, np.array([3.0, 2.0])), "items": Series(steps, np.array([9.0, 18.0]))}))
     {'steps': '2', 'last training loss': '2.0000', 'tokens': '18'}
     """
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     loss, rate = metrics["loss"], metrics["items_per_second"]
     if len(loss):
         found["steps"] = f"{loss.steps[-1]:,}"
@@ -108,6 +108,12 @@ def _unit(folder: Path) -> str:
     """What the items of the run are: tokens, unless the manifest says otherwise."""
     manifest = folder / "manifest.json"
     return str(json.loads(manifest.read_text()).get("unit", "tokens")) if manifest.is_file() else "tokens"
+
+
+def _budget(config: Path) -> dict[str, str]:
+    """The time that the run was given, if it was."""
+    loop = json.loads(config.read_text(encoding="utf-8")).get("train", {}) if config.is_file() else {}
+    return {"time budget": f"{loop['minutes']:g} minutes"} if loop.get("minutes") else {}
 
 
 def _table(rows: dict[str, str]) -> str:
