@@ -205,5 +205,7 @@ def check_a_decay_of_singular_values_takes_whole_experts_and_refuses_cut_matrice
     Muon([expert], decay="spectral").step()
     Muon([whole], decay="spectral").step()
     torch.testing.assert_close(full(expert), whole.detach())
-    with pytest.raises(ValueError, match=r"parameter w of group 0 is placed as .*decay must be 'decoupled'"):
+    with pytest.raises(
+        ValueError, match=r"parameter w of group 0 is placed as .*sharded; accepted is decay='decoupled' only"
+    ):
         Muon([("w", nn.Parameter(cut_over(world.four)(gaussian(4, 5), 0)))], decay="spectral")

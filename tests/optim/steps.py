@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from danlu.optim import Muon
+from danlu.optim import Muon, shape_scale
 
 
 def step(optimizer, *gradients):
@@ -23,3 +23,20 @@ def one_step(gradient, weight=None, *, steps=1, **options):
     for _ in range(steps):
         step(optimizer, gradient)
     return parameter.detach()
+
+
+def muon_reference(W, gradients, *, lr, momentum, nesterov=True, weight_decay=0.0, scale="plain", ema=True):
+    """Return what Muon makes of one matrix: its definition, with the polar factor of a singular value decomposition."""
+    M = torch.zeros_like(W)
+    for G in gradients:
+        weight = 1 - momentum if ema else 1
+        M = momentum * M + weight * G
+        direction = momentum * M + weight * G if nesterov else M
+        U, _, Vh = torch.linalg.svd(direction, full_matrices=False)
+        update = U @ Vh
+        if scale == "rms":
+            update = update * 0.2 / update.square().mean().sqrt()
+        else:
+            update = update * shape_scale(scale, *W.shape)
+        W = (1 - lr * weight_decay) * W - lr * update
+    return W

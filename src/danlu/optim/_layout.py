@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from danlu._roles import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
-from danlu.optim._sharded import Part, Triple, local, sharding
+from danlu.optim._sharded import Part, Views, local, sharding
 
 
 def layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[str, Split]:
@@ -47,12 +47,12 @@ def blocks(tensor: Tensor, role: str, split: Split, *, channels_last: bool) -> l
     return list(torch.split(tensor, list(split), dim=1))
 
 
-def parts(name: str, tensors: Triple, role: str, split: Split, group: Any) -> Iterator[Part]:
-    """Yield the matrices of a parameter, its gradient and its momentum, as far as this process holds them.
+def parts(name: str, tensors: Views, role: str, split: Split, group: Any) -> Iterator[Part]:
+    """Yield the matrices of a parameter and of the tensors shaped like it, as far as this process holds them.
 
     Args:
         name: what errors call the parameter.
-        tensors: the three, plain or DTensors.
+        tensors: the parameter first, then its gradient, its momentum and what else is kept for it, plain or DTensors.
         role, split: what :func:`layout` returned.
         group: the processes that hold a replica of what is not cut; None for none.
     """
@@ -62,19 +62,19 @@ def parts(name: str, tensors: Triple, role: str, split: Split, group: Any) -> It
     last = role == "conv" and not held[0].is_contiguous()
     rows_cut = shard is not None and shard[1] == (whole.ndim - 2 if role == "experts" else 0)
     # What is left of the rows of a shard need not be a multiple of anything: its blocks are cut further below.
-    triples = list(zip(*(blocks(t, role, None if rows_cut else split, channels_last=last) for t in held)))
+    views = list(zip(*(blocks(t, role, None if rows_cut else split, channels_last=last) for t in held)))
     if shard is None:
-        yield from (Part(triple, group) for triple in triples)
+        yield from (Part(view, group) for view in views)
         return
     group, axis, lengths = shard
     if rows_cut:
-        yield from _cut_rows(triples[0], group, lengths, _heights(split, rows_of(role, whole.shape)))
+        yield from _cut_rows(views[0], group, lengths, _heights(split, rows_of(role, whole.shape)))
     elif role == "experts" and axis < whole.ndim - 2:
         inner = math.prod(whole.shape[:-2]) // whole.shape[axis] * (split if isinstance(split, int) else 1)
-        yield from (Part(triple, group, 0, tuple(inner * length for length in lengths)) for triple in triples)
+        yield from (Part(view, group, 0, tuple(inner * length for length in lengths)) for view in views)
     else:
         inner = 1 if role == "experts" else math.prod(whole.shape[1:]) // whole.shape[axis]
-        yield from (Part(triple, group, 2, tuple(inner * length for length in lengths)) for triple in triples)
+        yield from (Part(view, group, 2, tuple(inner * length for length in lengths)) for view in views)
 
 
 def _heights(split: Split, rows: int) -> tuple[int, ...]:
@@ -82,7 +82,7 @@ def _heights(split: Split, rows: int) -> tuple[int, ...]:
     return split if isinstance(split, tuple) else (split or 1) * (rows // (split or 1),)
 
 
-def _cut_rows(view: Triple, group: Any, lengths: tuple[int, ...], heights: tuple[int, ...]) -> Iterator[Part]:
+def _cut_rows(view: Views, group: Any, lengths: tuple[int, ...], heights: tuple[int, ...]) -> Iterator[Part]:
     """Yield the blocks of matrices whose rows are cut: one that lies on one process alone as whole there."""
     rank, start = dist.get_rank(group), 0
     ends = list(itertools.accumulate(lengths))
@@ -91,11 +91,11 @@ def _cut_rows(view: Triple, group: Any, lengths: tuple[int, ...], heights: tuple
         stop = start + height
         inside = tuple(max(0, min(stop, end) - max(start, end - size)) for end, size in zip(ends, lengths))
         offset = min(max(start - begin, 0), lengths[rank])
-        p, g, m = (tensor.narrow(1, offset, inside[rank]) for tensor in view)
+        held = tuple(tensor.narrow(1, offset, inside[rank]) for tensor in view)
         if max(inside) < height:
-            yield Part((p, g, m), group, 1, inside)
+            yield Part(held, group, 1, inside)
         else:
             if not inside[rank]:  # no matrix, of the shape that the others see
-                p, g, m = (tensor.new_empty((0, height, tensor.shape[2])) for tensor in view)
-            yield Part((p, g, m), group, 0, tuple(view[0].shape[0] * (size == height) for size in inside))
+                held = tuple(tensor.new_empty((0, height, tensor.shape[2])) for tensor in view)
+            yield Part(held, group, 0, tuple(view[0].shape[0] * (size == height) for size in inside))
         start = stop

@@ -23,20 +23,21 @@ from torch import Tensor
 from danlu.linalg._kernels import fast_matmul_dtype
 from danlu.optim._common import is_dtensor
 
-Triple = tuple[Tensor, Tensor, Tensor]
+Views = tuple[Tensor, ...]
 
 
 class Part(NamedTuple):
     """Matrices of one parameter, as far as this process holds them.
 
     Attributes:
-        tensors: views ``(b, rows, columns)`` of the parameter, its gradient and its momentum.
+        tensors: views ``(b, rows, columns)`` of the parameter, its gradient, its momentum, and of what else a variant
+            keeps for it, which may have one column.
         group: the processes among which the matrices lie; None where they concern this process alone.
         dim: the dimension of the views that is cut over the group: 0 matrices, 1 rows, 2 columns. None for replicas.
         lengths: what each process of the group holds of that dimension.
     """
 
-    tensors: Triple
+    tensors: Views
     group: Any = None
     dim: int | None = None
     lengths: tuple[int, ...] = ()
@@ -61,14 +62,11 @@ class Part(NamedTuple):
 
     def slice(self, start: int, length: int) -> "Part":
         """Return ``length`` of the matrices."""
-        p, g, m = self.tensors
-        return self._replace(
-            tensors=(p.narrow(0, start, length), g.narrow(0, start, length), m.narrow(0, start, length))
-        )
+        return self._replace(tensors=tuple(tensor.narrow(0, start, length) for tensor in self.tensors))
 
 
 class Bucket(NamedTuple):
-    """Parts of matrices of one shape and format, and the three stages of a step."""
+    """Parts of matrices of one shape and dtype, and the three stages of a step."""
 
     parts: Sequence[Part]
     shape: tuple[int, int]
@@ -77,7 +75,7 @@ class Bucket(NamedTuple):
     cost: float  # of iterating one matrix
     accumulate: Callable[[list[Tensor], list[Tensor], list[Tensor] | None], None]  # momenta, gradients -> directions
     iterate: Callable[[Tensor], Tensor]  # directions -> updates
-    apply: Callable[[list[Tensor], list[Tensor]], None]  # parameters, updates
+    apply: Callable[[Sequence[Part], list[Tensor]], None]  # parts, their updates
 
     @property
     def size(self) -> int:
@@ -233,10 +231,9 @@ def _even(count: int, most: int) -> list[int]:
     return [*(count // most * [most]), *([count % most] if count % most else [])]
 
 
-def _columns(parts: Sequence[Part]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return the parameters, the gradients and the momenta of parts."""
-    P, G, M = ([part.tensors[i] for part in parts] for i in range(3))
-    return P, G, M
+def _columns(parts: Sequence[Part]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients and the momenta of parts."""
+    return [part.tensors[1] for part in parts], [part.tensors[2] for part in parts]
 
 
 def _by_part(stack: Tensor, parts: Sequence[Part]) -> list[Tensor]:
@@ -251,12 +248,12 @@ def _iterate_(stack: Tensor, bucket: Bucket) -> None:
 
 
 def step_alone(bucket: Bucket) -> None:
-    """Step matrices that are whole here, ``bucket.most`` at a time."""
+    """Step matrices that are complete here, ``bucket.most`` at a time."""
     for run in runs(bucket.parts, _even(bucket.size, bucket.most)):
-        P, G, M = _columns(run)
+        G, M = _columns(run)
         direction = bucket.empty(sum(part.size for part in run), *bucket.shape)
         bucket.accumulate(M, G, _by_part(direction, run))
-        bucket.apply(P, _by_part(bucket.iterate(direction), run))
+        bucket.apply(run, _by_part(bucket.iterate(direction), run))
 
 
 def step_replicas(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
@@ -265,7 +262,7 @@ def step_replicas(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
     rank = dist.get_rank(group)
     shares = [(owner, share, *_columns(share)) for owner, share in enumerate(runs(bucket.parts, counts)) if share]
     stack = bucket.empty(most, *bucket.shape)
-    for owner, share, _, G, M in shares:
+    for owner, share, G, M in shares:
         if owner == rank:
             bucket.accumulate(M, G, _by_part(stack[: counts[rank]], share))
         else:  # momenta are replicas too, so that any one process can write a checkpoint
@@ -275,8 +272,8 @@ def step_replicas(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
     sending = dist.all_gather_single(gathered, stack, group=group, async_op=True)
     yield
     sending.wait()
-    for owner, share, P, _, _ in shares:
-        bucket.apply(P, _by_part(gathered.narrow(0, owner * most, counts[owner]), share))
+    for owner, share, _, _ in shares:
+        bucket.apply(share, _by_part(gathered.narrow(0, owner * most, counts[owner]), share))
 
 
 def step_cut(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
@@ -289,7 +286,7 @@ def step_cut(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
     out = [sum(math.prod(part.held_by(rank)) for part in share) for share in shares]
     back = [sum(math.prod(part.held_by(source)) for part in own) for source in range(len(counts))]
     outside, inside = bucket.empty(sum(out)), bucket.empty(sum(back))
-    P, G, M = _columns(here)
+    G, M = _columns(here)
     mine = _views(outside, [part.held_by(rank) for part in here])
     bucket.accumulate(M, G, mine)
     collecting = dist.all_to_all_single(inside, outside, back, out, group=group, async_op=True)
@@ -309,7 +306,7 @@ def step_cut(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
     returning = dist.all_to_all_single(outside, inside, out, back, group=group, async_op=True)
     yield
     returning.wait()
-    bucket.apply(P, mine)
+    bucket.apply(here, mine)
 
 
 def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

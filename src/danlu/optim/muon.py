@@ -12,7 +12,8 @@ arXiv:2505.16932 (the iteration).
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,9 @@ from danlu.optim.adamw import AdamWConfig
 from danlu.optim.combined import CombinedOptimizer
 from danlu.optim.decay import check_decay, decay_
 from danlu.optim.groups import param_groups
-from danlu.optim.muon_step import SCALES, composition_of, muon_, muon_uncompiled_
+from danlu.optim.muon_step import SCALES, Iteration, Options, Plan, composition_of, muon_, muon_plan
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "scale", "ema", "maximize", "role", "split")
 
 
 class Muon(MomentumOptimizer):
@@ -55,7 +55,7 @@ class Muon(MomentumOptimizer):
             norm of the weights by about ``s(shape) / weight_decay``.
         decay: what ``weight_decay`` shrinks: ``decoupled`` all singular values, ``spectral`` the largest one,
             ``clipped`` what they have above ``decay_bound`` (see :func:`danlu.optim.decay_`). The latter two act on
-            each matrix by itself, need whole parameters and wait for the device; ``clipped`` costs an
+            each matrix by itself, need complete parameters and wait for the device; ``clipped`` costs an
             eigendecomposition a matrix.
         decay_bound: of ``clipped``: singular values up to it are left alone.
         scale: factor by shape, see :func:`shape_scale`. ``rms`` makes the root mean square of every update 0.2
@@ -76,7 +76,7 @@ class Muon(MomentumOptimizer):
         process_group: processes that hold replicas of the parameters and their gradients, as under
             DistributedDataParallel: each then iterates a share of the matrices. None: this process does all.
             DTensors (FSDP2) need no group: their matrices are collected, iterated once and scattered in the mesh they
-            lie in, and the momentum is cut as its parameter is. They may be cut over one dimension of the mesh.
+            lie in, and the momentum is sharded as its parameter is. They may be sharded over one dimension of the mesh.
 
     Raises:
         ValueError, TypeError: naming the argument, or the group and the parameter.
@@ -90,6 +90,8 @@ class Muon(MomentumOptimizer):
     """
 
     slot = "momentum_buffer"
+    #: Whether the hooks look at more than one entry of a matrix at a time, so that it may not be sharded itself.
+    complete: ClassVar[bool] = False
     own = ("composition", "dtype", "momentum_dtype", "chunk_bytes", "foreach", "process_group")
 
     def __init__(
@@ -134,8 +136,13 @@ class Muon(MomentumOptimizer):
             "role": None,
             "split": None,
         }
+        self._plans: dict[int, tuple[Any, Plan]] = {}
         self.check_options("", defaults)
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
 
     def check_options(self, where: str, options: Mapping[str, Any]) -> None:
         """Raise unless every option of a group is in its range; ``where`` begins the message."""
@@ -153,9 +160,12 @@ class Muon(MomentumOptimizer):
         whole = parameter.detach()
         storage = local(whole).untyped_storage().data_ptr()
         found = list(parts(name, (whole, whole, whole), role, split, None))
-        if options.get("decay", "decoupled") != "decoupled" and any(part.dim for part in found):
-            placed = getattr(parameter, "placements", None)
-            raise ValueError(f"{name} is placed as {placed}; its matrices being cut, decay must be 'decoupled'")
+        if any(part.dim for part in found):
+            placed = f"{name} is placed as {getattr(parameter, 'placements', None)}, its matrices sharded; accepted"
+            if options.get("decay", "decoupled") != "decoupled":
+                raise ValueError(f"{placed} is decay='decoupled' only")
+            if self.complete:
+                raise ValueError(f"{placed} by {type(self).__name__} are complete matrices only")
         views = [part.tensors[0] for part in found]
         if any(view.numel() and view.untyped_storage().data_ptr() != storage for view in views):
             raise ValueError(f"{name} has strides {parameter.stride()} without a view as a stack of matrices")
@@ -164,24 +174,53 @@ class Muon(MomentumOptimizer):
         """Update parameters and momenta of a group in place."""
         if not params:
             return
-        (momenta,) = slots
-        options = {key: value for key, value in group.items() if key in _OPTIONS}
+        if self.process_group is not None or any(map(is_dtensor, params)):
+            self._exchanging(group, params, grads, *slots)
+        else:
+            self._step(group, params, grads, *slots)
+
+    def _step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
+        momenta, *others = slots
+        options = Options(**{name: group[name] for name in Options._fields})
         if group.get("decay", "decoupled") != "decoupled":  # a state saved before there was a choice has no key
             self._decay(group, params)
-            options["weight_decay"] = 0.0
-        together = self.process_group is not None or any(map(is_dtensor, params))
-        step = muon_uncompiled_ if together else muon_  # an exchange that overlaps with work has no place in a graph
-        step(
-            params,
-            grads,
-            momenta,
-            composition=self.composition,
-            dtype=self.dtype,
-            chunk_bytes=self.chunk_bytes,
-            foreach=self.foreach,
-            process_group=self.process_group,
-            **options,
-        )
+            options = options._replace(weight_decay=0.0)
+        plan = self._plan(group, params, momenta)
+        before, after = partial(self.before_update, group), partial(self.after_update, group)
+        muon_(params, grads, momenta, plan, options, *others, before=before, after=after)
+
+    # An exchange that overlaps with work has no place in a graph.
+    _exchanging = torch.compiler.disable(_step)
+
+    def _plan(self, group: dict[str, Any], params: list[Tensor], momenta: list[Tensor]) -> Plan:
+        """Return the plan of a group, made anew only when something has changed that it depends on."""
+        iteration = Iteration(self.composition, self.dtype, self.chunk_bytes, self.foreach, self.process_group)
+        role, split = group["role"], group["split"]
+        if torch.compiler.is_compiling():  # the graph is the plan
+            return muon_plan(params, momenta, iteration, role=role, split=split)
+        seen = [(id(p), p.shape, p.dtype, p.device, m.dtype) for p, m in zip(params, momenta)]
+        signature = (role, split, seen, id(iteration.composition), iteration[1:])
+        known = self._plans.get(id(group))
+        if known is None or known[0] != signature:
+            known = signature, muon_plan(params, momenta, iteration, role=role, split=split)
+            self._plans[id(group)] = known
+        return known[1]
+
+    def before_update(self, group: Mapping[str, Any], W: Tensor, update: Tensor, *slots: Tensor) -> None:
+        """Do nothing; a variant of Muon may change the updates of some matrices here, in place, before they are taken.
+
+        Args:
+            group: the group of parameters, with its options.
+            W: matrices ``(b, rows, columns)``, a view of a parameter.
+            update: of the same shape, orthogonal, before the factor by shape and the learning rate.
+            slots: views of what :meth:`slots` keeps for the parameter besides the momentum.
+        """
+
+    def after_update(self, group: Mapping[str, Any], W: Tensor, update: Tensor, *slots: Tensor) -> None:
+        """Do nothing; a variant of Muon may change the weights of some matrices here, in place, when they have moved.
+
+        The arguments are those of :meth:`before_update`.
+        """
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _decay(self, group: dict[str, Any], params: list[Tensor]) -> None:

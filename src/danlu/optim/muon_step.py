@@ -2,10 +2,10 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from danlu.approx import Composition, optimal_composition, published
 from danlu.linalg._newton_schulz import chunk_length, multiplications, orthogonalize
 from danlu.optim._layout import layout, parts
 from danlu.optim._sharded import Bucket, Part, agreed_matmul_dtype, step_alone, step_together
+
+Hook = Callable[..., None] | None
 
 SCALES = ("moonlight", "rms", "plain", "jordan", "mup")
 #: Root mean square that an entry of AdamW's update has in practice, which ``moonlight`` and ``rms`` aim at.
@@ -47,7 +49,7 @@ def _fast_composition() -> Composition:
     """Return what ``fast`` iterates: three steps of degree 5 and one of degree 9, designed for [3.2e-3, 1].
 
     The step of degree 9 costs one small product more than one of degree 5 and does nearly the work of two. It comes
-    last, where its terms are small: before, they cancel to less than a half format can hold.
+    last, where its terms are small: before, they cancel to less than a 16-bit dtype can hold.
     """
     lower = 3.2e-3
     quintics = optimal_composition(lower, 4, cushion=0.02, safety=1.01)
@@ -59,7 +61,7 @@ def _fast_composition() -> Composition:
 def composition_of(method: str | Composition, steps: int | None) -> Composition:
     """Return the polynomials that ``method`` and ``steps`` name.
 
-    ``auto`` is designed for [2e-3, 1] with the safety factor and cushion that the half formats need: with the tight
+    ``auto`` is designed for [2e-3, 1] with the safety factor and cushion that the 16-bit dtypes need: with the tight
     scale of :func:`~danlu.linalg._newton_schulz.orthogonalize` five such steps have a smaller error on every spectrum
     than five of Jordan's or of the published Polar Express, which start from the Frobenius norm.
     """
@@ -78,71 +80,176 @@ def composition_of(method: str | Composition, steps: int | None) -> Composition:
     return published(method, steps)
 
 
+class Options(NamedTuple):
+    """What a group says about its step, by the names of :class:`danlu.optim.Muon`; read anew every time."""
+
+    lr: float | Tensor
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    scale: str
+    ema: bool = True
+    maximize: bool = False
+
+
+class Iteration(NamedTuple):
+    """How an optimizer iterates, by the names of :class:`danlu.optim.Muon`."""
+
+    composition: Composition
+    dtype: torch.dtype | None = None
+    chunk_bytes: int | None = None
+    foreach: bool | None = None
+    process_group: Any = None
+
+
+class Key(NamedTuple):
+    """What matrices have in common that are stepped together."""
+
+    group: Any  # the processes among which they lie; None for those that concern this process alone
+    replicas: bool
+    rows: int
+    columns: int
+    device: torch.device
+    dtype: torch.dtype
+    momentum_dtype: torch.dtype
+    work: torch.dtype  # of the iteration
+
+
+class Stack(NamedTuple):
+    """Matrices that are stepped together."""
+
+    key: Key
+    members: list[int]  # places among all the parts of the group of parameters
+    most: int  # matrices iterated at once
+    cost: float  # of iterating one
+
+
+class Plan(NamedTuple):
+    """Which matrices are stepped together: a function of roles, shapes and dtypes, the same at every step."""
+
+    iteration: Iteration
+    layouts: list[tuple[str, Split]]  # role and split of each parameter
+    here: list[Stack]  # complete on this process, and nobody else's concern
+    shared: list[Stack]
+    loads: dict[Any, list[float]]  # of the processes of a group, by what each holds complete
+
+
+def muon_plan(
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    iteration: Iteration,
+    *,
+    role: str | None = None,
+    split: Split = None,
+) -> Plan:
+    """Classify parameters and sort their matrices into stacks.
+
+    Args:
+        params: of one group.
+        momenta: of the same parameters.
+        iteration: how they will be iterated.
+        role, split: of all of them; None for what was declared of each, then what its shape suggests.
+
+    Raises:
+        ValueError: a parameter is nothing that Muon can update.
+    """
+    options = {"role": role, "split": split}
+    layouts = [layout(f"parameter {index}", parameter, options) for index, parameter in enumerate(params)]
+    here: dict[Key, list[int]] = {}
+    shared: dict[Key, list[int]] = {}
+    loads: dict[Any, list[float]] = {}
+    found = _parts(layouts, iteration.process_group, params, momenta, momenta)  # gradients lie as momenta do
+    coefficients = iteration.composition.coefficients
+    for place, part in enumerate(found):
+        p, (m, n) = part.tensors[0], part.shape
+        work = iteration.dtype
+        if work is None:
+            work = torch.float64 if p.dtype == torch.float64 else agreed_matmul_dtype(p.device, part.group)
+        alone = part.group is None or part.dim == 0
+        group = None if alone else part.group
+        key = Key(group, not alone and part.dim is None, m, n, p.device, p.dtype, part.tensors[2].dtype, work)
+        if not alone:
+            shared.setdefault(key, []).append(place)
+        elif part.size:
+            here.setdefault(key, []).append(place)
+        if part.dim == 0:
+            load = loads.setdefault(part.group, len(part.lengths) * [0.0])
+            cost = multiplications(coefficients, m, n, work)
+            loads[part.group] = [held + cost * count for held, count in zip(load, part.lengths)]
+
+    # A graph can hold no subscripted type, hence the quotes.
+    def stack(key: Key, members: "list[int]") -> Stack:
+        length = chunk_length(key.rows, key.columns, key.work, key.device, iteration.chunk_bytes)
+        most = max(1, min(length, sum(found[place].size for place in members)))
+        return Stack(key, members, most, multiplications(coefficients, key.rows, key.columns, key.work))
+
+    return Plan(
+        iteration,
+        layouts,
+        [stack(key, members) for key, members in here.items()],
+        [stack(key, members) for key, members in shared.items()],
+        loads,
+    )
+
+
+def _parts(layouts: Sequence[tuple[str, Split]], group: Any, *tensors: Sequence[Tensor]) -> list[Part]:
+    """Return all matrices of parameters, of which the first of ``tensors`` are, in the order that a plan counts."""
+    return [
+        part
+        for index, ((role, split), views) in enumerate(zip(layouts, zip(*tensors)))
+        for part in parts(f"parameter {index}", views, role, split, group)
+    ]
+
+
 def muon_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
-    *,
-    composition: Composition,
-    lr: float | Tensor,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    scale: str,
-    ema: bool = True,
-    maximize: bool = False,
-    role: str | None = None,
-    split: Split = None,
-    dtype: torch.dtype | None = None,
-    chunk_bytes: int | None = None,
-    foreach: bool | None = None,
-    process_group: Any = None,
+    plan: Plan,
+    options: Options,
+    *slots: Sequence[Tensor],
+    before: Hook = None,
+    after: Hook = None,
 ) -> None:
-    """Update parameters and momenta in place: the functional form of :class:`Muon`, which documents the arguments."""
-    here: dict[Any, list[Part]] = {}  # matrices that are whole here and nobody else's concern
-    shared: dict[Any, list[Part]] = {}
-    loads: dict[Any, list[float]] = {}  # of the processes of a group, by what each holds whole
-    for index, (parameter, grad, buffer) in enumerate(zip(params, grads, momenta)):
-        name = f"parameter {index}"
-        kind, rows = layout(name, parameter, {"role": role, "split": split})
-        for part in parts(name, (parameter, -grad if maximize else grad, buffer), kind, rows, process_group):
-            p, (m, n) = part.tensors[0], part.shape
-            alone = part.group is None or part.dim == 0
-            work = dtype or (torch.float64 if p.dtype == torch.float64 else agreed_matmul_dtype(p.device, part.group))
-            key = (part.group, part.dim is None, m, n, p.device, p.dtype, buffer.dtype, work)
-            if not alone:
-                shared.setdefault(key, []).append(part)
-            elif part.size:
-                here.setdefault(key[2:], []).append(part)
-            if part.dim == 0:
-                load = loads.setdefault(part.group, len(part.lengths) * [0.0])
-                cost = multiplications(composition.coefficients, m, n, work)
-                loads[part.group] = [held + cost * count for held, count in zip(load, part.lengths)]
+    """Update parameters and momenta in place: the functional form of :class:`danlu.optim.Muon`.
+
+    Args:
+        params: of one group.
+        grads: of the same parameters, left as they are.
+        momenta: of the same parameters.
+        plan: what :func:`muon_plan` returned for parameters and momenta of these shapes, dtypes and roles.
+        options: of the group.
+        slots: what else is kept for each parameter, as hooks take it: tensors of its shape, or with one column.
+        before: called with matrices, their updates before the factor by shape, which it may change in place, and
+            their slots, each ``(b, rows, columns)``.
+        after: called in the same way when the weights have moved.
+    """
+    if options.maximize:
+        grads = [-grad for grad in grads]
+    found = _parts(plan.layouts, plan.iteration.process_group, params, grads, momenta, *slots)
 
     # A graph can hold no subscripted type, hence the quotes.
-    def bucket(held: "Sequence[Part]", m: int, n: int, device: torch.device, work: torch.dtype) -> Bucket:
-        fused = foreach if foreach is not None else device.type != "cpu"
+    def bucket(stack: "Stack") -> Bucket:
+        key, (composition, _, _, foreach, _) = stack.key, plan.iteration
+        fused = foreach if foreach is not None else key.device.type != "cpu"
+        factor = shape_scale(options.scale, key.rows, key.columns)
         return Bucket(
-            parts=held,
-            shape=(m, n),
-            dtype=work,
-            most=max(1, min(chunk_length(m, n, work, device, chunk_bytes), sum(part.size for part in held))),
-            cost=multiplications(composition.coefficients, m, n, work),
-            accumulate=partial(_accumulate, momentum=momentum, nesterov=nesterov, ema=ema, foreach=fused),
-            iterate=partial(_orthogonal, composition=composition, scale=scale),
-            apply=partial(_apply, lr=lr, decay=weight_decay, factor=shape_scale(scale, m, n), foreach=fused),
+            parts=[found[place] for place in stack.members],
+            shape=(key.rows, key.columns),
+            dtype=key.work,
+            most=stack.most,
+            cost=stack.cost,
+            accumulate=partial(_accumulate, options=options, foreach=fused),
+            iterate=partial(_orthogonal, composition=composition, scale=options.scale),
+            apply=partial(_apply, options=options, factor=factor, foreach=fused, before=before, after=after),
         )
 
-    own = [bucket(held, m, n, device, work) for (m, n, device, *_, work), held in here.items()]
-    if shared:
-        exchanged = [bucket(held, m, n, device, work) for (*_, m, n, device, _, _, work), held in shared.items()]
-        step_together(exchanged, own, loads, bounded=chunk_bytes is not None)
+    own = [bucket(stack) for stack in plan.here]
+    if plan.shared:
+        step_together(map(bucket, plan.shared), own, plan.loads, bounded=plan.iteration.chunk_bytes is not None)
     else:
         for each in own:
             step_alone(each)
-
-
-muon_uncompiled_ = torch.compiler.disable(muon_)
 
 
 def _orthogonal(stack_bmn: Tensor, *, composition: Composition, scale: str) -> Tensor:
@@ -160,12 +267,11 @@ def _accumulate(
     G: list[Tensor],
     D: list[Tensor] | None,
     *,
-    momentum: float,
-    nesterov: bool,
-    ema: bool,
+    options: Options,
     foreach: bool,
 ) -> None:
     """Add the gradients ``G`` to the momenta ``M`` and write the direction to follow into ``D``, unless it is None."""
+    momentum, nesterov, ema = options.momentum, options.nesterov, options.ema
     weight = 1.0 - momentum if ema else 1.0
     if foreach:
         torch._foreach_mul_(M, momentum)
@@ -191,10 +297,30 @@ def _accumulate(
             direction.copy_(buffer).mul_(momentum).add_(grad, alpha=weight)
 
 
-def _apply(P: list[Tensor], U: list[Tensor], *, lr: float | Tensor, decay: float, factor: float, foreach: bool) -> None:
+def _apply(
+    parts: Sequence[Part],
+    U: list[Tensor],
+    *,
+    options: Options,
+    factor: float,
+    foreach: bool,
+    before: Hook,
+    after: Hook,
+) -> None:
+    """Let the hooks at the updates ``U``, and move the weights along them."""
+    if before is not None:
+        for part, update in zip(parts, U):
+            before(part.tensors[0], update, *part.tensors[3:])
+    _move([part.tensors[0] for part in parts], U, options.lr, options.weight_decay, factor, foreach=foreach)
+    if after is not None:
+        for part, update in zip(parts, U):
+            after(part.tensors[0], update, *part.tensors[3:])
+
+
+def _move(P: list[Tensor], U: list[Tensor], lr: float | Tensor, decay: float, factor: float, *, foreach: bool) -> None:
     """Shrink the weights and take the step along ``U``; a learning rate that is a tensor is never read by the host."""
     if isinstance(lr, Tensor):
-        # In the parameter's format: a product with a tensor of no dimensions would be rounded to the iteration's.
+        # In the parameter's dtype: a product with a tensor of no dimensions would be rounded to the iteration's.
         U, alpha = list(torch._foreach_mul([u.to(p.dtype) for p, u in zip(P, U)], lr * factor)), -1.0
     else:
         alpha = -lr * factor
