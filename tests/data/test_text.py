@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from danlu.data import shards
 from danlu.data.corpus import open_corpus, survey
 from danlu.data.loader import IGNORE
+from danlu.data.preparing import Progress
 from danlu.data.shards import cached
 from danlu.data.text import TextConfig, _pieces, _tokenizer_texts, open_text
 
@@ -232,7 +233,7 @@ def test_a_word_without_end_is_cut_where_the_tokenizer_learns_and_nowhere_else(t
     text = "ACGT" * 5000
     options = config(write(tmp_path / "dna.txt", text))
     corpus = open_corpus(options.path)
-    seen = "".join(_tokenizer_texts(corpus, survey(corpus, 0.1), options))
+    seen = "".join(_tokenizer_texts(corpus, survey(corpus, 0.1), options, Progress()))
     assert max(map(len, seen.split())) == 256
     data = open_text(options, cache_dir=tmp_path / "cache")
     assert text.endswith(text_of(data, data.validation()))

@@ -83,6 +83,6 @@ def _sentence(error: Exception) -> str:
     said = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         said = f"{error.filename}: {error.strerror}"
-    text = " ".join(" ".join([said, *getattr(error, "__notes__", ())]).split()) or type(error).__name__
+    text = " ".join("; ".join([said, *getattr(error, "__notes__", ())]).split()) or type(error).__name__
     # A message may quote a file, and a file may hold escape sequences.
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

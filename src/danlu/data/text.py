@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,17 +21,18 @@ from danlu._validate import choice, integer, number
 from danlu.config import IsPath
 from danlu.data.corpus import Corpus, Survey, open_corpus, split, survey
 from danlu.data.loader import Batch, Loader, validation_batches
+from danlu.data.preparing import Progress, prepare
 from danlu.data.shards import cached, read_tokens, token_dtype, write_tokens
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-_log = logging.getLogger(__name__)
 # Part of every cache key: raised when the same input would give other files.
 _FORMAT = 1
 _TOKENIZER_BYTES = 64 * 2**20
 # The trainer's time grows with the square of a word's length, and a word without end (base64, DNA) is a whole piece.
 _LONG_WORD = re.compile(r"\S{256}")
 _PIECE = 2**16
-_PIECES = 256
+# Pieces encoded together: as many threads share them, and progress is seen between two batches.
+_PIECES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ def open_text(
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     folder = cached(
         cache_folder(cache_dir) / "text" / key[:32],
-        lambda scratch: _build(scratch, corpus, found, config, given),
+        lambda scratch: prepare(lambda progress: _build(scratch, corpus, found, config, given, progress)),
         _complete,
     )
     tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -224,18 +225,21 @@ def _complete(folder: Path) -> bool:
         return False
 
 
-def _build(folder: Path, corpus: Corpus, found: Survey, config: TextConfig, given: Tokenizer | None) -> None:
+def _build(
+    folder: Path, corpus: Corpus, found: Survey, config: TextConfig, given: Tokenizer | None, progress: Progress
+) -> None:
     tokenizer = given
     if tokenizer is None:
-        _log.info("training a tokenizer of %d tokens on %s", config.vocab_size, corpus.source)
-        tokenizer = train_tokenizer(_tokenizer_texts(corpus, found, config), vocab_size=config.vocab_size)
+        progress.begin(f"training a tokenizer of {config.vocab_size} tokens on {corpus.source}", found.bytes)
+        texts = _tokenizer_texts(corpus, found, config, progress)
+        tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     tokenizer.save(folder / "tokenizer.json")
-    _log.info("encoding %.1f MB of text", found.bytes / 1e6)
+    progress.begin(f"encoding {found.bytes / 1e6:.1f} MB of text", found.bytes)
     dtype = token_dtype(tokenizer.vocab_size)
     meta: dict[str, int | str] = {"split": "documents" if found.whole else "tails"}
     for side, name in enumerate(("train", "validation")):
         sizes: Counter[str] = Counter()
-        chunks = _encode(_side(corpus, found, config, side, sizes), tokenizer)
+        chunks = _encode(_side(corpus, found, config, side, sizes), tokenizer, progress)
         meta[f"{name}_tokens"] = write_tokens(folder / f"{name}.bin", chunks, dtype)
         meta[f"{name}_bytes"] = sizes["bytes"]
         meta[f"{name}_documents"] = sizes["documents"]
@@ -256,10 +260,11 @@ def _side(corpus: Corpus, found: Survey, config: TextConfig, side: int, sizes: C
         raise ValueError(f"{corpus.source} changed while it was read; try again")
 
 
-def _tokenizer_texts(corpus: Corpus, found: Survey, config: TextConfig) -> Iterator[str]:
+def _tokenizer_texts(corpus: Corpus, found: Survey, config: TextConfig, progress: Progress) -> Iterator[str]:
     """Yield the training texts, or of more than a tokenizer learns from, every n-th piece."""
     every = -(-found.bytes // _TOKENIZER_BYTES)
     for n, piece in enumerate(p for text in _side(corpus, found, config, 0, Counter()) for p in _pieces(text)):
+        progress.advance(len(piece.encode()))
         if n % every == 0:
             yield _LONG_WORD.sub(r"\g<0>\n", piece)
 
@@ -275,24 +280,22 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
+def _encode(texts: Iterator[str], tokenizer: Tokenizer, progress: Progress) -> Iterator[NDArray[np.int64]]:
     """Encode texts, each followed by the end token, many pieces at a time."""
-    pieces: list[str] = []
-    last: list[bool] = []
     end = np.array([tokenizer.end])
-
-    def flush() -> Iterator[NDArray[np.int64]]:
-        for ids, ends in zip(tokenizer.encode_batch(pieces), last, strict=True):
+    pieces = ((piece, last) for text in texts for piece, last in _marked(_pieces(text)))
+    while batch := list(islice(pieces, _PIECES)):
+        for ids, (piece, last) in zip(tokenizer.encode_batch([piece for piece, _ in batch]), batch, strict=True):
+            progress.advance(len(piece.encode()))
             yield np.asarray(ids, dtype=np.int64)
-            if ends:
+            if last:
                 yield end
-        pieces.clear()
-        last.clear()
 
-    for text in texts:
-        parts = list(_pieces(text))
-        pieces += parts
-        last += [False] * (len(parts) - 1) + [True]
-        if len(pieces) >= _PIECES:
-            yield from flush()
-    yield from flush()
+
+def _marked(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Yield each piece with whether it is the last one."""
+    piece = next(pieces)
+    for following in pieces:
+        yield piece, False
+        piece = following
+    yield piece, True

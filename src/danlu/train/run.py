@@ -49,7 +49,8 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
     with init_distributed(config.train.device) as world, Stop(patient=world.size > 1) as stop:
         out = Path(broadcast(str(out)))
         _check_new(out, world)
-        parts = assemble(config, world)
+        with stop.at_once():
+            parts = assemble(config, world)
         if world.main:
             out.mkdir(parents=True, exist_ok=True)
             _write_once(out, parts)
@@ -83,7 +84,8 @@ def resume(path: Path | str, *, quiet: bool = False) -> int:
                 if world.main:
                     console.print(f"{path} is complete: all {saved.step} steps are trained.", soft_wrap=True)
                 return 0
-        parts = assemble(config, world)
+        with stop.at_once():
+            parts = assemble(config, world)
         _check_data(path, parts)
         if world.main:
             where = "its start: there is no complete checkpoint" if saved is None else f"step {saved.step}"

@@ -1,11 +1,16 @@
 """Stopping on request: an interrupt or a termination lets the step under way finish and the run be saved."""
 
+import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 __all__ = ["Stop"]
+
+_log = logging.getLogger(__name__)
 
 
 class Stop:
@@ -24,6 +29,7 @@ class Stop:
         self.signal: int | None = None
         self.patient = patient
         self._before: dict[int, Any] = {}
+        self._at_once = False
 
     @property
     def exit_code(self) -> int:
@@ -33,8 +39,34 @@ class Stop:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
+            if self._at_once:
+                self._leave()
         elif number == signal.SIGINT and not self.patient:
             raise KeyboardInterrupt
+
+    def _leave(self) -> None:
+        _log.info("interrupted before the training began")
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(self.exit_code)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end the program right away while there is no step that could be saved.
+
+        SIGINT raises KeyboardInterrupt, SIGTERM SystemExit with its exit code; also one that came before.
+
+        >>> with Stop() as stop, stop.at_once():
+        ...     signal.raise_signal(signal.SIGTERM)
+        Traceback (most recent call last):
+        ...
+        SystemExit: 143
+        """
+        if self.signal is not None:
+            self._leave()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
