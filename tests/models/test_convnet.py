@@ -21,7 +21,7 @@ def test_flops_are_those_that_torch_counts():
     assert net.flops == counter.get_total_flops() / 2
 
 
-def test_sizes_that_do_not_fit_are_refused():
+def test_sizes_that_do_not_fit_are_rejected():
     with pytest.raises(ValueError, match="image_size that 4 divides, got 30"):
         ConvNet(ConvNetConfig(image_size=30))
     with pytest.raises(ValueError, match="at least one level"):

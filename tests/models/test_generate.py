@@ -107,6 +107,6 @@ def test_top_k_and_top_p_keep_only_the_most_likely_tokens() -> None:
         ({"max_new_tokens": -1}, "max_new_tokens"),
     ],
 )
-def test_impossible_arguments_are_refused_by_name(arguments: dict[str, object], message: str) -> None:
+def test_impossible_arguments_are_rejected_by_name(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(generate(build(), **({"prompt": [1]} | arguments)))  # type: ignore[arg-type]

@@ -56,6 +56,6 @@ def test_gpt2_computes_the_same_from_the_same_weights() -> None:
     torch.testing.assert_close(peer(t).logits, model(t), rtol=1e-10, atol=1e-10)
 
 
-def test_a_text_longer_than_the_positions_is_refused() -> None:
+def test_a_text_longer_than_the_positions_is_rejected() -> None:
     with pytest.raises(ValueError, match="23 positions"):
         build()(tokens(1, 24))

@@ -179,13 +179,13 @@ def test_dropout_acts_at_the_last_level_in_training_only():
         (DiTConfig(dim=40), r"dim must be a multiple of 4 \* num_heads"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_by_name(config, message):
+def test_sizes_that_do_not_fit_are_rejected_by_name(config, message):
     with pytest.raises(ValueError, match=message):
         (UNet if isinstance(config, UNetConfig) else DiT)(config)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_classes_and_times_that_the_network_was_not_made_for_are_refused(name):
+def test_images_classes_and_times_that_the_network_was_not_made_for_are_rejected(name):
     network = build(name)
     x, t = inputs()
     with pytest.raises(ValueError, match=r"images must be \(batch, 3, height, width\)"):

@@ -106,12 +106,12 @@ def test_the_work_of_the_encoder_is_what_its_products_take():
         ({"layers": 0}, "layers must be an integer"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(options, message):
+def test_sizes_that_do_not_fit_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         MAE(replace(CONFIG, **options))
 
 
-def test_images_and_patches_that_do_not_fit_are_refused():
+def test_images_and_patches_that_do_not_fit_are_rejected():
     mae = build()
     with pytest.raises(ValueError, match="images must be"):
         mae.encode(images()[:, :1])

@@ -64,7 +64,7 @@ def test_schemes_are_different_models_of_the_same_weights() -> None:
             assert (first - second).abs().max() > 1e-3
 
 
-def test_impossible_sizes_and_shapes_are_refused_by_name() -> None:
+def test_impossible_sizes_and_shapes_are_rejected_by_name() -> None:
     tokens, patches, grid = sequence()
     with pytest.raises(ValueError, match=r"patches must be \(2, 11, 9\)"):
         build().read(tokens, patches[..., :8], grid)

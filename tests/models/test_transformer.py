@@ -318,12 +318,12 @@ def test_deepseek_v3_computes_the_same_from_the_same_weights(name: str) -> None:
         ({"mixers": (GQAConfig(num_heads=3),)}, "mixers must leave a block"),
     ],
 )
-def test_impossible_fields_are_refused_by_name(changes: dict[str, float], message: str) -> None:
+def test_impossible_fields_are_rejected_by_name(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Transformer(replace(CONFIGS["grouped queries"], **changes))  # type: ignore[arg-type]
 
 
-def test_documents_with_a_cache_or_of_another_shape_are_refused() -> None:
+def test_documents_with_a_cache_or_of_another_shape_are_rejected() -> None:
     model = build("grouped queries")
     with pytest.raises(ValueError, match="documents"):
         model(tokens(1, 5), documents=torch.zeros(1, 4, dtype=torch.int64))
@@ -333,7 +333,7 @@ def test_documents_with_a_cache_or_of_another_shape_are_refused() -> None:
         model(tokens(1, 5)[0])
 
 
-def test_embeddings_and_positions_of_another_size_are_refused() -> None:
+def test_embeddings_and_positions_of_another_size_are_rejected() -> None:
     model = build("grouped queries")
     with pytest.raises(ValueError, match=r"\(batch, time, 24\)"):
         model(torch.randn(1, 5, 23))
@@ -342,7 +342,7 @@ def test_embeddings_and_positions_of_another_size_are_refused() -> None:
             model(tokens(1, 5), positions=torch.zeros(shape))
 
 
-def test_positions_are_refused_where_nothing_takes_them() -> None:
+def test_positions_are_rejected_where_nothing_takes_them() -> None:
     with pytest.raises(ValueError, match="no layer of this model takes any"):
         build("state spaces")(tokens(1, 5), positions=torch.arange(5)[:, None])
 

@@ -165,7 +165,7 @@ def test_function_transforms_and_the_compiled_form_agree() -> None:
 @pytest.mark.parametrize(
     ("options", "message"), [({"b": -1.0}, "b must be"), ({"b": 0.0, "learnable": True}, "b must")]
 )
-def test_impossible_b_is_refused_by_name(options: dict[str, float], message: str) -> None:
+def test_impossible_b_is_rejected_by_name(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SquarePlusConfig(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="b must be"):

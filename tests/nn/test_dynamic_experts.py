@@ -138,7 +138,7 @@ def test_a_token_may_use_no_expert() -> None:
 @pytest.mark.parametrize(
     ("options", "message"), [({"rule": "E"}, "rule"), ({"rate": -1.0}, "rate"), ({"freeze_after": -1}, "freeze_after")]
 )
-def test_impossible_options_are_refused_by_name(options: dict[str, object], message: str) -> None:
+def test_impossible_options_are_rejected_by_name(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DynamicConfig(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="budget"):

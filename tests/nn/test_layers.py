@@ -72,7 +72,7 @@ def test_declared_split_must_cover_the_rows() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "name"), [((0, 3), "in_features"), ((3, -1), "out_features")])
-def test_impossible_sizes_are_refused_by_name(arguments: tuple[int, int], name: str) -> None:
+def test_impossible_sizes_are_rejected_by_name(arguments: tuple[int, int], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Linear(*arguments)
 

@@ -162,6 +162,6 @@ def test_bad_input_is_named(act, message):
 
 
 @pytest.mark.parametrize("kind", [LoRALinear, LoRAEmbedding])
-def test_a_layer_of_another_kind_is_refused(kind):
+def test_a_layer_of_another_kind_is_rejected(kind):
     with pytest.raises(TypeError, match="base must be"):
         kind(nn.Tanh(), LoRAConfig())

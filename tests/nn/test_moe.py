@@ -129,13 +129,13 @@ def test_a_token_that_is_nan_leaves_the_others_alone() -> None:
         ({"balance": DynamicConfig(), "top_k": 7}, "top_k must be below"),
     ],
 )
-def test_impossible_fields_are_refused_by_name(changes: dict[str, object], message: str) -> None:
+def test_impossible_fields_are_rejected_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**changes)
 
 
 @pytest.mark.parametrize(("changes", "message"), [({"rate": -1.0}, "rate"), ({"rule": "sing"}, "did you mean 'sign'")])
-def test_impossible_balancing_is_refused_by_name(changes: dict[str, object], message: str) -> None:
+def test_impossible_balancing_is_rejected_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossFreeConfig(**changes)  # type: ignore[arg-type]
 

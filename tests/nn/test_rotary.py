@@ -69,12 +69,12 @@ def test_angles_far_out_are_as_exact_as_near_the_origin() -> None:
 
 
 @pytest.mark.parametrize("dim", [3, -2])
-def test_odd_and_negative_sizes_are_refused_by_name(dim: int) -> None:
+def test_odd_and_negative_sizes_are_rejected_by_name(dim: int) -> None:
     with pytest.raises(ValueError, match="dim"):
         rotary_angles(torch.arange(3), dim)
 
 
-def test_tables_wider_than_the_vectors_are_refused() -> None:
+def test_tables_wider_than_the_vectors_are_rejected() -> None:
     with pytest.raises(ValueError, match="6 coordinates"):
         rotate(random(3, 4), *rotary_angles(torch.arange(3), 6))
 
@@ -214,12 +214,12 @@ def test_images_and_text_mix_in_any_order_and_text_alone_is_counted(scheme: Sche
 
 
 @pytest.mark.parametrize("segments", [[(0, 3)], [(2, -1)], [-1], [(2, 3), (1, 2, 3)], [()]])
-def test_empty_images_and_negative_spans_are_refused_by_name(segments: list[int | tuple[int, ...]]) -> None:
+def test_empty_images_and_negative_spans_are_rejected_by_name(segments: list[int | tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="segments"):
         text_image_grid(segments)
 
 
-def test_impossible_sizes_layouts_schemes_and_shapes_are_refused_by_name() -> None:
+def test_impossible_sizes_layouts_schemes_and_shapes_are_rejected_by_name() -> None:
     at = torch.zeros(3, 2)
     for dim in (5, -2):
         with pytest.raises(ValueError, match="dim"):

@@ -26,7 +26,7 @@ METHODS = ("auto", "svd", "designed", *sorted(TABLES))
 def default_compositions(dtype: torch.dtype) -> tuple[Composition, Composition | None]:
     """Return what `msign` iterates in ``dtype``: the composition, and a shorter one for flat spectra or None.
 
-    In the half formats five designed steps (values down to 2e-3 of the Schatten-8 norm) and four for flat spectra,
+    In 16-bit dtypes five designed steps (values down to 2e-3 of the Schatten-8 norm) and four for flat spectra,
     with a cushion and a safety factor because rounded values leave [0, 1]; in float32 seven steps down to 1e-3 and in
     float64 ten down to 1e-5, to the last digits.
     """
@@ -61,11 +61,11 @@ def msign(
         M: ``(…, m, n)``, float64, float32, bfloat16 or float16, without NaN or infinity. It is left unchanged.
         method: ``"svd"`` is exact, with singular values below ``eps * max(m, n) * sigma_1`` counted as zero.
             ``"designed"`` is the composition of minimax polynomials made for the interval [lower, 1] of singular values
-            relative to the Schatten-8 norm; it is what ``"auto"`` takes in float32 and the half formats (``"auto"`` is
+            relative to the Schatten-8 norm; it is what ``"auto"`` takes in float32 and 16-bit dtypes (``"auto"`` is
             ``"svd"`` in float64). A `Composition` is applied as it is. Another name in `METHODS` is a published set of
             coefficients, applied as published: to the matrix divided by its Frobenius norm.
         steps: number of steps; ``"auto"`` takes the set's own, or for designed coefficients 7 in float32 (reaching
-            1e-3) and in the half formats 4 or 5 by the flatness of the spectrum; with ``lower`` given, as many as it
+            1e-3) and in 16-bit dtypes 4 or 5 by the flatness of the spectrum; with ``lower`` given, as many as it
             needs.
         lower: smallest relative singular value that designed coefficients bring to 1.
         dtype: in which the products run; by default that of ``M``. float16 is iterated in float32, because the square
@@ -168,7 +168,7 @@ def _designed(steps: int | None, lower: float | None, dtype: torch.dtype) -> tup
     design = functools.partial(optimal_composition, lower or (2e-3 if half else 1e-3), cushion=cushion, safety=safety)
     if steps is not None:
         return design(steps), None
-    # The unit roundoff bounds what more steps could improve; a half format cannot show an error below 1 %.
+    # The unit roundoff bounds what more steps could improve; a 16-bit dtype cannot show an error below 1 %.
     target = 1e-2 if half else 4 * torch.finfo(dtype).eps
     for count in range(1, 60):
         composition = design(count)

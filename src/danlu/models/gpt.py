@@ -149,7 +149,7 @@ class GPT(nn.Module):
         return F.linear(x_btd, self.head_weight.to(x_btd.dtype))
 
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
-        """Empty caches, one a block, for ``batch`` sequences of up to ``capacity`` tokens."""
+        """Empty caches, one per block, for ``batch`` sequences of up to ``capacity`` tokens."""
         dtype, device = self.compute_dtype or self.embedding.dtype, self.embedding.device
         return [attention.new_cache(batch, capacity, dtype=dtype, device=device) for attention in self.mixers]
 
@@ -163,7 +163,7 @@ class GPT(nn.Module):
         return self.flops_per_token(length or 1)
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of a forward and a backward pass a token, as `Transformer.flops_per_token`."""
+        """Floating-point operations of a forward and a backward pass per token, as `Transformer.flops_per_token`."""
         linear = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name != "positions")
         attention = sum(attention.flops_per_token(length) for attention in self.mixers)
         return 6 * linear + 3 * float(attention)

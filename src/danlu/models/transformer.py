@@ -227,7 +227,7 @@ class Transformer(nn.Module):
         return nn.functional.linear(x_btd, self.head_weight.to(x_btd.dtype))
 
     def new_cache(self, batch: int, capacity: int) -> list[Cache]:
-        """Empty caches, one a block, for ``batch`` sequences of up to ``capacity`` tokens."""
+        """Empty caches, one per block, for ``batch`` sequences of up to ``capacity`` tokens."""
         dtype, device = self.compute_dtype or self.embedding.dtype, self.embedding.device
         return [mixer.new_cache(batch, capacity, dtype=dtype, device=device) for mixer in self.mixers]
 
@@ -246,9 +246,9 @@ class Transformer(nn.Module):
         return self.flops_per_token(length or 1)
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of a forward and a backward pass a token at ``length`` tokens.
+        """Floating-point operations of a forward and a backward pass per token at ``length`` tokens.
 
-        Six a parameter in use (the embedding look-up is none, gains are not counted) plus three times the attention
+        Six per parameter in use (the embedding look-up is none, gains are not counted) plus three times the attention
         products, the causal half only, or the convolution.
         """
         _, active = self.parameter_counts()

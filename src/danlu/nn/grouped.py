@@ -6,9 +6,9 @@ folded into the hidden activation, so that nothing of a choice is kept but its g
 
 A CPU goes through a few experts at a time, so that what lies between their products never leaves its caches and no
 large temporary is made of fresh memory. In bfloat16 torch's grouped product takes these experts at once, elsewhere it
-gains nothing over a loop. Weights of another format are converted where they are used.
+gains nothing over a loop. Weights of another dtype are converted where they are used.
 
-Shape suffixes: N tokens, K choices a token, S = N K sorted choices, E experts, G experts of one part, R rows of one
+Shape suffixes: N tokens, K choices per token, S = N K sorted choices, E experts, G experts of one part, R rows of one
 part, D model size, H hidden size.
 """
 
@@ -159,7 +159,7 @@ def routed_experts(
         x_nd: tokens, ``(N, D)``, any float dtype; bfloat16 uses torch's grouped product when the sizes are multiples
             of 8, every other case a loop over experts. The weights may have another dtype, which their gradients keep.
         gate: weights of the choices, ``(N, K)``, or of all experts, ``(N, E)``.
-        chosen: expert numbers ``(N, K)``, int64, or a mask ``(N, E)``: any number a token, none as well.
+        chosen: expert numbers ``(N, K)``, int64, or a mask ``(N, E)``: any number per token, none as well.
         w_up: gate and up weights ``(E, 2 H, D)``, gate first.
         w_down: ``(E, D, H)``.
         rms: root mean square that every expert's output is brought to; None leaves it as it is.

@@ -64,7 +64,7 @@ class MoEConfig:
     num_groups: int = 1
     """groups of neighbouring experts, ranked by the sum of their two best"""
     top_k_groups: int = 1
-    """groups a token may choose from"""
+    """groups that a token may choose from"""
     normalize_experts: bool = False
     """bring every routed expert's output to one norm, so that the score predicts what it adds"""
     scale: float | None = None

@@ -12,7 +12,7 @@ from danlu._validate import integer, positive
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x / rms(x)`` and ``1 / rms(x)``, in float32 for the half formats."""
+    """``x / rms(x)`` and ``1 / rms(x)``, in float32 for 16-bit dtypes."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()

@@ -226,7 +226,7 @@ def test_bad_input_is_named():
 
 @pytest.mark.parametrize("method", CHOOSERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_single_nan_or_infinity_is_refused_by_every_chooser(method, value):
+def test_a_single_nan_or_infinity_is_rejected_by_every_chooser(method, value):
     M = torch.rand(19, 17, generator=torch.Generator().manual_seed(0))
     M[13, 11] = value
     with pytest.raises(ValueError, match="M must be finite, but it holds NaN or Inf"):

@@ -75,7 +75,7 @@ def test_bfloat16_is_close_to_float64(kind: str) -> None:
 
 
 @every_kind
-def test_a_cache_longer_than_its_capacity_is_refused(kind: str) -> None:
+def test_a_cache_longer_than_its_capacity_is_rejected(kind: str) -> None:
     layer = build(kind)
     cache = layer.new_cache(1, 3, dtype=torch.float64, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="holds 3 tokens, 5"):
@@ -136,6 +136,6 @@ def test_cache_sizes_are_those_of_the_published_models() -> None:
         (MLAConfig(q_rank=0), "q_rank"),
     ],
 )
-def test_impossible_sizes_are_refused_by_name(config: GQAConfig | MLAConfig, message: str) -> None:
+def test_impossible_sizes_are_rejected_by_name(config: GQAConfig | MLAConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GQA(DIM, config) if isinstance(config, GQAConfig) else MLA(DIM, config)

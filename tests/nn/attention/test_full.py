@@ -31,6 +31,6 @@ def test_without_positions_tokens_may_be_permuted_and_with_them_not():
     assert (layer(x, rope)[:, order] - layer(x[:, order], rope)).abs().amax() > 1e-3
 
 
-def test_heads_that_do_not_divide_are_refused():
+def test_heads_that_do_not_divide_are_rejected():
     with pytest.raises(ValueError, match="num_heads must divide the width 10, got 3"):
         FullAttention(10, 3)

@@ -124,7 +124,7 @@ def test_nan_in_one_sequence_leaves_the_other_alone() -> None:
         ({"rope_dim": 12}, "rope_dim"),
     ],
 )
-def test_impossible_sizes_are_refused_by_name(changes: dict[str, int], message: str) -> None:
+def test_impossible_sizes_are_rejected_by_name(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**changes)
 

@@ -205,7 +205,7 @@ def test_a_bidirectional_layer_does_twice_the_work(kind: str) -> None:
     assert both.flops_per_token(999) == causal.flops_per_token(999) * 999 / 500
 
 
-def test_impossible_masks_and_prefixes_are_refused_by_name() -> None:
+def test_impossible_masks_and_prefixes_are_rejected_by_name() -> None:
     q = random(1, 4, 5, 6)
     with pytest.raises(ValueError, match=r"mask must be one of .* did you mean 'causal'"):
         GQA(24, GQAConfig(num_heads=4, mask="casual"))  # type: ignore[arg-type]

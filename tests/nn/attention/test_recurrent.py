@@ -90,7 +90,7 @@ def test_bfloat16_is_summed_in_float32() -> None:
     assert ((o.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
 
 
-def test_wrong_shapes_and_blocks_are_refused_by_name() -> None:
+def test_wrong_shapes_and_blocks_are_rejected_by_name() -> None:
     q = random(3, 4)
     with pytest.raises(ValueError, match="block"):
         recurrent_attention(q, q, q, block=0)

@@ -116,6 +116,6 @@ def test_a_prompt_in_float32_is_as_near_to_the_truth_as_stepping(kind: str) -> N
 
 
 @pytest.mark.parametrize("size", [0, 3, 12])
-def test_a_block_that_is_no_power_of_two_is_refused(size: int) -> None:
+def test_a_block_that_is_no_power_of_two_is_rejected(size: int) -> None:
     with pytest.raises(ValueError, match="size must be"):
         form_blocks(torch.eye(2)[None], torch.ones(1, 2), torch.ones(1, 2), size)

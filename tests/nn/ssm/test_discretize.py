@@ -125,7 +125,7 @@ def test_product_and_solve_equal_the_dense_ones(d: int, step: float) -> None:
     assert (legs_solve(v, step) - solved).norm() / solved.norm() < 1e-12
 
 
-def test_impossible_steps_are_refused_by_name() -> None:
+def test_impossible_steps_are_rejected_by_name() -> None:
     A, B = legs(3)
     for call, message in [
         (lambda: discretize(A, B, 0.0), "step"),

@@ -182,7 +182,7 @@ def test_the_state_of_a_window_is_the_integral_of_its_equation() -> None:
     close(torch.from_numpy(solved.y[:, -1]), projection(12, 2.0, 3.0), 1e-3)
 
 
-def test_impossible_sizes_are_refused_by_name() -> None:
+def test_impossible_sizes_are_rejected_by_name() -> None:
     for call, message in [
         (lambda: legt(0), "d must"),
         (lambda: legt(3, window=0.0), "window"),

@@ -182,7 +182,7 @@ def test_the_training_forward_compiles_as_one_graph(kernel: S4DConfig | S4Config
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_impossible_sizes_are_refused_by_name() -> None:
+def test_impossible_sizes_are_rejected_by_name() -> None:
     for config, message in [
         (SSMConfig(channels=0), "channels"),
         (SSMConfig(kernel=S4DConfig(state=5)), "state must be even"),

@@ -58,7 +58,7 @@ def test_the_fourier_historys_recall() -> None:
     assert found == pytest.approx([0.435, 0.419, 0.132, 0.083], rel=0.02)
 
 
-def test_impossible_requests_are_refused_by_name() -> None:
+def test_impossible_requests_are_rejected_by_name() -> None:
     for options, message in [
         ({"order": 0}, "order"),
         ({"order": 3, "memory": "lgt"}, "did you mean 'legt'"),

@@ -88,12 +88,12 @@ def test_stability_is_that_of_the_roots() -> None:
     assert is_stable(torch.tensor([-1.7, 0.72]))  # and is not necessary: (z - .9)(z - .8)
 
 
-def test_an_unstable_recurrence_is_refused() -> None:
+def test_an_unstable_recurrence_is_rejected() -> None:
     with pytest.raises(ValueError, match="1 of 1 channels are not stable"):
         given(torch.tensor([-2.0, 0.99]), B, 8).system()
 
 
-def test_lengths_that_the_numerator_does_not_know_are_refused() -> None:
+def test_lengths_that_the_numerator_does_not_know_are_rejected() -> None:
     with pytest.raises(ValueError, match="length must be an integer from 1 to 8"):
         given(A, B, 8).kernel(9)
     with pytest.raises(ValueError, match="length must be above the order"):

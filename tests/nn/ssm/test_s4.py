@@ -134,6 +134,6 @@ def test_float32_kernels_keep_six_digits_at_length_4096() -> None:
     assert ((low - exact).norm(dim=1) / exact.norm(dim=1)).max() < 1e-4
 
 
-def test_a_size_without_conjugate_pairs_is_refused() -> None:
+def test_a_size_without_conjugate_pairs_is_rejected() -> None:
     with pytest.raises(ValueError, match="d must be even"):
         legs_dplr(5)

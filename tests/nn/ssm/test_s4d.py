@@ -87,6 +87,6 @@ def test_groups_of_channels_convolve_as_all_at_once(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(other, found[2], rtol=1e-13, atol=1e-13)
 
 
-def test_a_kernel_of_another_length_or_width_is_refused() -> None:
+def test_a_kernel_of_another_length_or_width_is_rejected() -> None:
     with pytest.raises(ValueError, match="k \\(channels, time\\)"):
         causal_convolution(torch.zeros(2, 3, 7), torch.zeros(3, 8))

@@ -54,7 +54,7 @@ CLAIMS = (
     ),
     Claim(
         name="budget",
-        statement="mean experts a token under rule A, asked for 6 of 64; control: biases held",
+        statement="mean experts per token under rule A, asked for 6 of 64; control: biases held",
         source="kexue.fm 10815 (5.995 in a simulation of this setting)",
         expected=6.0,
         tolerance=relative(0.02),
@@ -64,7 +64,7 @@ CLAIMS = (
     ),
     Claim(
         name="ceiling",
-        statement="mean experts a token under rule B with a ceiling of 6; control: biases held",
+        statement="mean experts per token under rule B with a ceiling of 6; control: biases held",
         source="kexue.fm 10815 (5.78 from above in a simulation)",
         expected=6.06,
         tolerance=at_most(),

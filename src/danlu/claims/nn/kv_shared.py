@@ -53,7 +53,7 @@ CLAIMS = (
     ),
     Claim(
         name="half-the-cache",
-        statement="cached numbers a token, two groups of 256; control: grouped queries of the same heads",
+        statement="cached elements per token, two groups of 256; control: grouped queries of the same heads",
         source="kexue.fm 10907, table of the study (512)",
         expected=512,
         tolerance=exact(),

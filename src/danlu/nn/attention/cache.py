@@ -6,7 +6,7 @@ from torch import Tensor
 class LayerCache:
     """Buffers ``(..., capacity, size)`` filled from the left along their next-to-last dimension.
 
-    The content is the layer's own affair: keys and values of each group, or one latent for all heads.
+    What they hold is up to the layer: keys and values of each group, or one latent for all heads.
 
     Args:
         buffers: tensors of equal capacity; nothing is read from them before it was written.
@@ -41,5 +41,5 @@ class LayerCache:
         return tuple(buffer[..., :end, :] for buffer in self.buffers)
 
     def elements_per_token(self) -> int:
-        """Stored numbers a token and sequence."""
+        """Cached elements per token of one sequence."""
         return sum(buffer.numel() // (buffer.shape[0] * self.capacity) for buffer in self.buffers)

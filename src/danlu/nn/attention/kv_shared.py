@@ -95,13 +95,13 @@ class KVShared(nn.Module):
         self.out = Linear(rows[0], dim, std=out_std)
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Room for ``capacity`` tokens: ``num_kv_heads * head_dim`` elements each."""
+        """Cache of ``capacity`` tokens: ``num_kv_heads * head_dim`` elements per token."""
         check_cached(self.mask)
         shape = (batch, self.num_kv_heads, capacity, self.head_dim)
         return LayerCache(torch.empty(shape, dtype=dtype, device=device))
 
     def flops_per_token(self, length: int) -> float:
-        """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
+        """Operations per token of the score and value products at ``length`` tokens, two for a multiply-add."""
         return 2 * self.num_heads * 2 * self.head_dim * keys_seen(self.mask, length)
 
     def forward(self, x_btd: Tensor, context: Context[LayerCache] | None = None) -> Tensor:

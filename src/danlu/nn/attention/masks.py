@@ -205,7 +205,7 @@ def check_prefix(prefix: int | Tensor | None, mask: Mask) -> None:
 
 
 def check_cached(mask: Mask) -> None:
-    """Raise unless a layer with this mask can go on token by token."""
+    """Raise unless a layer with this mask can be decoded token by token."""
     if mask not in ("causal", "prefix"):
         raise ValueError(f"a layer with mask {mask!r} keeps no cache: later tokens change what earlier ones gave")
 

@@ -4,7 +4,7 @@ Keys and values of every head are linear in one normalised latent ``c = RMSNorm(
 separate rotated key ``k_r = RoPE(x W_kr)`` that all heads share, since a rotation between ``W_q`` and ``W_k`` would
 keep the two from being merged. For training each head's keys ``[c W_k, k_r]`` and values ``c W_v`` are formed. For
 decoding ``W_k`` moves to the query and ``W_v`` behind the attention (the absorbed form), which then looks at the cached
-``[c, k_r]`` alone: ``kv_rank + rope_dim`` elements a token. Both forms scale by ``1 / sqrt(nope_dim + rope_dim)``.
+``[c, k_r]`` alone: ``kv_rank + rope_dim`` elements per token. Both forms scale by ``1 / sqrt(nope_dim + rope_dim)``.
 
 Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, C kv_rank, N nope_dim, R rope_dim, V value_dim.
 """
@@ -109,13 +109,13 @@ class MLA(nn.Module):
         self.out = Linear(config.num_heads * config.value_dim, dim, std=out_std)
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Room for ``capacity`` tokens: ``kv_rank + rope_dim`` elements each, whatever the number of heads."""
+        """Cache of ``capacity`` tokens: ``kv_rank + rope_dim`` elements per token, whatever the number of heads."""
         check_cached(self.mask)
         shape = (batch, capacity, self.kv_rank + self.rope_dim)
         return LayerCache(torch.empty(shape, dtype=dtype, device=device))
 
     def flops_per_token(self, length: int) -> float:
-        """Multiply-adds times two of the score and value products a token, at ``length`` tokens."""
+        """Operations per token of the score and value products at ``length`` tokens, two for a multiply-add."""
         return 2 * self.num_heads * (self.nope_dim + self.rope_dim + self.value_dim) * keys_seen(self.mask, length)
 
     def forward(self, x_btd: Tensor, context: Context[LayerCache] | None = None) -> Tensor:

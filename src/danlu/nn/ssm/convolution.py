@@ -88,7 +88,7 @@ def _gradients(ctx: Any, grad_bht: Tensor, u_bhf: Tensor, k_hf: Tensor) -> tuple
 def causal_convolution(u_bht: Tensor, k_ht: Tensor) -> Tensor:
     r"""``y_t = sum_{s <= t} k_{t-s} u_s`` for every channel, in ``O(T log T)``.
 
-    Computed in float32 for the half formats (no transform exists in them), in the input's dtype otherwise; the result
+    Computed in float32 for 16-bit dtypes (they have no transform), in the input's dtype otherwise; the result
     has the dtype of ``u``. Twice differentiable. A value that is not finite spoils its own row and channel only, but
     there also what comes before it.
 

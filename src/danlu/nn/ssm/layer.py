@@ -163,7 +163,7 @@ class SSM(nn.Module):
         return StateCache(state, self.space.system())
 
     def flops_per_token(self, length: int) -> float:
-        """Operations of the convolution a token: two transforms of twice the length and the product of spectra."""
+        """Operations of the convolution per token: two transforms of twice the length and the product of spectra."""
         size = fast_length(max(2 * length - 1, 2))
         return self.channels * (2 * 2.5 * size * math.log2(size) + 3 * size) / length
 

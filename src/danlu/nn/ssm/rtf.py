@@ -29,7 +29,7 @@ class RTFConfig:
     """Sizes of an `RTF` kernel."""
 
     state: int = 64
-    """order d: state numbers a channel"""
+    """order d: elements of the state per channel"""
     length: int = 1024
     """longest sequence of the convolution, above state; the numerator means nothing without it"""
 
@@ -115,7 +115,7 @@ def transfer_function(A: Tensor, B: Tensor, C: Tensor, length: int) -> tuple[Ten
 
 
 class RTF(nn.Module):
-    """State spaces by their transfer functions: ``2 d`` numbers a channel, a kernel free of the order.
+    """State spaces by their transfer functions: ``2 d`` parameters per channel, a kernel free of the order.
 
     Args:
         channels: independent systems, one input and one output each.

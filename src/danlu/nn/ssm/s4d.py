@@ -60,7 +60,7 @@ def draw_log_steps(log_dt: Tensor, dt_min: float, dt_max: float) -> None:
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in float32 if its dtype is a half format, else as it is."""
+    """``x`` in float32 if its dtype has 16 bits, else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
