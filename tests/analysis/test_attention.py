@@ -48,10 +48,10 @@ def test_log_determinant_equals_that_of_a_factorisation_where_one_works() -> Non
 @pytest.mark.parametrize("d", [3, 16, 64])
 def test_linear_attention_has_the_rank_of_its_head_and_full_rank_when_causal(d: int) -> None:
     q, k = gaussian(128, d), gaussian(128, d, seed=1)
-    whole = attention_matrix(q, k, kind="linear")
-    s = torch.linalg.svdvals(whole)
+    full = attention_matrix(q, k, kind="linear")
+    s = torch.linalg.svdvals(full)
     assert s[d] / s[0] < 1e-12
-    assert numerical_rank(whole) == d
+    assert numerical_rank(full) == d
     assert numerical_rank(attention_matrix(q, k, kind="linear", mask=lower(128))) == 128
 
 
@@ -67,9 +67,9 @@ def test_the_effective_ranks_that_the_table_lists_are_draws_like_others(d: int, 
 
 def test_uniform_attention_has_rank_one_unless_it_is_causal() -> None:
     zeros = torch.zeros(64, 3, dtype=torch.float64)
-    whole, causal = attention_matrix(zeros, zeros), attention_matrix(zeros, zeros, mask=lower(64))
-    assert (numerical_rank(whole).item(), numerical_rank(causal).item()) == (1, 64)
-    assert effective_rank(whole).item() == pytest.approx(1, abs=1e-6)
+    full, causal = attention_matrix(zeros, zeros), attention_matrix(zeros, zeros, mask=lower(64))
+    assert (numerical_rank(full).item(), numerical_rank(causal).item()) == (1, 64)
+    assert effective_rank(full).item() == pytest.approx(1, abs=1e-6)
     assert effective_rank(causal).item() == pytest.approx(21, abs=0.5)
 
 
@@ -93,7 +93,7 @@ def test_residual_is_nothing_for_equal_tokens_and_everything_around_zero() -> No
     assert token_spread(torch.tensor([[1.0], [-1.0]])).item() == 1
 
 
-def test_impossible_arguments_are_refused_by_name() -> None:
+def test_impossible_arguments_raise_an_error_that_names_them() -> None:
     with pytest.raises(ValueError, match="kind"):
         attention_matrix(gaussian(3, 2), gaussian(3, 2), kind="cosine")
     with pytest.raises(ValueError, match="tolerance"):

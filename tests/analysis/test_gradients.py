@@ -105,7 +105,7 @@ def test_the_summary_says_what_a_threshold_does():
     assert found.share_above == pytest.approx(11 / 101)
 
 
-def test_four_times_the_parameters_halve_the_rate():
+def test_four_times_the_parameters_halve_the_learning_rate():
     assert rate_for_size(3e-4, 10**6, 4 * 10**6) == pytest.approx(1.5e-4, rel=1e-14)
 
 
@@ -126,7 +126,7 @@ def test_bad_input_is_named(act, message):
         act()
 
 
-def test_a_gradient_of_zero_is_refused():
+def test_a_gradient_of_zero_raises():
     weight = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="gradient is zero"):
         drop_ratio(lambda: weight.square().sum(), [weight], 0.1)

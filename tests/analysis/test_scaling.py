@@ -102,7 +102,7 @@ def test_the_form_with_the_logarithm_has_the_tabled_error(n, error):
     assert form / exact - 1 == pytest.approx(error, rel=0.03)
 
 
-def test_the_whole_entropy_is_that_of_the_zipf_law():
+def test_the_total_entropy_is_that_of_the_zipf_distribution():
     p = quanta_frequencies(10**6, 1.0)
     rest = entropy_tail(10**6, 1.0)[1]  # the form, whose error there is below 1e-12
     assert entropy_tail(0, 1.0)[0] == pytest.approx(float(-(p * p.log()).sum()) + rest, rel=1e-9)
@@ -133,7 +133,7 @@ def test_rank_correlation_is_spearmans_with_ties_and_infinite_values_in_their_pl
         (lambda: entropy_tail(-1, 0.4), "learned"),
         (lambda: log_log_slope(torch.ones(1), torch.ones(1)), "at least 2"),
         (lambda: log_log_slope(torch.ones(3), torch.ones(3)), "spread"),
-        (lambda: rank_correlation(torch.ones(2), torch.arange(3)), "one length"),
+        (lambda: rank_correlation(torch.ones(2), torch.arange(3)), "equal length"),
         (lambda: rank_correlation(torch.ones(3), torch.arange(3)), "spread of x"),
         (lambda: log_log_slope(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])), "positive"),
         (lambda: log_log_slope(torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.inf])), "finite"),

@@ -116,7 +116,7 @@ def test_a_projection_leaves_the_linear_regret_below_the_two_terms():
 def test_the_progress_terms_add_up_by_parts():
     path = descend(squared, samples(60), torch.zeros(10).double(), inverse_root_rates(60, 1.0), project_to_ball(1.0))
     comparator = project_to_ball(1.0)(gaussian(10, seed=4))
-    d, eta = (path.points - comparator).square().sum(-1), path.rates
+    d, eta = (path.points - comparator).square().sum(-1), path.learning_rates
     by_parts = d[0] / (2 * eta[0]) - d[-1] / (2 * eta[-1]) + ((1 / eta[1:] - 1 / eta[:-1]) / 2 * d[1:-1]).sum()
     _, progress, _ = step_terms(path, comparator)
     torch.testing.assert_close(progress.sum(), by_parts, rtol=1e-12, atol=1e-12)
@@ -162,11 +162,11 @@ def test_the_bound_falls_as_the_root_of_the_number_of_steps(make):
     assert math.log(many / few) / math.log(100) == pytest.approx(-0.5, abs=0.01)
 
 
-def test_rates_that_rise_break_the_bound_and_are_refused():
+def test_increasing_learning_rates_break_the_bound_and_raise():
     regret, formula = increasing_rates_example()
     assert regret == pytest.approx(1.95005, abs=1e-9)
     assert formula == pytest.approx(0.00255, abs=5e-7)
-    with pytest.raises(ValueError, match=r"must not rise, got 1 after 0\.1 at step 1"):
+    with pytest.raises(ValueError, match=r"learning_rates must not increase, got 1 after 0\.1 at step 1"):
         regret_bound(torch.tensor([0.1, 1.0]), 2.0, 1.0)
 
 
@@ -187,8 +187,8 @@ def test_samples_in_a_list_and_in_a_tensor_have_one_best_point():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: regret_bound(torch.tensor([0.1, -0.1]), 1.0, 1.0), "rates"),
-        (lambda: regret_bound(torch.tensor([]), 1.0, 1.0), "rates"),
+        (lambda: regret_bound(torch.tensor([0.1, -0.1]), 1.0, 1.0), "learning_rates"),
+        (lambda: regret_bound(torch.tensor([]), 1.0, 1.0), "learning_rates"),
         (lambda: regret_bound(torch.ones(2), -1.0, 1.0), "diameter"),
         (lambda: constant_rates(0, 1.0, 1.0), "steps"),
         (lambda: inverse_root_rates(3, 0.0), "alpha"),

@@ -83,7 +83,7 @@ def test_tasks_that_are_given_are_the_ones_sampled():
 
 
 @pytest.mark.parametrize("width", [10, 500])
-def test_the_papers_networks_have_603_parameters_a_unit_and_two(width):
+def test_the_papers_networks_have_603_parameters_per_unit_plus_two(width):
     network = ParityNetwork(500, 100, width)
     assert sum(parameter.numel() for parameter in network.parameters()) == 603 * width + 2
 

@@ -1,4 +1,4 @@
-"""Instruments: what theory says of training, measured on losses and models of your own."""
+"""Diagnostics: predictions of theory about training, measured on your own losses and models."""
 
 from danlu.analysis.attention import (
     attention_matrix,

@@ -1,10 +1,9 @@
 r"""The rank of attention: how much of a sequence a matrix of attention weights lets through (kexue.fm 9529).
 
 An ``n x n`` matrix of weights is made from queries and keys of ``d << n`` coordinates. Without a softmax its rank is at
-most ``d``. A causal matrix is triangular with a positive diagonal, so it always has full rank in exact arithmetic. For
-the softmax the argument is weaker than it looks: the exponential makes random bidirectional attention numerically
-full rank too, and at usual sizes better conditioned than the causal one. What does separate them is depth:
-`rank_collapse`.
+most ``d``. A causal matrix is triangular with a positive diagonal, so it always has full rank in exact arithmetic. With
+the softmax the argument is weaker: the exponential gives random bidirectional attention full numerical rank too, and at
+usual sizes a better condition number than causal attention. The two differ clearly in depth: see `rank_collapse`.
 
 Matrices are ``(..., n, n)``, rows are queries. Everything works in float64 and is meant for diagnostics.
 """
@@ -24,7 +23,7 @@ def attention_matrix(q: Tensor, k: Tensor, *, mask: Tensor | None = None, kind: 
     Args:
         q: queries ``(..., n, d)``.
         k: keys ``(..., n, d)``.
-        mask: booleans ``(..., n, n)``, True where a query may look; each row needs one. None: everywhere.
+        mask: booleans ``(..., n, n)``, True where a query may attend; each row needs at least one. None: everywhere.
         kind: "softmax" of ``q k^T / sqrt(d)``, or "linear": softplus features without an exponential.
 
     Raises:
@@ -44,9 +43,9 @@ def attention_matrix(q: Tensor, k: Tensor, *, mask: Tensor | None = None, kind: 
 
 
 def numerical_rank(a: Tensor, *, tolerance: float | None = None) -> Tensor:
-    """Singular values above ``tolerance`` times the largest, ``(...)`` int64.
+    """Return the number of singular values above ``tolerance`` times the largest, ``(...)`` int64.
 
-    None is ``n`` times the rounding unit of the dtype, as NumPy's and MATLAB's rank.
+    The default tolerance is ``n`` times the machine epsilon of the dtype, as in NumPy and MATLAB.
 
     >>> numerical_rank(torch.ones(3, 3)).item()
     1
@@ -59,9 +58,10 @@ def numerical_rank(a: Tensor, *, tolerance: float | None = None) -> Tensor:
 
 
 def effective_rank(a: Tensor) -> Tensor:
-    r"""``exp(-sum q log q)`` with ``q = s / sum s`` over the singular values, ``(...)``.
+    r"""Return ``exp(-sum q log q)`` with ``q = s / sum s`` over the singular values, ``(...)``.
 
-    Roy and Vetterli, EUSIPCO 2007. Between 1 (rank one) and ``n`` (all singular values equal), without a threshold.
+    It lies between 1 (rank one) and ``n`` (all singular values equal) and needs no threshold. Source: Roy and
+    Vetterli, EUSIPCO 2007.
 
     >>> round(effective_rank(torch.eye(5)).item(), 4)
     5.0
@@ -73,13 +73,13 @@ def effective_rank(a: Tensor) -> Tensor:
 
 
 def triangular_logdet(a: Tensor) -> Tensor:
-    """Log of the determinant of triangular matrices with a positive diagonal: the sum of its logarithms, ``(...)``.
+    """Return the log-determinant of triangular matrices with a positive diagonal, ``(...)``.
 
-    A factorisation is not needed, and not wanted: diagonals of causal attention reach 1e-20 beside entries of size
-    one, where that of ``slogdet`` can lose even the sign.
+    It is the sum of the logarithms of the diagonal, without a factorisation. Diagonals of causal attention reach 1e-20
+    beside entries of size one, where the factorisation of ``slogdet`` can even get the sign wrong.
 
     Raises:
-        ValueError: an entry on both sides of the diagonal.
+        ValueError: non-zero entries on both sides of the diagonal.
 
     >>> triangular_logdet(torch.tensor([[1.0, 0.0], [0.5, 0.5]])).item()
     -0.6931471824645996
@@ -90,7 +90,7 @@ def triangular_logdet(a: Tensor) -> Tensor:
 
 
 def token_spread(x: Tensor) -> Tensor:
-    """Share of ``x`` ``(..., n, d)`` that is not the mean token: ``||x - mean|| / ||x||``, ``(...)``."""
+    """Return how far the tokens ``x`` ``(..., n, d)`` are from their mean: ``||x - mean|| / ||x||``, ``(...)``."""
     spread: Tensor = (x - x.mean(-2, keepdim=True)).norm(dim=(-2, -1)) / x.norm(dim=(-2, -1))
     return spread
 
@@ -98,9 +98,10 @@ def token_spread(x: Tensor) -> Tensor:
 def rank_collapse(
     tokens: int, dim: int, layers: int, *, mask: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """`token_spread` after each of ``layers`` random attention layers without skips or feed-forwards.
+    """Return `token_spread` after each of ``layers`` random attention layers without skips or feed-forwards.
 
-    Dong et al., arXiv 2103.03404. Tokens are normal, as are the three maps of a layer, with variance ``1 / dim``.
+    Tokens are standard normal; the three projections of a layer are normal with variance ``1 / dim``. Source: Dong et
+    al., arXiv 2103.03404.
 
     Args:
         tokens: length n.

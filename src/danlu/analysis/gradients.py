@@ -1,9 +1,9 @@
-r"""How large gradients are, what a step along them gains, and why clipping at a norm of 1 is natural.
+r"""How large gradients are, how much a step along them lowers the loss, and why clipping at a norm of 1 is natural.
 
 To first order a step :math:`-\eta u` lowers the loss by :math:`\eta\, u \cdot g`: by :math:`\eta \lVert g \rVert^2` for
 gradient descent, and by :math:`\eta \lVert g \rVert_1 = \eta \sqrt{N} \lVert g \rVert \cos(\mathrm{sign}\, g, g)` for
-sign descent, which Adam is near. Late in a run that converges the drop of a step is far below :math:`\eta`, so
-:math:`\lVert g \rVert < 1` whatever the size of the model. It is a tendency and no theorem.
+sign descent, which Adam is close to. Late in a converging run one step lowers the loss by far less than :math:`\eta`,
+so :math:`\lVert g \rVert < 1` whatever the size of the model. This is a tendency, not a theorem.
 
 Source: kexue.fm 10657.
 """
@@ -28,7 +28,7 @@ class GradientSize(NamedTuple):
         sum: 1-norm: the drop by sign descent is ``lr * sum``.
         nonzero: number of entries that are not zero.
         cosine: of the angle between g and its sign, ``sum / (sqrt(nonzero) * norm)``: 0.798 for Gaussian entries,
-            less for heavier tails; 0 without a gradient.
+            less for heavier tails, 0 if there is no gradient.
     """
 
     norm: float
@@ -39,7 +39,7 @@ class GradientSize(NamedTuple):
 
 @torch.no_grad()
 def gradient_size(parameters: Iterable[Tensor]) -> GradientSize:
-    """Measure the gradients that the last backward pass left, in float64.
+    """Measure the gradients of the last backward pass (the parameters' ``grad``) in float64.
 
     >>> weight = torch.nn.Parameter(torch.zeros(3))
     >>> weight.grad = torch.tensor([3.0, -4.0, 0.0])
@@ -57,13 +57,14 @@ def gradient_size(parameters: Iterable[Tensor]) -> GradientSize:
 def drop_ratio(
     loss: Callable[[], Tensor], parameters: Iterable[Tensor], lr: float, rule: Literal["descent", "sign"] = "descent"
 ) -> float:
-    """Return what one step lowers the loss by, over what the first order predicts: 1 for a small enough step.
+    """Return the measured drop of the loss in one step over the drop that the first order predicts.
 
-    Well below 1 the rate is too large for the curvature (or the loss too noisy); below 0 the step raises the loss.
+    It is 1 for a small enough step. Well below 1 the learning rate is too large for the curvature (or the loss too
+    noisy); below 0 the step raises the loss.
 
     Args:
         loss: computes the loss of one fixed batch, without randomness, precisely enough for the drop to show.
-        parameters: what the step moves. They, and their ``grad``, are left as they were.
+        parameters: what the step updates. They and their ``grad`` are restored afterwards.
         lr: learning rate of the step.
         rule: ``descent`` steps along g, ``sign`` along its sign.
 
@@ -100,13 +101,13 @@ def drop_ratio(
 
 
 class NormSummary(NamedTuple):
-    """Gradient norms of a run beside a clipping threshold.
+    """Gradient norms of a run compared with a clipping threshold.
 
     Attributes:
         median: of the norms.
         p95: their 95th percentile.
         share_above: share of the steps that are clipped.
-        verdict: ``never`` (the threshold does nothing), ``sometimes`` (what it is for: a minority of the steps), or
+        verdict: ``never`` (the threshold has no effect), ``sometimes`` (a minority of the steps, as intended), or
             ``mostly`` (at least half: the gradient is normalised rather than clipped).
     """
 
@@ -117,7 +118,7 @@ class NormSummary(NamedTuple):
 
 
 def norm_summary(norms: Sequence[float] | Tensor, threshold: float = 1.0) -> NormSummary:
-    """Summarise the gradient norms of a run, as ``clip_grad_norm_`` returns them, without its first steps.
+    """Summarise the gradient norms of a run as ``clip_grad_norm_`` returns them; leave out its first steps.
 
     >>> norm_summary([0.5, 0.75, 0.625, 3.0, 0.5])
     NormSummary(median=0.625, p95=2.5..., share_above=0.2, verdict='sometimes')
@@ -135,10 +136,10 @@ def norm_summary(norms: Sequence[float] | Tensor, threshold: float = 1.0) -> Nor
 
 
 def rate_for_size(lr: float, parameters: int, new_parameters: int) -> float:
-    """Return the rate of sign descent or Adam that keeps the drop of a step when the number of parameters changes.
+    """Return the learning rate of sign descent or Adam that keeps the drop per step at another number of parameters.
 
-    The norm of the gradient and its cosine to the sign stay about constant over sizes, the drop of a step is then
-    proportional to ``lr * sqrt(N)``: four times the parameters halve the rate.
+    The norm of the gradient and its cosine to the sign are about the same at all sizes. The drop per step is then
+    proportional to ``lr * sqrt(N)``: with four times the parameters the learning rate is halved.
 
     >>> rate_for_size(1e-3, 10**8, 4 * 10**8)
     0.0005

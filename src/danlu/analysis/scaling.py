@@ -1,12 +1,13 @@
 r"""Scaling laws from discrete skills: the quantization model.
 
-What a model can learn comes in quanta, each used with a frequency :math:`p_k = k^{-(g+1)} / \zeta(g+1)`, and is learned
-in the order of its use. Learning quantum k lowers the loss of the samples that use it from b to a. With n learned
+What a model can learn comes in quanta. Quantum k is used by a share :math:`p_k = k^{-(g+1)} / \zeta(g+1)` of the
+samples, and the most used quanta are learned first. Learning quantum k lowers the loss of the samples that use it from
+b to a. With n quanta learned
 
 .. math:: L_n = a + (b - a) \frac{\zeta(g+1, n+1)}{\zeta(g+1)} \approx a + (b - a) \frac{(n + 1/2)^{-g}}{g \zeta(g+1)},
 
-a power law in n although every single quantum is learned at once. Parameters hold quanta (n ~ N), data show them (a
-quantum needs some number of samples), steps reach them.
+a power law in n, although each single quantum is learned abruptly. The number of parameters limits how many quanta fit
+(n ~ N), the data limit how many are seen often enough, and the number of steps limits how many are reached.
 
 Source: Michaud et al., "The Quantization Model of Neural Scaling", arXiv:2303.13506.
 """
@@ -62,8 +63,8 @@ def quanta_loss(
         learned: number of quanta learned, of any shape.
         g: as in `quanta_frequencies`.
         low, high: loss of a sample with its quantum learned, and without.
-        quanta: how many there are in all; None: infinitely many. With a finite list the loss bends below the power law,
-            and any exponent fitted to it is too large: compare with this and not with ``g``.
+        quanta: how many there are in all; None: infinitely many. With a finite list the loss falls below the power law,
+            and an exponent fitted to it is larger than ``g``: compare fits with this function and not with ``g``.
 
     >>> quanta_loss(torch.tensor([0, 10, 100]), 0.4)
     tensor([1.0000, 0.3142, 0.1273], dtype=torch.float64)
@@ -82,7 +83,8 @@ def quanta_loss(
 def quanta_loss_power_law(learned: Tensor | float, g: float, *, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Return the loss by the power law ``(n + 1/2)**-g / (g zeta(g + 1))``.
 
-    The half, which is the midpoint rule for the sum, makes the error 2e-4 at n = 10, g = 0.4, where ``n**-g`` has 2e-2.
+    The 1/2 comes from the midpoint rule for the sum. With it the relative error at n = 10, g = 0.4 is 2e-4; that of
+    ``n**-g`` is 2e-2.
 
     >>> quanta_loss_power_law(10, 0.4)
     tensor(0.3143, dtype=torch.float64)
@@ -93,7 +95,7 @@ def quanta_loss_power_law(learned: Tensor | float, g: float, *, low: float = 0.0
 
 
 class Exponents(NamedTuple):
-    """How the loss above its floor falls: ``N**-parameters``, ``D**-data``, ``S**-steps``."""
+    """How the loss above its minimum falls: ``N**-parameters``, ``D**-data``, ``S**-steps``."""
 
     parameters: float
     data: float
@@ -157,12 +159,12 @@ def data_loss(
 
 
 def entropy_tail(learned: int, g: float) -> tuple[float, float]:
-    r"""Return the loss when an unlearned quantum costs ``-log p_k`` and a learned one nothing: exactly, and its form.
+    r"""Return the loss when an unlearned quantum costs ``-log p_k`` and a learned one nothing: exact and approximate.
 
     .. math:: \sum_{k > n} -p_k \log p_k \approx \frac{1 + g + g \log\zeta}{g^2 \zeta} m^{-g}
               + \frac{g+1}{g \zeta} m^{-g} \log m, \qquad m = n + 1/2
 
-    The logarithm fades slowly: at g = 0.4 the local slope is 0.302 at n = 1000 and 0.333 at 1e5.
+    The logarithm vanishes slowly: at g = 0.4 the local slope is 0.302 at n = 1000 and 0.333 at 1e5.
 
     Source: Michaud et al., arXiv:2303.13506, appendix A.
 
@@ -182,7 +184,7 @@ def entropy_tail(learned: int, g: float) -> tuple[float, float]:
 
 
 def log_log_slope(x: Tensor, y: Tensor) -> float:
-    """Return the slope of the line that fits ``log y`` over ``log x`` best: minus the exponent of a falling power law.
+    """Return the least-squares slope of ``log y`` over ``log x``: minus the exponent of a falling power law.
 
     >>> x = torch.tensor([1.0, 10.0, 100.0])
     >>> round(log_log_slope(x, 3 * x**-0.5), 6)
@@ -197,13 +199,13 @@ def log_log_slope(x: Tensor, y: Tensor) -> float:
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Return Spearman's correlation, that of the ranks: 1 where y rises whenever x does, whatever the curve.
+    """Return Spearman's rank correlation: 1 where y increases whenever x does, whatever the curve.
 
-    Ties share their mean rank, and an infinite value (a quantum that was never learned) is simply the last. Takes
-    memory of the length squared.
+    Ties share their mean rank, and an infinite value (a quantum that was never learned) ranks last. The memory grows
+    with the square of the length.
 
     Raises:
-        ValueError: vectors of different lengths or below 2, values of which all are alike.
+        ValueError: vectors of different lengths or shorter than 2, or a vector of equal values.
 
     >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 11.0, torch.inf]))
     1.0
@@ -223,5 +225,5 @@ def _centred_ranks(name: str, values: Tensor) -> Tensor:
 def _two_vectors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     x, y = torch.as_tensor(x, dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64)
     if x.shape != y.shape or x.ndim != 1 or len(x) < 2:
-        raise ValueError(f"x and y must be vectors of one length of at least 2, got {tuple(x.shape)}, {tuple(y.shape)}")
+        raise ValueError(f"x and y must be vectors of equal length, at least 2, got {tuple(x.shape)}, {tuple(y.shape)}")
     return x, y

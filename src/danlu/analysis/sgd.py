@@ -1,13 +1,13 @@
 r"""The average loss of projected stochastic gradient descent, and the bound on it.
 
-For convex losses, a convex set of diameter D, subgradients of norm at most G and rates that never rise, every
-comparator :math:`\theta^*` of the set satisfies (Zinkevich, ICML 2003, theorem 1)
+For convex losses, a convex set of diameter D, subgradients of norm at most G and learning rates that never increase,
+every comparator :math:`\theta^*` in the set satisfies (Zinkevich, ICML 2003, theorem 1)
 
 .. math:: \frac1T \sum_t L(x_t, \theta_t) - \frac1T \sum_t L(x_t, \theta^*)
           \le \frac{D^2}{2 T \eta_T} + \frac{G^2}{2 T} \sum_t \eta_t .
 
-The loss is taken at :math:`\theta_t`, before the step, on the sample that the step uses. The bound is on values: it
-speaks neither of the last iterate nor of the distance to a minimiser.
+The loss is taken at :math:`\theta_t`, before the step, on the sample that the step uses. The bound is on average loss
+values: it says nothing about the last iterate or about the distance to a minimiser.
 """
 
 import math
@@ -37,36 +37,41 @@ Loss = Callable[[Any, Tensor], Tensor]
 Projection = Callable[[Tensor], Tensor]
 
 
-def regret_bound(rates: Tensor, diameter: float, gradient_norm: float, *, ordered: bool = True) -> float:
+def regret_bound(learning_rates: Tensor, diameter: float, gradient_norm: float, *, ordered: bool = True) -> float:
     """Return ``D^2 / (2 T eta_T) + G^2 / (2 T) sum_t eta_t``, the right-hand side of the theorem.
 
     Args:
-        rates: the learning rates eta_t, ``(T,)``, positive.
+        learning_rates: the learning rates eta_t, ``(T,)``, positive.
         diameter: D, the largest distance between two points of the set (not the distance from the start).
         gradient_norm: G, the largest norm of a subgradient over the set.
-        ordered: refuse rates that rise, of which the theorem says nothing.
+        ordered: raise if the learning rates increase, a case that the theorem does not cover.
 
     Raises:
-        ValueError: rates that are empty, not positive or (``ordered``) rising; a negative constant.
+        ValueError: learning rates that are empty, not positive or (``ordered``) increasing; a negative constant.
 
     >>> round(regret_bound(inverse_root_rates(4, alpha=1.0), 2.0, 1.0), 10)
     1.3480571313
     """
-    rates = torch.as_tensor(rates, dtype=torch.float64)
-    if rates.ndim != 1 or not len(rates) or not bool((torch.isfinite(rates) & (rates > 0)).all()):
-        raise ValueError(f"rates must be a vector of positive numbers, got shape {tuple(rates.shape)}: {rates}")
+    learning_rates = torch.as_tensor(learning_rates, dtype=torch.float64)
+    valid = torch.isfinite(learning_rates) & (learning_rates > 0)
+    if learning_rates.ndim != 1 or not len(learning_rates) or not bool(valid.all()):
+        got = f"shape {tuple(learning_rates.shape)}: {learning_rates}"
+        raise ValueError(f"learning_rates must be a vector of positive numbers, got {got}")
     number("diameter", diameter, low=0)
     number("gradient_norm", gradient_norm, low=0)
-    rising = (rates[1:] > rates[:-1]).nonzero()
+    rising = (learning_rates[1:] > learning_rates[:-1]).nonzero()
     if ordered and len(rising):
         step = int(rising[0, 0]) + 1
-        raise ValueError(f"rates must not rise, got {rates[step]:g} after {rates[step - 1]:g} at step {step}")
-    steps = len(rates)
-    return float(diameter**2 / (2 * steps * rates[-1]) + gradient_norm**2 / (2 * steps) * rates.sum())
+        before, after = learning_rates[step - 1], learning_rates[step]
+        raise ValueError(f"learning_rates must not increase, got {after:g} after {before:g} at step {step}")
+    steps = len(learning_rates)
+    return float(diameter**2 / (2 * steps * learning_rates[-1]) + gradient_norm**2 / (2 * steps) * learning_rates.sum())
 
 
 def constant_rates(steps: int, diameter: float, gradient_norm: float) -> Tensor:
-    """Return ``D / (G sqrt(T))`` T times: the best constant, with the bound ``D G / sqrt(T)``. T must be known.
+    """Return ``D / (G sqrt(T))`` T times: the best constant learning rate. It gives the bound ``D G / sqrt(T)``.
+
+    The number of steps T has to be known in advance.
 
     >>> round(regret_bound(constant_rates(100, 2.0, 1.0), 2.0, 1.0), 12)
     0.2
@@ -80,15 +85,15 @@ def constant_rates(steps: int, diameter: float, gradient_norm: float) -> Tensor:
 def inverse_root_rates(steps: int, alpha: float) -> Tensor:
     """Return ``alpha / sqrt(t)`` for t = 1 … T, with the bound ``D^2 / (2 alpha sqrt T) + alpha G^2 / sqrt T``.
 
-    The best alpha is ``D / (sqrt(2) G)``: a bound sqrt(2) above that of the tuned constant, without knowing T.
+    The best alpha is ``D / (sqrt(2) G)``. Its bound is sqrt(2) times that of the best constant; T need not be known.
 
     >>> inverse_root_rates(4, alpha=1.0)[3]
     tensor(0.5000, dtype=torch.float64)
     """
     integer("steps", steps)
     positive("alpha", alpha)
-    rates: Tensor = alpha / torch.arange(1, steps + 1, dtype=torch.float64).sqrt()
-    return rates
+    learning_rates: Tensor = alpha / torch.arange(1, steps + 1, dtype=torch.float64).sqrt()
+    return learning_rates
 
 
 def project_to_ball(radius: float, center: Tensor | None = None) -> Projection:
@@ -108,70 +113,74 @@ def project_to_ball(radius: float, center: Tensor | None = None) -> Projection:
 
 
 class Trajectory(NamedTuple):
-    """What a descent passed through.
+    """The iterates, losses and gradients of one run of `descend`.
 
     Attributes:
         points: ``(T + 1, d)``, theta_1 to theta_{T+1}.
         losses: ``(T,)``, each before its step.
         gradients: ``(T, d)``.
-        rates: ``(T,)``.
+        learning_rates: ``(T,)``.
     """
 
     points: Tensor
     losses: Tensor
     gradients: Tensor
-    rates: Tensor
+    learning_rates: Tensor
 
 
 def descend(
-    loss: Loss, samples: Sequence[Any] | Tensor, start: Tensor, rates: Tensor, project: Projection | None = None
+    loss: Loss,
+    samples: Sequence[Any] | Tensor,
+    start: Tensor,
+    learning_rates: Tensor,
+    project: Projection | None = None,
 ) -> Trajectory:
-    """Run ``theta <- project(theta - eta_t g_t)`` over the samples, one a step.
+    """Run ``theta <- project(theta - eta_t g_t)`` over the samples, one per step.
 
     Args:
         loss: ``loss(sample, theta)``, a scalar, differentiable or with a subgradient that autograd takes.
         samples: T of them, in the order of their use.
         start: theta_1, ``(d,)``, inside the set.
-        rates: ``(T,)``.
-        project: onto the convex set; None for all of space.
+        learning_rates: ``(T,)``.
+        project: onto the convex set; None for an unconstrained problem.
 
     Raises:
-        ValueError: as many rates as samples are needed.
+        ValueError: the numbers of learning rates and samples differ.
 
     >>> path = descend(lambda x, theta: (theta - x).abs().sum(), [1.0, -1.0], torch.zeros(1), torch.ones(2))
     >>> path.points.flatten().tolist(), path.losses.tolist()
     ([0.0, 1.0, 0.0], [1.0, 2.0])
     """
-    if len(samples) != len(rates):
-        raise ValueError(f"rates must be as many as samples, got {len(rates)} and {len(samples)}")
+    if len(samples) != len(learning_rates):
+        raise ValueError(f"learning_rates must be as many as samples, got {len(learning_rates)} and {len(samples)}")
     if start.ndim != 1 or not start.is_floating_point():
         raise ValueError(f"start must be a floating vector, got {start.dtype} of shape {tuple(start.shape)}")
     points, losses, gradients = [start.detach()], [], []
-    for sample, rate in zip(samples, rates.to(start)):
+    for sample, lr in zip(samples, learning_rates.to(start)):
         theta = points[-1].clone().requires_grad_()
         value = loss(sample, theta)
         (gradient,) = torch.autograd.grad(value, theta)
-        after = points[-1] - rate * gradient
+        after = points[-1] - lr * gradient
         points.append(after if project is None else project(after))
         losses.append(value.detach())
         gradients.append(gradient)
-    return Trajectory(torch.stack(points), torch.stack(losses), torch.stack(gradients), rates.to(start))
+    return Trajectory(torch.stack(points), torch.stack(losses), torch.stack(gradients), learning_rates.to(start))
 
 
 def step_terms(path: Trajectory, comparator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return what the proof sums, ``(T,)`` each: linear regret, progress towards the comparator, price of the step.
+    r"""Return the three terms of the proof, ``(T,)`` each: linear regret, progress towards the comparator, step cost.
 
     .. math:: (\theta_t - \theta^*) \cdot g_t \;\le\;
               \frac{\lVert\theta_t - \theta^*\rVert^2 - \lVert\theta_{t+1} - \theta^*\rVert^2}{2 \eta_t}
               + \frac{\eta_t \lVert g_t \rVert^2}{2}
 
-    with equality where nothing was projected. Where a bound is loose, these say in which step.
+    with equality where nothing was projected. They show at which steps a bound is loose.
     """
     offset = path.points - comparator
     squared = offset.square().sum(-1)
     linear = (offset[:-1] * path.gradients).sum(-1)
-    progress = (squared[:-1] - squared[1:]) / (2 * path.rates)
-    return linear, progress, path.rates * path.gradients.square().sum(-1) / 2
+    progress = (squared[:-1] - squared[1:]) / (2 * path.learning_rates)
+    return linear, progress, path.learning_rates * path.gradients.square().sum(-1) / 2
 
 
 def best_fixed(
@@ -179,9 +188,9 @@ def best_fixed(
 ) -> Tensor:
     """Return the best of ``steps`` projected subgradient steps on the mean loss: a comparator in hindsight.
 
-    Steps are of length ``max(1, |start|) / sqrt(t)``. The result is never better than the true minimiser, so a regret
-    against it is, if anything, too small. Samples in one tensor, along its first dimension, are evaluated together
-    (``torch.func.vmap``); others one after another.
+    Step t has length ``max(1, |start|) / sqrt(t)``. The result is never better than the true minimiser, so a regret
+    against it may be too small but not too large. Samples in one tensor, along its first dimension, are evaluated
+    together (``torch.func.vmap``); others one after another.
     """
     integer("steps", steps)
     theta, best, least = start.detach().clone(), start.detach().clone(), math.inf
@@ -209,13 +218,13 @@ def _mean_loss(loss: Loss, samples: Sequence[Any] | Tensor, theta: Tensor) -> Te
 
 
 class RegretReport(NamedTuple):
-    """A regret beside its bounds.
+    """A regret and two bounds on it.
 
     Attributes:
         regret: mean loss along the path minus the mean loss of the comparator.
-        bound: with the diameter of the set and the largest gradient there.
-        bound_along_path: with the largest distance from the comparator and the largest gradient that occurred: at most
-            ``bound``, and known only afterwards.
+        bound: computed from the diameter of the set and the largest gradient norm over the set.
+        bound_along_path: computed from the largest distance from the comparator and the largest gradient norm that
+            occurred. It is at most ``bound`` and known only after the run.
     """
 
     regret: float
@@ -227,18 +236,18 @@ def average_loss_report(
     loss: Loss,
     samples: Sequence[Any] | Tensor,
     start: Tensor,
-    rates: Tensor,
+    learning_rates: Tensor,
     *,
     diameter: float,
     gradient_norm: float,
     project: Projection | None = None,
     comparator: Tensor | None = None,
 ) -> RegretReport:
-    """Run projected gradient descent on a convex loss of your own and set its regret beside the bound.
+    """Run projected gradient descent on a convex loss of your own and compare its regret with the bound.
 
     Args:
-        loss, samples, start, rates, project: as in `descend`.
-        diameter: D of the set; it bounds nothing without a projection unless the path stays in such a set.
+        loss, samples, start, learning_rates, project: as in `descend`.
+        diameter: D of the set. Without ``project`` the bound holds only if the path stays in a set of this diameter.
         gradient_norm: G over the set: R + b for ``(a . theta - y)^2 / 2`` with ``|a| = 1``, ``|y| <= b``, ball R.
         comparator: any fixed point of the set; None for `best_fixed`.
 
@@ -251,28 +260,28 @@ def average_loss_report(
     >>> round(report.regret, 8), round(report.bound, 8)
     (0.03119505, 0.09414606)
     """
-    bound = regret_bound(rates, diameter, gradient_norm)
-    path = descend(loss, samples, start, rates, project)
+    bound = regret_bound(learning_rates, diameter, gradient_norm)
+    path = descend(loss, samples, start, learning_rates, project)
     fixed = best_fixed(loss, samples, start, project) if comparator is None else comparator.to(start)
     with torch.no_grad():
         rival = _mean_loss(loss, samples, fixed)
     distance = float(torch.linalg.vector_norm(path.points[:-1] - fixed, dim=-1).max())
     steepest = float(torch.linalg.vector_norm(path.gradients, dim=-1).max())
-    return RegretReport(float(path.losses.mean() - rival), bound, regret_bound(rates, distance, steepest))
+    return RegretReport(float(path.losses.mean() - rival), bound, regret_bound(learning_rates, distance, steepest))
 
 
 def increasing_rates_example(steps: int = 1000) -> tuple[float, float]:
-    """Return the regret of a descent whose last rate is large, and what the formula would give: the order matters.
+    """Return the regret of a run whose learning rate increases at the end, and the value of the bound's formula.
 
-    The loss is theta itself on [-1, 1]; the rates are 1e-4 and, in the last step, 1. The formula sees the last rate
-    alone and promises much; the path has hardly moved.
+    The loss is theta itself on [-1, 1]; the learning rates are 1e-4 and, in the last step, 1. The formula takes the
+    distance term from the last learning rate alone and gives a small number, although the path has hardly moved.
 
     >>> [round(value, 5) for value in increasing_rates_example()]
     [1.95005, 0.00255]
     """
     integer("steps", steps, low=2)
-    rates = torch.full((steps,), 1e-4, dtype=torch.float64)
-    rates[-1] = 1.0
+    learning_rates = torch.full((steps,), 1e-4, dtype=torch.float64)
+    learning_rates[-1] = 1.0
     start = torch.ones(1, dtype=torch.float64)
-    path = descend(lambda _, theta: theta.sum(), range(steps), start, rates, lambda theta: theta.clamp(-1, 1))
-    return float(path.losses.mean() + 1), regret_bound(rates, 2.0, 1.0, ordered=False)
+    path = descend(lambda _, theta: theta.sum(), range(steps), start, learning_rates, lambda theta: theta.clamp(-1, 1))
+    return float(path.losses.mean() + 1), regret_bound(learning_rates, 2.0, 1.0, ordered=False)

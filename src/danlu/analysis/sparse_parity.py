@@ -1,12 +1,12 @@
 r"""Multitask sparse parity: a task list on which skills are learned one by one, and the network that learns them.
 
-Task i is the parity of its own k of n bits. A sample shows which task is asked (one-hot) and n fair bits, and task i is
-asked with the share :math:`p_i \propto i^{-(g+1)}`. Parity has no half-way: each task's loss stays at one bit, then
-falls. Step :math:`S_i` at which it has fallen goes by :math:`p_i^{-x}`, so that the mean loss, a sum over sudden
-falls, is nearly a power law in steps: what `danlu.analysis.scaling` derives is here to be measured.
+Task i is the parity of its own k of n bits. A sample holds the task's number (one-hot) and n fair bits, and a share
+:math:`p_i \propto i^{-(g+1)}` of the samples asks for task i. Parity cannot be learned in part: each task's loss stays
+at one bit, then falls. The step :math:`S_i` at which it has fallen scales as :math:`p_i^{-x}`, so that the mean loss, a
+sum over sudden falls, is nearly a power law in steps: the experiment for what `danlu.analysis.scaling` derives.
 
-Source: Michaud et al., "The Quantization Model of Neural Scaling", arXiv:2303.13506, section 3. The authors' code names
-``alpha`` what is ``g + 1`` here, their paper what is ``g``.
+Source: Michaud et al., "The Quantization Model of Neural Scaling", arXiv:2303.13506, section 3. ``alpha`` in the
+authors' code is ``g + 1`` here, ``alpha`` in their paper is ``g``.
 """
 
 import math
@@ -34,7 +34,7 @@ class ParityTasks(NamedTuple):
     """A list of tasks, the most frequent first.
 
     Attributes:
-        subsets: ``(tasks, k)`` int64, the bits whose parity is asked, rising.
+        subsets: ``(tasks, k)`` int64, the bits whose parity is asked for, ascending.
         shares: ``(tasks,)`` float64, how often each task is asked; they sum to one.
         bits: n, of which every subset takes k.
     """
@@ -55,15 +55,15 @@ class ParitySamples(NamedTuple):
 def parity_tasks(
     tasks: int, bits: int, *, size: int = 3, g: float = 0.4, seed: int = 0, device: torch.device | str = "cpu"
 ) -> ParityTasks:
-    """Draw the tasks: subsets of which no two are alike, with shares that fall as ``i**-(g + 1)``.
+    """Draw the tasks: distinct subsets of the bits, with shares that fall as ``i**-(g + 1)``.
 
-    The draw is made on the CPU, so that a seed names the same tasks on every device.
+    They are drawn on the CPU, so that a seed gives the same tasks on every device.
 
     Args:
         tasks: how many.
         bits: n.
         size: k, the bits of a subset.
-        g: exponent of the loss in the number of tasks learned, were the list infinite.
+        g: exponent of the loss in the number of tasks learned, for an infinite list.
         seed: of the draw.
         device: where the tensors go.
 
@@ -93,7 +93,7 @@ def parity_samples(
 
     Args:
         tasks: the list.
-        which: how many samples of tasks drawn by their shares; or the tasks to take a sample of, ``(B,)`` int64.
+        which: how many samples, with tasks drawn by their shares; or the task of each sample, ``(B,)`` int64.
         generator: the source of tasks and bits; the same state gives the same samples.
         dtype: of the bits.
 
@@ -113,15 +113,15 @@ def parity_samples(
 
 
 class ParityNetwork(nn.Module):
-    """One hidden layer of ReLU over the one-hot task beside the bits, and two logits.
+    """A network with one hidden ReLU layer on the one-hot task and the bits, and two logits.
 
-    It is the plain layer on ``tasks + bits`` inputs, ``(tasks + bits + 1) width + 2 (width + 1)`` parameters with
-    `torch.nn.Linear`'s start; the product with the one-hot vector is done as a choice of rows.
+    It equals a plain network on ``tasks + bits`` inputs with ``(tasks + bits + 1) width + 2 (width + 1)`` parameters,
+    initialised as `torch.nn.Linear`; the product with the one-hot vector is an embedding lookup.
 
     Args:
         tasks, bits: lengths of the two inputs.
         width: hidden units.
-        generator: of the start; None: torch's own.
+        generator: for the initialisation; None: torch's default generator.
         device, dtype: of the parameters.
 
     >>> network = ParityNetwork(500, 100, 10)
@@ -162,11 +162,11 @@ class ParityNetwork(nn.Module):
 
 
 class ParityRun(NamedTuple):
-    """What a training showed.
+    """The losses of every task over a training run.
 
     Attributes:
-        steps: ``(E,)`` int64, the steps done when the losses were taken, from 0 on, spread evenly in their logarithm.
-        losses: ``(E, tasks)`` float64, in bits, each over the same samples that are not trained on.
+        steps: ``(E,)`` int64, the steps done when the losses were measured: 0, then evenly spaced in the logarithm.
+        losses: ``(E, tasks)`` float64, in bits, always on the same held-out samples.
         shares: ``(tasks,)`` float64, of the tasks.
     """
 
@@ -176,7 +176,7 @@ class ParityRun(NamedTuple):
 
     @property
     def mean_loss(self) -> Tensor:
-        """Loss in bits over tasks by their shares, ``(E,)``."""
+        """Loss in bits, averaged over tasks with their shares as weights, ``(E,)``."""
         return self.losses @ self.shares
 
     def learned_at(self, threshold: float = 0.1) -> Tensor:
@@ -204,15 +204,15 @@ def train_parity(
     held_out: int = 64,
     seed: int = 0,
 ) -> ParityRun:
-    """Train a network on a stream of new samples by Adam and cross-entropy, and return every task's loss over steps.
+    """Train a network with Adam and cross-entropy on a stream of new samples; return every task's loss over steps.
 
     Args:
         network: takes ``task`` and ``bits`` of `ParitySamples` and returns two logits; it is trained in place.
         tasks: on the network's device.
         steps, batch, lr: of the training.
-        points: about how many times to take the losses, evenly in the logarithm of the step.
-        held_out: samples of each task that the losses are taken on.
-        seed: of the stream and of those samples.
+        points: about how many times to measure the losses, evenly spaced in the logarithm of the step.
+        held_out: samples of each task that the losses are measured on.
+        seed: of the training stream and of the held-out samples.
 
     >>> tasks = parity_tasks(3, 6, size=1)
     >>> network = ParityNetwork(3, 6, 64, generator=torch.Generator().manual_seed(0))
@@ -245,6 +245,6 @@ def train_parity(
 
 @torch.no_grad()
 def _task_losses(network: nn.Module, samples: ParitySamples, each: int) -> Tensor:
-    """Mean loss in bits of each task, whose samples stand together."""
+    """Return the mean loss of each task in bits; the samples of a task follow one another."""
     losses = functional.cross_entropy(network(samples.task, samples.bits), samples.label, reduction="none")
     return losses.double().view(-1, each).mean(1) / math.log(2)
