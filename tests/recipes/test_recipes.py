@@ -8,6 +8,7 @@ import torch
 
 from danlu import config as configs
 from danlu.models import GPT, Transformer, UNet
+from danlu.protocols import ExpectsSizes
 from danlu.recipes import REGISTRY, load
 from danlu.train import RunConfig, assemble, run
 
@@ -75,3 +76,18 @@ def test_a_caption_recipe_trains_and_is_evaluated_from_its_folder(tmp_path: Path
     found = run.evaluate(tmp_path / "run")
     assert set(found) == {"val_loss", "val_caption_accuracy", "val_word_accuracy", "val_patch_error"}
     assert 0 < found["val_patch_error"] < 10
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_recipe_s_optimizer_updates_every_parameter_of_its_model_once(name: str) -> None:
+    config = load(name)
+    known = config.data.expected_sizes() if isinstance(config.data, ExpectsSizes) else {}
+    sizes = {field: size for field, size in known.items() if getattr(config.model, field, 0)}
+    with torch.device("meta"):
+        model = dataclasses.replace(config.model, **sizes).build()
+        objective = config.objective.build(model, data=None, batches=None)
+        optimizer = config.optim.build(objective, process_group=None)
+    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    assert len(updated) == len(trained) == len({*updated, *trained})
+    assert all(group["lr"] > 0 for group in optimizer.param_groups)

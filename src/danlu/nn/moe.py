@@ -112,7 +112,9 @@ def scaling_factor(
     2.83
     """
     _check_sizes(num_experts, top_k, num_shared_experts, gate)
-    logits = torch.randn(draws, num_experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    # On the CPU also where the layer is built on "meta", which has no numbers.
+    logits = torch.randn(draws, num_experts, generator=generator, dtype=torch.float64, device="cpu")
     scores = GATES[gate](logits)
     chosen = scores.topk(top_k, dim=-1).values
     chosen = chosen[chosen.sum(-1) > 0]  # where every ReLU is dead there is no norm to match

@@ -1,6 +1,7 @@
-"""Imports go down: a room imports itself and the rooms on lower floors, and importing danlu loads nothing heavy."""
+"""Imports go down: a package imports itself and packages on lower levels, and importing danlu loads nothing heavy."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 import danlu
 
 SOURCE = Path(danlu.__file__).parent
-FLOORS = {
+LEVELS = {
     "_cache": -1,
     "_validate": -1,
     "_grid": 0,
@@ -40,7 +41,7 @@ FLOORS = {
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
@@ -54,27 +55,40 @@ def imported_modules(path: Path, source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from danlu import optim` imports a room by its alias.
+            # `from danlu import optim` imports a package by its alias.
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def climbs(path: Path, source: str) -> list[str]:
     """Return the imports of a file that do not go down."""
-    room = room_of(path)
+    own = LEVELS[package_of(path)]
     found = []
     for name in imported_modules(path, source):
         parts = name.split(".")
         if parts[0] != "danlu" or len(parts) == 1 or parts[1].startswith("__"):
             continue
-        if parts[1] != room and FLOORS.get(parts[1], 99) >= FLOORS[room]:
+        if parts[1] != package_of(path) and LEVELS.get(parts[1], 99) >= own:
             found.append(name)
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
-def test_a_room_imports_only_lower_floors(path: Path) -> None:
-    assert room_of(path) in FLOORS, "a new room needs its floor here and in CONTRIBUTING.md"
-    assert climbs(path, path.read_text(encoding="utf-8")) == []
+def test_a_package_imports_only_lower_levels(path: Path) -> None:
+    package = package_of(path)
+    assert package in LEVELS, f"add {package!r} with its level to LEVELS in {Path(__file__).name}"
+    found = climbs(path, path.read_text(encoding="utf-8"))
+    assert not found, f"{package} is on level {LEVELS[package]}; move what needs {', '.join(found)} to a higher package"
+
+
+def test_contributing_shows_the_levels() -> None:
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = {
+        package: int(level)
+        for level, packages in re.findall(r"^\| (\d+) \| (`.*) \|$", text, re.MULTILINE)
+        for package in re.findall(r"`(\w+)`", packages)
+    }
+    expected = {package: level for package, level in LEVELS.items() if level > 0 and package != "__main__"}
+    assert shown == expected, "bring the table of levels in CONTRIBUTING.md up to date"
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "approx").rglob("*.py")), ids=lambda path: path.name)
@@ -83,7 +97,7 @@ def test_approx_knows_no_torch(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "line"),
+    ("package", "line"),
     [
         ("linalg", "from danlu.optim import Muon"),
         ("nn", "import danlu.optim.muon"),
@@ -92,8 +106,8 @@ def test_approx_knows_no_torch(path: Path) -> None:
         ("data", "def late():\n    from danlu.objectives import CausalLM"),
     ],
 )
-def test_the_check_sees_every_form_of_an_import_that_climbs(room: str, line: str) -> None:
-    assert climbs(SOURCE / room / "example.py", line)
+def test_the_check_sees_every_form_of_an_import_that_climbs(package: str, line: str) -> None:
+    assert climbs(SOURCE / package / "example.py", line)
 
 
 @pytest.mark.parametrize("line", ["from danlu.linalg import msign", "import torch", "from .muon import Muon"])
