@@ -101,7 +101,7 @@ def test_sixth_row_of_the_post_has_a_negative_cubic_coefficient():
     ids=["quintic", "published", "published with safety", "cubic"],
 )
 def test_error_table_is_reproduced(errors, expected):
-    # Each printed figure to one unit of its last printed digit: some were rounded and some cut.
+    # Each printed figure to one unit of its last printed digit: some were rounded and some truncated.
     for got, printed in zip(errors, expected, strict=True):
         digits = len(f"{printed:e}".split("e")[0].rstrip("0").replace(".", ""))
         unit = 10.0 ** (math.floor(math.log10(printed)) - digits + 1)

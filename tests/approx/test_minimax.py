@@ -224,7 +224,7 @@ def test_mean_of_two_runs_is_the_same_unique_optimum():
     assert certify(Chebyshev((one.polynomial.coef + mirrored) / 2), np.exp).optimal
 
 
-def test_extended_precision_goes_below_the_floor_of_float64():
+def test_extended_precision_goes_below_the_rounding_error_of_float64():
     best = minimax(mpmath.exp, 15, dps=40)
     assert float(best.error) == pytest.approx(1.48146e-18, rel=4e-6)
     assert 0 <= best.gap <= 1e-9

@@ -1,7 +1,7 @@
 """The Remez exchange on t in [-1, 1] for ``w (f - m q(t))`` with q a polynomial of degree n.
 
-The factor m is 1 for plain and even polynomials and x for odd ones, where t is the image of x^2. The arithmetic is that
-of the arrays: float64, or Python objects such as mpmath numbers.
+The factor m is 1 for plain and even polynomials and x for odd ones; for even and odd ones t is the image of x^2. The
+arithmetic is that of the arrays: float64, or Python objects such as mpmath numbers.
 """
 
 import functools
@@ -24,7 +24,7 @@ _UNDERFLOW = 1e-200  # stands for a distance of 0: its reciprocal outweighs ever
 
 
 class ConvergenceError(ArithmeticError):
-    """The exchange stopped before the error was levelled; the message says what was reached."""
+    """The exchange stopped before the error was levelled; the message gives the error reached and the lower bound."""
 
 
 def solve(matrix: Array, right: Array) -> Array:
@@ -65,7 +65,7 @@ class _Levelled:
 
 
 def exchange(problem: Problem, points: Array | None = None) -> tuple[Array, Array]:
-    """Return the Chebyshev coefficients of the best q and the points that its error is levelled on."""
+    """Return the Chebyshev coefficients of the best q and the points on which its error is levelled."""
     n = problem.n
     starts = [points] if points is not None else [problem.lift(start) for start in _starts(n)]
     for start in starts:
@@ -73,7 +73,7 @@ def exchange(problem: Problem, points: Array | None = None) -> tuple[Array, Arra
         largest, points = _scan(problem, q, 0)
         if largest <= q.noise:
             return _coefficients(problem, start), start
-        # A level of 0 is the trap of even functions at even degree: the start is symmetric, the answer is not.
+        # An even function at even degree has level 0 on a symmetric start, whatever its best polynomial: try another.
         if q.level > 4 * q.noise:
             break
     first, near_rounding = largest, largest <= 16 * q.noise
@@ -84,7 +84,7 @@ def exchange(problem: Problem, points: Array | None = None) -> tuple[Array, Arra
         q = _level(problem, points)
         largest, points = _scan(problem, q, rounds)
         if rounds == 0 and largest < 1.2 * q.level:
-            # Near the answer the places of the peaks decide, and the samples alone understate them.
+            # Close to convergence the positions of the peaks matter, and samples alone do not locate them well enough.
             rounds = 2 if problem.eps == EPS else 3
             largest, points = _scan(problem, q, rounds)
         bound = max(bound, q.level)
@@ -131,7 +131,7 @@ def rounding(eps: float, terms: int) -> float:
 
 
 def dyadic_scale(values: Array) -> float:
-    """Return the power of two next to the largest magnitude, 1 for all zeros: dividing by it is exact."""
+    """Return the power of two just below the largest magnitude, 1 for all zeros: dividing by it is exact."""
     largest = float(np.max(np.abs(values)))
     return 2.0 ** (math.frexp(largest)[1] - 1) if largest > 0 else 1.0
 

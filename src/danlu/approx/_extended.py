@@ -58,7 +58,7 @@ def extended_minimax(
     weight: Callable[[Number], Number] | None,
     dps: int,
 ) -> ExtendedMinimax:
-    """Solve the exchange with ``dps`` digits and ten to guard them."""
+    """Run the exchange with ``dps`` digits and ten guard digits."""
     with mpmath.workdps(dps + 10):
         a, b = map(mpmath.mpf, interval)
         lift = np.frompyfunc(mpmath.mpf, 1, 1)

@@ -1,8 +1,9 @@
 """The Poisson tail against the geometric tail: an inequality from the analysis of hashing, used as a capacity bound.
 
 For p in [0, 1) and L = log(1 / (1 - p)), ``sum_{i<=j} p^i <= sum_{i<=j} L^i / i!``. Times ``1 - p = e^-L`` it says
-that a Poisson variable of rate L exceeds j with probability at most ``p^(j+1) = (1 - e^-L)^(j+1)``: how often a bin
-overflows is bounded by how often it is occupied at all. The bound is sharp up to a few items a bin and loose beyond.
+that a Poisson variable of rate L exceeds j with probability at most ``p^(j+1) = (1 - e^-L)^(j+1)``: the probability
+that a bin overflows is bounded by a power of the probability that it is occupied. The bound is sharp up to a few items
+per bin and loose beyond.
 """
 
 import math
@@ -106,9 +107,10 @@ def series_coefficients(j: int, count: int) -> tuple[Fraction, ...]:
 
 
 def capacity(rate: float, overflow: float) -> int:
-    """Return the smallest capacity that the bound proves to overflow with probability at most ``overflow``.
+    """Return the smallest capacity that, by the bound, overflows with probability at most ``overflow``.
 
-    Slots for a bin that receives a Poisson number of items of mean ``rate`` (tokens an expert, keys a bucket).
+    It is the number of items that a bin can hold if it receives a Poisson number of items of mean ``rate``, such as
+    tokens per expert or keys per bucket.
 
     Raises:
         ValueError: if rate is not positive or overflow is outside (0, 1).

@@ -1,10 +1,11 @@
-"""The best composition for a budget of matrix products, of odd polynomials whose degrees may differ.
+"""The best composition of odd polynomials, of possibly different degrees, for a budget of matrix products.
 
-A step of degree d on an m x n matrix (m <= n) forms the Gram matrix, a polynomial in it by Paterson and Stockmeyer's
-scheme, and one product back. Each step's error depends only on the ratio of the ends of the interval before it, and
-falls as that ratio rises, so the best composition of a cost is a best one of a smaller cost and one more minimax step:
-dynamic programming over costs finds the optimum over all orders of all degrees, by the argument that proves the greedy
-choice optimal for one degree (arXiv 2505.16932, theorem 3.1).
+A step of degree d on an m x n matrix (m <= n) forms the Gram matrix, evaluates a polynomial in it by the scheme of
+Paterson and Stockmeyer, and multiplies the result with the matrix. Each step's error depends only on the ratio of the
+ends of the interval before it, and falls as that ratio rises. So the best composition of a given cost is the best one
+of a
+smaller cost followed by one more minimax step: dynamic programming over costs finds the optimum over all orders of all
+degrees, by the argument that proves the greedy choice optimal for one degree (arXiv 2505.16932, theorem 3.1).
 """
 
 import functools
@@ -63,7 +64,7 @@ def budgeted_composition(
         safety: see ``optimal_composition``.
 
     Raises:
-        ValueError: if the budget does not pay for one step, or an argument is out of range.
+        ValueError: if the budget is below the cost of one step, or an argument is out of range.
 
     >>> best = budgeted_composition(15)
     >>> sorted(best.degrees), matrix_products(best.degrees) <= 15
@@ -85,7 +86,7 @@ def budgeted_composition(
 
 @functools.lru_cache(maxsize=256)
 def _best_sequence(budget: float, ratio: float, degrees: tuple[int, ...], aspect: float) -> tuple[int, ...]:
-    """Extend the best composition of every cost, cheapest first; keep one only if nothing cheaper is as good."""
+    """Extend the best composition of every cost, cheapest first; keep one only if it beats all cheaper ones."""
     best: dict[float, tuple[float, tuple[int, ...]]] = {0.0: (ratio, ())}
     done: list[float] = []
     while open_costs := [cost for cost in best if cost not in done]:
@@ -109,5 +110,5 @@ def _best_sequence(budget: float, ratio: float, degrees: tuple[int, ...], aspect
 
 
 def _inner_products(n: int) -> int:
-    """Products for a polynomial of degree n in a matrix: ``k - 1`` powers, then Horner in blocks of k."""
+    """Count the products for a polynomial of degree n in a matrix: ``k - 1`` powers, then Horner in blocks of k."""
     return min(k - 1 + n // k - (n % k == 0) for k in range(1, n + 1))

@@ -1,8 +1,8 @@
-"""Published Newton-Schulz coefficient sets for the matrix sign, each with where it was printed.
+"""Published Newton-Schulz coefficient sets for the matrix sign, each with its source.
 
-A row ``(a, b, c)`` is one step ``a x + b x^3 + c x^5``. The sets differ in how they go on past their printed length:
-``repeat`` sets iterate one row for ever (or their last row, which is the Taylor limit), the others were fitted as one
-whole of fixed length and mean nothing when cut or extended.
+A row ``(a, b, c)`` is one step ``a x + b x^3 + c x^5``. The sets differ in how they continue past their printed length:
+``repeat`` sets repeat one row (or their last row, which is the Taylor limit) any number of times; the others were
+fitted jointly for a fixed number of steps and must not be shortened or extended.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class Table:
-    """One published coefficient set: its rows, how it may be cut or extended, and its source."""
+    """One published coefficient set: its rows, whether it may be shortened or extended, and its source."""
 
     rows: Rows
     source: str

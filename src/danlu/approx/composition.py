@@ -1,8 +1,8 @@
 """Compositions of odd polynomials that drive every x in [lower, upper] to 1: the scalar side of the matrix sign.
 
-A Newton-Schulz iteration acts on each singular value alone, through an odd polynomial a step. Among all compositions of
-given degrees the best worst case is reached greedily: each step is the minimax odd approximation of 1 on the range the
-step before leaves behind (Amsel, Persson, Musco and Gower, "The Polar Express", arXiv 2505.16932, theorem 3.1).
+A Newton-Schulz iteration acts on each singular value alone, by one odd polynomial per step. Among all compositions of
+given degrees the greedy choice has the smallest worst-case error: each step is the minimax odd approximation of 1 on
+the range of the step before (Amsel, Persson, Musco and Gower, "The Polar Express", arXiv 2505.16932, theorem 3.1).
 """
 
 import functools
@@ -29,12 +29,12 @@ class Composition:
     """A composition ``f_T(... f_1(x))`` of odd polynomials and its worst error on ``[lower, upper]``.
 
     Attributes:
-        coefficients: one tuple a step, odd powers ascending: ``(a, b, c)`` is ``a x + b x^3 + c x^5``.
-        lower: left end of the interval that the error holds on, above 0.
+        coefficients: one tuple per step, odd powers ascending: ``(a, b, c)`` is ``a x + b x^3 + c x^5``.
+        lower: left end of the interval on which the error holds, above 0.
         upper: right end of that interval.
         errors: ``max |f_t(... f_1(x)) - 1|`` over the interval after each step, from the exact range of each step
-            (an extremum of a polynomial is a root of its derivative), to the rounding of float64.
-        name: what the set is called in reports.
+            (an extremum of a polynomial is a root of its derivative), up to float64 rounding.
+        name: the name of the set in reports.
 
     >>> step = optimal_composition(0.5, 1, degree=3)
     >>> step(1.0), 1 - step.errors[0]
@@ -71,7 +71,7 @@ class Composition:
 
     @property
     def slope(self) -> float:
-        """Derivative at 0: how much the composition lifts what lies far below ``lower``."""
+        """Derivative at 0: the factor on values far below ``lower``."""
         return math.prod(row[0] for row in self.coefficients)
 
     def intervals(self) -> tuple[Interval, ...]:
@@ -86,8 +86,8 @@ class Composition:
     def with_safety(self, safety: float, *, last: bool = False) -> "Composition":
         """Divide the argument of every step but the last (of every step if ``last``) by ``safety``.
 
-        This is the safety factor applied outside the recursion: the design does not know of it, so the later steps
-        expect a slightly wider range than they get. ``optimal_composition(safety=...)`` applies it inside.
+        This applies the safety factor outside the recursion: the steps were designed without it, so the later ones
+        are made for a slightly different range than they get. ``optimal_composition(safety=...)`` applies it inside.
         """
         _validate.number("safety", safety, low=1)
         kept = self.steps if last else self.steps - 1
@@ -108,8 +108,8 @@ def optimal_composition(
     """Design the composition of odd polynomials with the smallest ``max |f(x) - 1|`` on ``[lower, upper]``.
 
     With ``cushion=0, safety=1`` the result is the true optimum over all compositions of ``steps`` odd polynomials of
-    ``degree``, and every prefix of it is optimal too. The other settings trade a little of that for finite precision;
-    for bfloat16 use ``cushion=0.02, safety=1.01`` (the default of the authors' code). Designs are cached.
+    ``degree``, and every prefix of it is optimal too. The other settings give up a little of that for robustness to
+    rounding; for bfloat16 use ``cushion=0.02, safety=1.01`` (the default of the authors' code). Designs are cached.
 
     Args:
         lower: smallest value to be brought to 1, above 0.
@@ -119,8 +119,8 @@ def optimal_composition(
         cushion: each step is fitted on ``[max(l, cushion * u), u]`` instead of ``[l, u]``, which keeps its minimum away
             from 0. It is the ratio of the interval's ends before the step; the paper's text states the ratio after it
             (0.1 there is 0.0240733 here).
-        safety: every step but the last is evaluated at ``x / safety``, and the following steps are designed for what
-            that leaves. Values up to about ``safety * upper`` then do no harm.
+        safety: every step but the last is evaluated at ``x / safety``, and the following steps are designed for the
+            resulting range. Values up to about ``safety * upper`` then do no harm.
         recentre: scale a cushioned step so that its true range is centred on 1.
 
     Returns:
@@ -154,9 +154,9 @@ def published(name: str, steps: int | None = None, *, lower: float = 1e-3, upper
     Args:
         name: ``classical``, ``jordan``, ``su_shared`` (one row, iterated); ``polar_express`` (the published list with
             its safety factor 1.01), ``polar_express_unscaled`` (before it); ``you``, ``su_x50``, ``su_x200``,
-            ``su_x5``, ``modded_nanogpt``, ``gram_newton_schulz`` (fitted as a whole). ``TABLES[name].source`` says
-            where each was printed.
-        steps: how many steps; the set's own length if None. Sets fitted as a whole exist at their own length only.
+            ``su_x5``, ``modded_nanogpt``, ``gram_newton_schulz`` (fitted jointly). ``TABLES[name].source`` gives the
+            source of each.
+        steps: how many steps; the set's own length if None. Sets fitted jointly exist at their own length only.
         lower: left end of the interval to measure the error on.
         upper: right end of that interval.
 
@@ -175,7 +175,7 @@ def published(name: str, steps: int | None = None, *, lower: float = 1e-3, upper
     _validate.integer("steps", count)
     length = len(table.rows)
     if (count > length and not table.repeat) or (count < length and not table.prefix):
-        raise ValueError(f"steps must be {length} for {name!r}, which was fitted as a whole, got {count}")
+        raise ValueError(f"steps must be {length} for {name!r}, whose steps were fitted jointly, got {count}")
     rows = tuple(table.rows[min(t, length - 1)] for t in range(count))
     return _measured(rows, float(lower), float(upper), name)
 
@@ -196,7 +196,7 @@ def _designed(
 def _next_step(
     left: float, right: float, degree: int, cushion: float, safety: float, recentre: bool
 ) -> tuple[tuple[float, ...], float]:
-    """Design one step f for ``[left, right]``; return it and ``v = f(left)``: the next one is for ``[v, 2 - v]``."""
+    """Design one step f for ``[left, right]``; return it and ``v = f(left)``: the next step is for ``[v, 2 - v]``."""
     fitted = max(left, cushion * right)
     row, lowest = _minimax_step(fitted, right, degree)
     if fitted > left:
@@ -218,7 +218,7 @@ def _minimax_step(left: float, right: float, degree: int) -> tuple[tuple[float, 
     if degree == 3:
         row, lowest = _cubic(ratio)
     elif 2 * (1 - ratio) / (1 + ratio) < 10 ** (-15 / (n + 1)):
-        # The optimum and its limit now agree to rounding, and solving for it would only amplify the rounding.
+        # The optimum and its Taylor limit agree to rounding here; solving for it would only amplify the rounding.
         row, lowest = _shrink(_taylor(n), (1 + ratio) / 2), 1.0
     else:
         row, lowest = _alternate(ratio, n)

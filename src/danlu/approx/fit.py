@@ -1,8 +1,8 @@
 """Newton-Schulz coefficients by gradient descent on the largest errors: the robust fit of kexue.fm 10922.
 
-It minimises the mean of the k largest errors on a grid, at coefficients that are also good when all of them move by a
-little, which is what bfloat16 does to them. `optimal_composition` is exact and instant; this fit is for other losses,
-shared coefficients, and for reproducing the published sets.
+It minimises the mean of the k largest errors on a grid and prefers coefficients that stay good under small changes,
+such as rounding to bfloat16. `optimal_composition` is exact and instant; this fit is for other losses, shared
+coefficients, and for reproducing the published sets.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 _SHARED_START = (1.5, -0.5, 0.0)
 _STEP_START = (3.5, -6.04444444444, 2.84444444444)
-_MIX = ((0.6, 0.0), (0.2, 0.5), (0.2, -0.5))  # weight of the gradient, and where in units of the tolerance
+_MIX = ((0.6, 0.0), (0.2, 0.5), (0.2, -0.5))  # weight of a gradient, and its offset as a multiple of the tolerance
 
 
 def fit_composition(
@@ -33,22 +33,22 @@ def fit_composition(
     tolerance: float = 0.1,
     lower: float = 1e-3,
 ) -> Composition:
-    """Fit quintic steps to bring ``j / grid``, j = 1..grid, to 1 in the mean of the ``largest`` errors.
+    """Fit quintic steps that bring ``j / grid``, j = 1..grid, to 1; the loss is the mean of the ``largest`` errors.
 
-    Adam without bias correction, betas 0.9 and 0.999; the rate falls to a tenth half way. The gradient is the mix of
-    0.6 of that at w and 0.2 each at w + tolerance / 2 and w - tolerance / 2, each cut to norm 1.
-    The defaults take some tens of seconds on one core and give a loss of 0.079.
+    The optimizer is Adam without bias correction, betas 0.9 and 0.999; half way the learning rate falls to a tenth. The
+    gradient is 0.6 times that at w plus 0.2 times those at w + tolerance / 2 and w - tolerance / 2, each clipped to
+    norm 1. The defaults take some tens of seconds on one core and give a loss of 0.079.
 
     Args:
         steps: number of steps.
         largest: how many of the largest errors are averaged. More of them give less oscillation near 1 and a smaller
             slope at 0.
-        coefficients: one triple a step, or one shared by all.
+        coefficients: one triple per step, or one shared by all.
         grid: number of points.
-        iterations: updates.
-        learning_rate: for the first half.
-        tolerance: width of the neighbourhood of coefficients that counts.
-        lower: left end of the interval that the result's errors are stated for.
+        iterations: number of updates.
+        learning_rate: for the first half of the iterations.
+        tolerance: width of the neighbourhood over which the gradient is mixed.
+        lower: left end of the interval for which the result's errors are stated.
 
     Returns:
         The composition of lowest loss among the iterates.
@@ -91,7 +91,7 @@ def fit_composition(
 
 
 def _loss_and_gradient(w: Array, x: Array, steps: int, largest: int) -> tuple[float, Array]:
-    """Return the mean of the largest errors and its gradient, which only the points that attain them contribute to."""
+    """Return the mean of the largest errors and its gradient, to which only the points with these errors contribute."""
     rows = np.broadcast_to(w, (steps, 3))
     y = x
     for a, b, c in rows:

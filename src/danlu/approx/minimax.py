@@ -1,8 +1,8 @@
-"""Best uniform approximation by polynomials: the Remez exchange, and a certificate for anybody's polynomial.
+"""Best uniform approximation by polynomials: the Remez exchange, and an optimality certificate for any polynomial.
 
 A polynomial from a space of dimension N is the best one exactly if its error alternates between +E and -E at N + 1
-points, and any alternating error bounds what every other polynomial can reach from below (de la Vallee-Poussin). Both
-are counted on the polynomial that is returned, so a result carries the proof of how good it is.
+points, and any alternating error is a lower bound on the error of every other polynomial (de la Vallee-Poussin). Both
+are evaluated on the polynomial that is returned, so a result carries the proof of how good it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class Certificate:
         lower_bound: no polynomial of the class has a smaller maximal error (de la Vallee-Poussin).
         points: where the error takes its alternating extrema, ascending.
         values: the weighted error ``w (f - p)`` there.
-        needed: alternating points that the theorem asks for, the dimension of the class plus one.
+        needed: number of alternating points that the theorem requires, the dimension of the class plus one.
         rounding: how far float64 rounding may have moved ``error`` and ``lower_bound``.
         optimal: whether ``error`` exceeds ``lower_bound`` by no more than the tolerance (or than rounding).
     """
@@ -51,7 +51,7 @@ class Certificate:
 
     @property
     def gap(self) -> float:
-        """Relative distance ``(error - lower_bound) / error`` to what is provably unreachable; 0 for an exact fit."""
+        """Relative distance ``(error - lower_bound) / error`` to the lower bound; 0 for an exact fit."""
         return (self.error - self.lower_bound) / self.error if self.error > 0 else 0.0
 
 
@@ -106,7 +106,7 @@ def minimax(
     """Find the polynomial of at most ``degree`` with the smallest ``max |w(x) (f(x) - p(x))|`` on an interval.
 
     The exchange works on any continuous f, smooth or not. In float64 an error below about 1e-15 of f cannot be
-    levelled; the result then says so by ``rounding``. Extended precision goes further.
+    levelled, which ``rounding`` of the result shows. Extended precision (``dps``) resolves smaller errors.
 
     Args:
         f: the function, of an array of float64 (a function of one number works too, more slowly). With ``dps``, a
@@ -122,7 +122,7 @@ def minimax(
         The polynomial, its error, the alternation points and the de la Vallee-Poussin lower bound.
 
     Raises:
-        ConvergenceError: if the error could not be levelled; it says what was reached and what is unreachable.
+        ConvergenceError: if the error could not be levelled; the message gives the error reached and the lower bound.
         ValueError: if an argument is out of range, or f or the weight gives a value that cannot be used.
 
     Source: Chebyshev's alternation theorem; E. Remez, Comptes rendus 198 (1934) 2063.
@@ -168,14 +168,14 @@ def certify(
     weight: Function | None = None,
     tolerance: float = 1e-6,
 ) -> Certificate:
-    """Decide whether anybody's polynomial is the best one, from the alternation of its error.
+    """Decide whether a given polynomial is the best one, from the alternation of its error.
 
     Args:
         polynomial: a ``numpy.polynomial`` object, power coefficients in ascending order, or a function.
         f: the function approximated, of an array.
         interval: ``(a, b)`` with a < b.
-        degree: of the class to be best in; taken from the polynomial where it states one.
-        parity: class of odd or even polynomials only.
+        degree: of the class in which it is to be the best; taken from the polynomial if it has one.
+        parity: restrict the class to odd or even polynomials.
         weight: positive function; 1 if None.
         tolerance: largest relative gap between the error and the lower bound that counts as optimal.
 
@@ -231,7 +231,7 @@ def _view(f: Function, a: float, b: float, parity: Parity, weight: Function | No
 
     def sample(t: Array) -> tuple[Array, Array, Array]:
         x = to_x(t)
-        # Held off 0, where any odd polynomial vanishes and nothing can be levelled.
+        # Kept away from 0, where every odd polynomial vanishes and no error can be levelled.
         y, m = _values("f", f, x) / scale, np.maximum(x, 1e-100) if parity == "odd" else _ONE
         if weight is None:
             return y, m, _ONE
