@@ -31,6 +31,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from danlu._roles import declaration
 from danlu._validate import integer, positive
 from danlu.nn import (
     FeedForward,
@@ -252,7 +253,12 @@ class Transformer(nn.Module):
         products, the causal half only, or the convolution.
         """
         _, active = self.parameter_counts()
-        gains = sum(p.numel() for p in self.parameters() if getattr(p, "danlu_role", None) == "gain")
+        gains = sum(
+            parameter.numel()
+            for module in self.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if declaration(module, name)[0] == "gain"
+        )
         looked_up = 0 if self.head is None else self.embedding.numel()
         attention = sum(mixer.flops_per_token(length) for mixer in self.mixers)
         return 6 * (active - gains - looked_up) + 3 * float(attention)

@@ -16,13 +16,15 @@ would travel for hundreds of steps in which every token uses every expert, so th
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number, positive
 from danlu.protocols import BalanceConfig
+
+Rule = Literal["A", "B", "C", "D"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class DynamicConfig(BalanceConfig):
 
     rate: float = 1e-3
     """step of the bias, in units of the gate's score; 0 freezes the biases"""
-    rule: Literal["A", "B", "C", "D"] = "A"
+    rule: Rule = "A"
     """direction of the step: separate, ceiling, merged, merged and divided by its RMS"""
     freeze_after: int | None = None
     """updates after which the biases stay as they are; None: never"""
@@ -42,7 +44,7 @@ class DynamicConfig(BalanceConfig):
 
     def __post_init__(self) -> None:
         number("rate", self.rate, low=0)
-        choice("rule", self.rule, ("A", "B", "C", "D"))
+        choice("rule", self.rule, get_args(Rule))
         if self.freeze_after is not None:
             integer("freeze_after", self.freeze_after, low=0)
 

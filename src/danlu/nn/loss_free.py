@@ -15,13 +15,15 @@ bias would carry the batch's own information into its routing.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number
 from danlu.protocols import BalanceConfig
+
+Rule = Literal["sign", "rms", "relative"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class LossFreeConfig(BalanceConfig):
 
     rate: float = 1e-3
     """step of the bias, in units of the gate's score; 0 freezes the biases"""
-    rule: Literal["sign", "rms", "relative"] = "sign"
+    rule: Rule = "sign"
     """direction of the step"""
     centered: bool = True
     """take the mean off each step; no choice depends on it"""
@@ -41,7 +43,7 @@ class LossFreeConfig(BalanceConfig):
 
     def __post_init__(self) -> None:
         number("rate", self.rate, low=0)
-        choice("rule", self.rule, ("sign", "rms", "relative"))
+        choice("rule", self.rule, get_args(Rule))
         if self.freeze_after is not None:
             integer("freeze_after", self.freeze_after, low=0)
 

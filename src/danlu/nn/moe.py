@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from danlu.nn.feed_forward import FeedForward
 from danlu.nn.grouped import routed_experts
 from danlu.nn.loss_free import LossFreeConfig
 from danlu.protocols import BalanceConfig
+
+Gate = Literal["sigmoid", "softmax", "relu"]
+SelectBy = Literal["gate", "sigmoid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +58,9 @@ class MoEConfig:
     """width of one expert"""
     num_shared_experts: int = 1
     """experts that every token uses, as one layer of width num_shared_experts * hidden"""
-    gate: Literal["sigmoid", "softmax", "relu"] = "sigmoid"
+    gate: Gate = "sigmoid"
     """score of an expert"""
-    select_by: Literal["gate", "sigmoid"] = "gate"
+    select_by: SelectBy = "gate"
     """what the biases are added to for the choice; sigmoids suit the usual rate whatever the gate"""
     renormalize: bool = True
     """divide the chosen scores by their sum"""
@@ -77,7 +80,7 @@ class MoEConfig:
         return MoE(dim, self, out_std=out_std * math.sqrt(dim / max(self.hidden, 1)))
 
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
+GATES: dict[Gate, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: logits.softmax(-1),
     "relu": F.relu,
@@ -90,7 +93,7 @@ def scaling_factor(
     num_experts: int,
     top_k: int,
     num_shared_experts: int,
-    gate: str = "sigmoid",
+    gate: Gate = "sigmoid",
     renormalize: bool = True,
     draws: int = 20_000,
 ) -> float:
@@ -127,7 +130,7 @@ def _check_sizes(num_experts: int, top_k: int, num_shared_experts: int, gate: st
     integer("num_experts", num_experts)
     integer("top_k", top_k, high=num_experts)
     integer("num_shared_experts", num_shared_experts, low=0)
-    choice("gate", gate, tuple(GATES))
+    choice("gate", gate, get_args(Gate))
 
 
 def _check_routing(c: MoEConfig) -> None:
@@ -138,7 +141,7 @@ def _check_routing(c: MoEConfig) -> None:
     reachable = c.num_experts // c.num_groups * c.top_k_groups
     if c.top_k > reachable:
         raise ValueError(f"top_k must be at most {reachable}, the experts of {c.top_k_groups} groups, got {c.top_k}")
-    choice("select_by", c.select_by, ("gate", "sigmoid"))
+    choice("select_by", c.select_by, get_args(SelectBy))
     c.balance.check(c.num_experts, c.top_k, gate=c.gate, select_by=c.select_by, num_groups=c.num_groups)
 
 

@@ -11,7 +11,7 @@ where the patches of an image stand (kexue.fm 10040, 10352): `grid_coordinates`.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from danlu._validate import choice, integer, number, positive
 
 Layout = Literal["interleaved", "halves"]
 Scheme = Literal["tie", "tie-wh", "tv", "unscaled", "flat"]
-LAYOUTS: tuple[Layout, ...] = ("interleaved", "halves")
-SCHEMES: tuple[Scheme, ...] = ("tie", "tie-wh", "tv", "unscaled", "flat")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 _FEW = 16384
 """Coordinates up to which the number of calls counts, not the memory they pass over: a decoded token."""

@@ -17,7 +17,7 @@ prefixes that differ within a batch, and for a cached chunk behind others: the f
 told.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from danlu._validate import choice, integer
 from danlu.nn.attention.blocked import applies, blocked_attention
 
 Mask = Literal["causal", "anti-causal", "bidirectional", "prefix", "mixed-heads"]
-LayeredMask = Literal["causal", "anti-causal", "bidirectional", "prefix", "mixed-heads", "mixed-layers"]
-MASKS: tuple[Mask, ...] = ("causal", "anti-causal", "bidirectional", "prefix", "mixed-heads")
+LayeredMask = Literal[Mask, "mixed-layers"]
+MASKS: tuple[Mask, ...] = get_args(Mask)
 
 
 def causal_mask(queries: int, keys: int, *, device: torch.device | None = None) -> Tensor:

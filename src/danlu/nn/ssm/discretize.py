@@ -14,7 +14,7 @@ of order 1, 1, 2 and without error. For the whole-history systems ``x' = (A x + 
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def discretize(A: Tensor, B: Tensor, step: float, *, method: Method = "exact") -
     """
     _check(A, B)
     positive("step", step)
-    choice("method", method, ("forward", "backward", "bilinear", "exact"))
+    choice("method", method, get_args(Method))
     if method == "exact":
         return exact_step(A, B, torch.tensor(step, dtype=A.real.dtype, device=A.device))
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -124,7 +124,7 @@ def history_step(A: Tensor, B: Tensor, k: int, *, method: HistoryMethod = "exact
     """
     _check(A, B)
     integer("k", k)
-    choice("method", method, ("exact", "bilinear", "bilinear-post"))
+    choice("method", method, get_args(HistoryMethod))
     if method == "exact":
         return discretize(A, B, math.log1p(1 / k))
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)

@@ -11,7 +11,7 @@ All matrices are float64; the minus sign of HiPPO-LegS is inside ``A``. Derivati
 
 import math
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ Scaling = Literal["orthonormal", "paper", "rational"]
 
 def _scale(d: int, scaling: str) -> Tensor:
     """``lambda`` of ``c = lambda c~``: the coefficients' own size in each scaling."""
-    choice("scaling", scaling, ("orthonormal", "paper", "rational"))
+    choice("scaling", scaling, get_args(Scaling))
     n = torch.arange(d, dtype=torch.float64)
     if scaling == "orthonormal":
         return torch.ones_like(n)

@@ -1,7 +1,7 @@
 """What a HiPPO state remembers: run the recurrence over a signal and draw the past from the last state."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def reconstruct(
     if signal.dim() != 1 or not len(signal) or signal.is_complex():
         raise ValueError(f"signal must be real, (samples,), got {signal.dtype} of shape {tuple(signal.shape)}")
     integer("order", order)
-    choice("memory", memory, ("legs", "legt", "fourier-window", "fourier-history"))
+    choice("memory", memory, get_args(Memory))
     moving = memory in ("legt", "fourier-window")
     if not moving and window is not None:
         raise ValueError(f"window must be None for {memory!r}, which keeps the whole history, got {window}")
@@ -82,11 +82,11 @@ def reconstruct(
     u, size = signal.double(), len(signal) if window is None else window
     fourier = memory.startswith("fourier")
     if moving:
-        choice("method", method, ("exact", "bilinear", "forward", "backward"))
+        choice("method", method, get_args(Method))
         A, B = fourier_window(order, midpoint=midpoint) if fourier else legt(order)
         x = _last_of_window(u.to(A.dtype), A, B, 1 / size, method)  # type: ignore[arg-type]
     else:
-        choice("method", method, ("exact", "bilinear", "bilinear-post"))
+        choice("method", method, get_args(HistoryMethod))
         A, B = fourier_history(order) if fourier else legs(order)
         first = torch.zeros_like(B)
         first[order if fourier else 0] = 1.0 if fourier else math.sqrt(2)

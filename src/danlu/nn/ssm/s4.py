@@ -36,9 +36,9 @@ class S4Config:
     """Sizes and start of an `S4` kernel."""
 
     state: int = 64
-    """real numbers of state a channel, even"""
+    """real elements of the state per channel, even"""
     dt_min: float = 1e-3
-    """shortest step at the start; steps are drawn log-uniformly, a channel each"""
+    """shortest step at the start; drawn log-uniformly for each channel"""
     dt_max: float = 0.1
     """longest step at the start"""
 

@@ -14,7 +14,7 @@ Shape suffixes: h channels, n half the state, b batch.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,19 @@ from danlu._roles import declare
 from danlu._validate import choice, integer, positive
 from danlu.nn.ssm.blocks import Blocks, blocks_of
 
+Init = Literal["lin", "inv"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class S4DConfig:
     """Sizes and start of an `S4D` kernel."""
 
     state: int = 64
-    """real numbers of state a channel, even"""
-    init: Literal["lin", "inv"] = "lin"
+    """real elements of the state per channel, even"""
+    init: Init = "lin"
     """frequencies at the start: pi n, or (N / pi) (N / (2 n + 1) - 1)"""
     dt_min: float = 1e-3
-    """shortest step at the start; steps are drawn log-uniformly, a channel each"""
+    """shortest step at the start; drawn log-uniformly for each channel"""
     dt_max: float = 0.1
     """longest step at the start"""
 
@@ -112,7 +114,7 @@ class S4D(nn.Module):
     def __init__(self, channels: int, config: S4DConfig | None = None) -> None:
         super().__init__()
         config = S4DConfig() if config is None else config
-        choice("init", config.init, ("lin", "inv"))
+        choice("init", config.init, get_args(Init))
         check_system(channels, config.state, config.dt_min, config.dt_max)
         self.config, self.channels, self.state = config, channels, config.state
         half = config.state // 2
