@@ -1,4 +1,4 @@
-"""Argument checks shared by every room: one sentence that names the argument, what came and what is accepted."""
+"""Argument checks shared by every package: one sentence that names the argument, what came and what is accepted."""
 
 import difflib
 import math

@@ -54,7 +54,7 @@ def test_rounds_alternate_the_implementations(harness):
     assert {name: len(values) for name, values in table.seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_a_base_that_does_not_run_is_refused(harness):
+def test_a_base_that_does_not_run_is_rejected(harness):
     with pytest.raises(ValueError, match="base must be one of a"):
         harness.compare("", {"a": lambda: None}, base="c", options=harness.Options())
 

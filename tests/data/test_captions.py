@@ -87,7 +87,7 @@ def test_an_example_depends_on_its_number_only_and_ranks_share_a_batch() -> None
     assert torch.equal(next(again)["tokens"], next(whole)["tokens"][6:9])
 
 
-def test_a_state_of_other_data_is_refused() -> None:
+def test_a_state_of_other_data_is_rejected() -> None:
     state = CaptionLoader(sentences(), sha256="a").state_dict()
     with pytest.raises(ValueError, match="sha256"):
         CaptionLoader(sentences(), sha256="b").load_state_dict(state)
@@ -100,7 +100,7 @@ def test_the_share_of_drawings_is_as_asked(drawn: float) -> None:
     assert abs(share - drawn) <= 4 * (drawn * (1 - drawn) / 400) ** 0.5
 
 
-def test_a_patch_that_does_not_divide_the_digits_is_refused() -> None:
+def test_a_patch_that_does_not_divide_the_digits_is_rejected() -> None:
     with pytest.raises(ValueError, match="patch must divide the digits' side of 6"):
         sentences(patch=4)
     for name, value in [("digits", 7), ("drawn", 1.5), ("validation_examples", 0), ("source", "digits9")]:

@@ -110,7 +110,7 @@ def test_a_folder_inside_a_hidden_folder_is_read_when_named(tmp_path):
         (b"\xf0\x9f\x9c", "not UTF-8 at byte 0"),
     ],
 )
-def test_a_file_named_outright_that_is_not_text_is_refused_in_one_sentence(content, message, tmp_path):
+def test_a_file_named_outright_that_is_not_text_is_rejected_in_one_sentence(content, message, tmp_path):
     path = tmp_path / "file.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -119,7 +119,7 @@ def test_a_file_named_outright_that_is_not_text_is_refused_in_one_sentence(conte
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_utf8_in_a_folder_is_refused_rather_than_lost(tmp_path):
+def test_wrong_utf8_in_a_folder_is_rejected_rather_than_lost(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 at byte 3"):
         read(tmp_path)
@@ -148,7 +148,7 @@ def test_what_does_not_exist_is_named(tmp_path):
         open_corpus("a.txt")
 
 
-def test_a_pipe_is_refused_for_it_can_be_read_only_once(tmp_path):
+def test_a_pipe_is_rejected_for_it_can_be_read_only_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="neither a file nor a folder"):
         read(tmp_path / "pipe")
@@ -191,7 +191,7 @@ def test_json_lines_give_one_document_a_line(tmp_path):
         (b'{"text": ' + b"9" * 5000 + b"}", "is not JSON"),
     ],
 )
-def test_a_bad_json_line_is_refused_by_file_and_line(bad, message, tmp_path):
+def test_a_bad_json_line_is_rejected_by_file_and_line(bad, message, tmp_path):
     path = lines(tmp_path, {"text": "fine"}, bad)
     with pytest.raises(ValueError, match=message) as caught:
         read(path)

@@ -45,7 +45,7 @@ def test_what_prepares_a_batch_is_given_a_number_of_its_own_at_every_place_of_th
     assert all(0 <= number < 2**63 for number in drawn)
 
 
-def test_bad_examples_and_foreign_states_are_refused():
+def test_bad_examples_and_foreign_states_are_rejected():
     with pytest.raises(ValueError, match="same first dimension"):
         ExampleLoader({"x": torch.arange(3), "y": torch.arange(4)}, batch=1)
     with pytest.raises(ValueError, match="at least 1"):

@@ -181,7 +181,7 @@ def test_augmented_images_are_the_same_after_a_resume_and_others_in_the_next_epo
         ({"size": 0}, "size must be an integer of at least 1"),
     ],
 )
-def test_bad_options_are_refused_by_name(options, message):
+def test_bad_options_are_rejected_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         ImagesConfig(**options)
 
@@ -193,7 +193,7 @@ def test_colours_of_gray_images_cannot_be_changed():
         open_images(ImagesConfig(source="digits8", augment=("color",)))
 
 
-def test_too_few_and_undecodable_images_are_refused(tmp_path):
+def test_too_few_and_undecodable_images_are_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder is called"):
         open_images(ImagesConfig(path=(str(tmp_path / "absent"),), size=4), cache_dir=str(tmp_path))
     folder = tmp_path / "in"

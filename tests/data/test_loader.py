@@ -151,7 +151,7 @@ def test_padding_in_validation_opens_no_document():
     ("change", "name"),
     [({"seed": 2}, "seed"), ({"length": 8}, "length"), ({"batch": 2}, "batch"), ({"sha256": "b"}, "sha256")],
 )
-def test_a_state_of_another_run_is_refused_by_name(change, name):
+def test_a_state_of_another_run_is_rejected_by_name(change, name):
     options = {"end": END, "length": 7, "batch": 4, "seed": 1, "sha256": "a"}
     state = Loader(ring(100), **options).state_dict()
     with pytest.raises(ValueError, match=f"cannot resume: {name}"):
@@ -159,7 +159,7 @@ def test_a_state_of_another_run_is_refused_by_name(change, name):
 
 
 @pytest.mark.parametrize("position", [-1, None, "4", True])
-def test_a_state_with_an_impossible_position_is_refused(position):
+def test_a_state_with_an_impossible_position_is_rejected(position):
     loader = Loader(ring(100), end=END, length=7, batch=4)
     with pytest.raises((ValueError, TypeError), match="position"):
         loader.load_state_dict(loader.state_dict() | {"position": position})
@@ -175,6 +175,6 @@ def test_a_state_with_an_impossible_position_is_refused(position):
         ({"length": 0}, "length"),
     ],
 )
-def test_impossible_sizes_are_refused_by_name(options, name):
+def test_impossible_sizes_are_rejected_by_name(options, name):
     with pytest.raises(ValueError, match=name):
         Loader(ring(100), **({"end": END, "length": 7, "batch": 4} | options))

@@ -78,7 +78,7 @@ def test_a_hugging_face_data_set_is_read_from_a_folder_and_from_parquet(tmp_path
         list(find_pictures([str(tmp_path / "saved")], image_field="picture"))
 
 
-def test_other_files_and_no_paths_are_refused(tmp_path):
+def test_other_files_and_no_paths_are_rejected(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"a\.txt is not a folder, an image"):
         list(find_pictures([str(tmp_path / "a.txt")]))

@@ -127,7 +127,7 @@ def test_a_truncated_cache_is_built_again(folder, tmp_path):
     assert path.stat().st_size == size
 
 
-def test_a_state_of_other_text_is_refused(folder, tmp_path):
+def test_a_state_of_other_text_is_rejected(folder, tmp_path):
     state = open_text(config(folder), cache_dir=tmp_path / "cache").train.state_dict()
     write(folder / "new.txt", "one more")
     with pytest.raises(ValueError, match="cannot resume: sha256"):
@@ -195,7 +195,7 @@ def test_bits_per_byte_of_a_uniform_model_is_what_its_token_count_says(folder, t
         ({"errors": "ignore"}, "errors"),
     ],
 )
-def test_impossible_settings_are_refused_by_name(options, name):
+def test_impossible_settings_are_rejected_by_name(options, name):
     with pytest.raises(ValueError, match=name):
         TextConfig(**options)
 

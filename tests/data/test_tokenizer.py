@@ -91,13 +91,13 @@ def test_a_saved_tokenizer_is_the_same_when_loaded_here_and_by_the_library(tmp_p
     assert library.decode(library.encode(TEXT[0]).ids) == TEXT[0]
 
 
-def test_an_id_outside_the_vocabulary_is_refused():
+def test_an_id_outside_the_vocabulary_is_rejected():
     for bad in (-1, TOKENIZER.vocab_size):
         with pytest.raises(ValueError, match="token ids must be from 0"):
             TOKENIZER.decode([bad])
 
 
-def test_a_vocabulary_too_small_for_all_bytes_is_refused():
+def test_a_vocabulary_too_small_for_all_bytes_is_rejected():
     with pytest.raises(ValueError, match="vocab_size must be an integer of at least 257, got 256"):
         train_tokenizer(TEXT, vocab_size=256)
 
@@ -150,7 +150,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_tokenizer_file_of_another_kind_is_refused_in_one_sentence(what, tmp_path):
+def test_a_tokenizer_file_of_another_kind_is_rejected_in_one_sentence(what, tmp_path):
     content, message = BROKEN[what]
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
@@ -161,14 +161,14 @@ def test_a_tokenizer_file_of_another_kind_is_refused_in_one_sentence(what, tmp_p
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"\0" * 10])
-def test_a_file_that_is_no_tokenizer_is_refused_in_one_sentence(content, tmp_path):
+def test_a_file_that_is_no_tokenizer_is_rejected_in_one_sentence(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         load_tokenizer(path)
 
 
-def test_a_missing_or_enormous_tokenizer_file_is_refused(tmp_path):
+def test_a_missing_or_enormous_tokenizer_file_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_tokenizer(tmp_path / "nothing.json")
     with (tmp_path / "big.json").open("wb") as file:

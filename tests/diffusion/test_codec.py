@@ -1,4 +1,4 @@
-"""The codec on a mixture of normal laws, of which the exact denoiser is known; and its files, also hostile ones."""
+"""The codec on a mixture of normal distributions, whose exact denoiser is known; and its files, also hostile ones."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ MEANS = torch.randn(3, 35, dtype=D, generator=torch.Generator().manual_seed(5))
 
 
 def denoise(x, t, schedule=SCHEDULE):
-    """``E[x0 | x, t]`` of three normal laws of falling variances."""
+    """``E[x0 | x, t]`` of three normal distributions of falling variances."""
     a, b = (c.view(-1, 1, 1) for c in schedule.coefficients(t))
     y, variance = x.flatten(1)[:, None], a**2 * VARIANCE + b**2
     weight = (-((y - a * MEANS) ** 2) / (2 * variance) - variance.log() / 2).sum(-1).softmax(-1)
@@ -107,7 +107,7 @@ def test_the_nearest_codeword_is_the_one_of_the_largest_product_because_norms_ar
 def test_codewords_are_normal_and_independent_between_steps():
     first, second = Codebook(512, 1031)(1), Codebook(512, 1031)(2)
     assert abs(float(first.mean())) < 4 / math.sqrt(first.numel())
-    # Scaled to one norm, the fourth moment of a normal law becomes 3 d / (d + 2).
+    # Scaled to one norm, the fourth moment of a normal distribution becomes 3 d / (d + 2).
     assert float(first.pow(4).mean()) == pytest.approx(3 * 1031 / 1033, abs=4 * math.sqrt(96 / first.numel()))
     inner = (first * second).sum(-1) / math.sqrt(1031)
     assert abs(float(inner.mean())) < 4 / math.sqrt(512)
@@ -211,7 +211,7 @@ def test_a_file_holds_its_code_in_as_many_bits_as_the_formula_says(file):
 
 
 @given(file=files(), where=st.integers(0, 10**6), bit=st.integers(0, 7), cut=st.integers(1, 200))
-def test_a_file_with_a_bit_changed_or_cut_short_is_refused(file, where, bit, cut):
+def test_a_file_with_a_bit_changed_or_cut_short_is_rejected(file, where, bit, cut):
     packed = bytearray(pack(file))
     packed[where % len(packed)] ^= 1 << bit
     with pytest.raises(ValueError, match=r"damaged|cut short|not a \.ddcm|version"):
@@ -221,7 +221,7 @@ def test_a_file_with_a_bit_changed_or_cut_short_is_refused(file, where, bit, cut
 
 
 @given(junk=st.binary(max_size=300))
-def test_any_other_bytes_are_refused(junk):
+def test_any_other_bytes_are_rejected(junk):
     with pytest.raises(ValueError, match=r"damaged|cut short|not a \.ddcm|version"):
         unpack(b"DDCM" + junk)
     with pytest.raises(ValueError, match=r"not a \.ddcm"):
@@ -263,6 +263,6 @@ def test_digests_change_with_a_weight_and_with_a_pixel():
         ),
     ],
 )
-def test_bad_input_is_refused_by_name(make, message):
+def test_bad_input_is_rejected_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -107,7 +107,7 @@ def test_the_velocity_of_the_straight_path_is_noise_less_data():
     assert torch.equal(from_x0_eps(x0, eps, T, Flow(), "velocity"), eps - x0)
 
 
-def test_an_unknown_prediction_is_refused_with_the_nearest():
+def test_an_unknown_prediction_is_rejected_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'velocity'"):
         convert(T, T, T, Flow(), source="eps", target="velocty")
     with pytest.raises(ValueError, match="kind must be one of"):

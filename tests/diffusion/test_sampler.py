@@ -308,6 +308,6 @@ def test_training_times_have_the_laws_they_are_named_after():
         (lambda: LogitNormalTimes(std=0.0), "std must be in"),
     ],
 )
-def test_what_makes_no_sense_is_refused(call, said):
+def test_what_makes_no_sense_is_rejected(call, said):
     with pytest.raises(ValueError, match=said):
         call()

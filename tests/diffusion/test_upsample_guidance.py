@@ -75,7 +75,7 @@ SPREAD = 0.3
 
 
 def pooled_denoiser(schedule, spread):
-    """``E[x0 | x, t]`` of one pixel: a mixture of three normal laws of deviation ``spread``."""
+    """``E[x0 | x, t]`` of one pixel: a mixture of three normal distributions of deviation ``spread``."""
 
     def denoise(x, t):
         (a, b), x = schedule.coefficients(t), x.reshape(-1, 1)
@@ -127,11 +127,11 @@ def test_the_small_model_is_the_exact_mean_of_the_average_and_without_tau_or_rho
         ({"factor": 2, "start": 1.5}, "start"),
     ],
 )
-def test_bad_options_are_refused_by_name(change, message):
+def test_bad_options_are_rejected_by_name(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         upsample_guidance(lively, Cosine(), **change)
 
 
-def test_a_size_that_the_factor_does_not_divide_is_refused():
+def test_a_size_that_the_factor_does_not_divide_is_rejected():
     with pytest.raises(ValueError, match=r"multiples of 2, got shape \(1, 1, 7, 8\)"):
         upsample_guidance(lively, Cosine(), 2)(images(1, 1, 7, 8), torch.tensor([0.5]))

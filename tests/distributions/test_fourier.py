@@ -239,7 +239,7 @@ def test_a_fit_finds_the_modes_of_samples_and_its_penalty_helps_where_they_are_f
         (lambda: MappedFourierDensity.fit(torch.zeros(2), 3), ValueError, "scale"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(call, error, message):
+def test_bad_arguments_are_rejected_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

@@ -79,7 +79,7 @@ def test_a_generator_that_repeats_its_training_set_is_found_out():
 
 
 @pytest.mark.parametrize("function", [frechet_distance, kernel_distance, precision_recall])
-def test_vectors_that_do_not_fit_are_refused(function):
+def test_vectors_that_do_not_fit_are_rejected(function):
     x = gaussian(9, 3, seed=0)
     with pytest.raises(ValueError, match=r"must be vectors \(at least 2, 3\), got shape \(9, 4\)"):
         function(x, gaussian(9, 4, seed=0))

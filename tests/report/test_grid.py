@@ -33,7 +33,7 @@ def test_a_picture_is_written_as_it_is(tmp_path):
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(grid(torch.zeros(4, 1, 28, 28))))
 
 
-def test_other_shapes_and_suffixes_are_refused(tmp_path):
+def test_other_shapes_and_suffixes_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"images must be \(b, 1 or 3, height, width\)"):
         grid(torch.zeros(4, 2, 8, 8))
     with pytest.raises(ValueError, match=r"an animation is written as .gif or .webp, got 'x.png'"):

@@ -48,12 +48,12 @@ def test_losses_that_are_not_numbers_survive_reading(tmp_path: Path) -> None:
         ('{"loss": 3}\n{"step": 2, "loss": 3}\n', "line 1"),
     ],
 )
-def test_a_file_that_holds_no_metrics_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_holds_no_metrics_is_rejected(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_metrics(folder(tmp_path, text))
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
         read_metrics(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):

@@ -27,9 +27,9 @@ _TABLE_SHA256 = "1ea009ce409dac97d6bd609266910f809c5fb912f78e16bd89145b08174d6fc
 
 @functools.cache
 def _quantiles() -> NDArray[np.int16]:
-    """The 2^16 quantiles of the normal law at ``(i + 1/2) / 2^16``, in units of 2^-12."""
-    law = statistics.NormalDist()
-    half = [round(law.inv_cdf((index + 0.5) / 65536) / _UNIT) for index in range(32768)]
+    """The 2^16 quantiles of the normal distribution at ``(i + 1/2) / 2^16``, in units of 2^-12."""
+    normal = statistics.NormalDist()
+    half = [round(normal.inv_cdf((index + 0.5) / 65536) / _UNIT) for index in range(32768)]
     table = np.array([*half, *(-value for value in reversed(half))], dtype="<i2")
     if hashlib.sha256(table.tobytes()).hexdigest() != _TABLE_SHA256:
         raise ArithmeticError(

@@ -96,7 +96,7 @@ class Codes:
 
 # Codewords of a step in the images' dtype: all, (K, D), or those of some indices.
 _Draw = Callable[..., Tensor]
-# Of a step: its number, its codewords, denoised images, their weight in the mean of the next and its deviation.
+# Of a step: its number, its codewords, denoised images, their weight in the next mean, its standard deviation.
 _Choose = Callable[[int, _Draw, Tensor, Tensor, float], Tensor]
 
 
@@ -134,11 +134,11 @@ def encode(
     target = images.flatten(1)
     kept: list[tuple[Tensor, Tensor]] = []
 
-    def choose(step: int, draw: _Draw, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
+    def choose(step: int, draw: _Draw, x0: Tensor, reverse_x0: Tensor, std: float) -> Tensor:
         missing, words = target - x0, draw()
         if rule == "posterior":
             # m = g (x_0 - x0hat) / sigma, with g the weight of x_0 in the mean of the next image.
-            scores = (law_x0 / std) * (missing @ words.T)
+            scores = (reverse_x0 / std) * (missing @ words.T)
             drawn = torch.multinomial(scores.softmax(-1), 1, generator=generator)
             kept.append((drawn, drawn.new_zeros(len(drawn), 0)))
             return words[drawn[:, 0]]
@@ -185,7 +185,7 @@ def decode(
                 f"codes.{name} must be from 0 to {end - 1}, got {int(values.min())} to {int(values.max())}"
             )
 
-    def choose(step: int, draw: _Draw, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
+    def choose(step: int, draw: _Draw, x0: Tensor, reverse_x0: Tensor, std: float) -> Tensor:
         noise = draw(codes.indices[:, step, 0])
         for atom in range(1, config.atoms):
             noise = _mix(noise, draw(codes.indices[:, step, atom]), codes.gains[:, step, atom - 1], config)
@@ -219,7 +219,7 @@ def generate(
         progress: called with the steps done and their number.
     """
 
-    def choose(step: int, draw: _Draw, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
+    def choose(step: int, draw: _Draw, x0: Tensor, reverse_x0: Tensor, std: float) -> Tensor:
         if score is None:
             return draw(torch.randint(config.codewords, (shape[0],), generator=generator, device=x0.device))
         words = draw()
@@ -253,7 +253,7 @@ def restore(
     """
     count = len(measured)
 
-    def choose(step: int, draw: _Draw, x0: Tensor, law_x0: Tensor, std: float) -> Tensor:
+    def choose(step: int, draw: _Draw, x0: Tensor, reverse_x0: Tensor, std: float) -> Tensor:
         words, wanted = draw(), (measured - measure(x0.view(count, *shape))).flatten(1)
         seen = measure(words.view(-1, *shape)).flatten(1) * scales[step]
         # |A z|^2 - 2 <A z, y - A x0>, the part of the squared distance that depends on the codeword.
@@ -289,9 +289,9 @@ def _walk(
         if progress is not None:
             progress(step + 1, len(times))
         if step + 1 < len(times):
-            law = posterior(levels[step], levels[step + 1])
-            noise = choose(step, partial(_words, book, step + 1, like), x0, law.x0, float(law.std))
-            x = law.x * x + law.x0 * x0 + law.std * noise
+            reverse = posterior(levels[step], levels[step + 1])
+            noise = choose(step, partial(_words, book, step + 1, like), x0, reverse.x0, float(reverse.std))
+            x = reverse.x * x + reverse.x0 * x0 + reverse.std * noise
     return x0.view(tuple(shape))
 
 

@@ -12,7 +12,8 @@ With ``x = a x_0 + b eps`` (:mod:`danlu.diffusion.schedule`) the pair (x_0, eps)
 ============  =======================================  ========================================
 
 All are linear in (x_0, eps), so what holds for the quantities holds for their conditional means, which is what a
-network learns. ``edm`` is written here for any schedule; with ``a^2 + b^2 = 1`` and data of deviation 1 it is ``-v``.
+network learns. ``edm`` is written here for any schedule; with ``a^2 + b^2 = 1`` and data of standard deviation 1 it is
+``-v``.
 """
 
 from typing import Literal, get_args
@@ -41,7 +42,7 @@ def to_x0_eps(
         t: one time or one for each row.
         schedule: gives a and b.
         kind: what ``value`` is, one of :data:`PREDICTIONS`.
-        data_std: deviation of the data, for ``edm`` only.
+        data_std: standard deviation of the data, for ``edm`` only.
 
     Returns:
         ``x_0`` and ``eps`` with ``a x_0 + b eps = x``. Where a division by a or b is unavoidable (``eps`` at a = 0,
@@ -144,7 +145,7 @@ def preconditioning(
 
 
 def input_scale(x: Tensor, t: Tensor | float, schedule: Schedule, kind: Prediction, *, data_std: float = 0.5) -> Tensor:
-    """Return what the network is given: ``x`` itself, or for ``edm`` ``x`` brought to a deviation of 1."""
+    """Return what the network is given: ``x`` itself, or for ``edm`` ``x`` brought to a standard deviation of 1."""
     if kind != "edm":
         return x
     a, b = (broadcast(c, x) for c in schedule.coefficients(t))
@@ -152,5 +153,5 @@ def input_scale(x: Tensor, t: Tensor | float, schedule: Schedule, kind: Predicti
 
 
 def _root(a: Tensor, b: Tensor, data_std: float) -> Tensor:
-    """The deviation of ``a x_0 + b eps``."""
+    """The standard deviation of ``a x_0 + b eps``."""
     return torch.hypot(a * data_std, b)

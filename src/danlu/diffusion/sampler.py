@@ -46,7 +46,7 @@ class _Level(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """``x_s`` given ``x_t`` and ``x_0`` is normal: mean ``x * x_t + x0 * x_0``, deviation ``std``."""
+    """``x_s`` given ``x_t`` and ``x_0`` is normal: mean ``x * x_t + x0 * x_0``, standard deviation ``std``."""
 
     x: Tensor
     x0: Tensor
@@ -80,21 +80,21 @@ def prior(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return samples of the schedule's noise at t = 1: normal with deviation ``b(1)``."""
+    """Return samples of the schedule's noise at t = 1: normal with standard deviation ``b(1)``."""
     noise = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
     return schedule.coefficients(1.0)[1] * noise
 
 
 def posterior(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> Posterior:
-    """Return the law of the less noisy sample, given the noisy one and the data.
+    """Return the distribution of the less noisy sample, given the noisy one and the data.
 
     Args:
         now: ``(a, b)`` of the noisier sample.
         then: of the less noisy.
 
     >>> from danlu.diffusion import Betas
-    >>> law = posterior(Betas().coefficients(1.0), Betas().coefficients(0.999))
-    >>> [round(c.item(), 5) for c in law]
+    >>> reverse = posterior(Betas().coefficients(1.0), Betas().coefficients(0.999))
+    >>> [round(c.item(), 5) for c in reverse]
     [0.98995, 0.00013, 0.14142]
     """
     (a, b), (a_then, b_then) = now, then
@@ -133,11 +133,11 @@ def ddpm(
     choice("variance", variance, ("posterior", "beta"))
 
     def step(x: Tensor, x0: Tensor, now: _Level, then: _Level) -> Tensor:
-        law = posterior((now.a, now.b), (then.a, then.b))
-        std = law.std
+        reverse = posterior((now.a, now.b), (then.a, then.b))
+        std = reverse.std
         if variance == "beta" and then.t is not None:
             std = (now.b**2 - (now.a / then.a * then.b) ** 2).clamp_min(0).sqrt()
-        return _noisy(law.x * x + law.x0 * x0, std, generator)
+        return _noisy(reverse.x * x + reverse.x0 * x0, std, generator)
 
     return _walk(denoise, x, schedule, times, step, trajectory, progress)
 
@@ -153,7 +153,7 @@ def ddim(
     trajectory: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Sampling of Song et al. (arXiv:2010.02502, equation 12): ``eta`` times the ancestral deviation of noise is added.
+    """Sampling of Song et al. (arXiv:2010.02502, equation 12): noise of ``eta`` times the ancestral size is added.
 
     With ``eta = 0`` it is deterministic, with 1 it is :func:`ddpm`. Other arguments and the result as there.
     """

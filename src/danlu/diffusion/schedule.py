@@ -63,7 +63,7 @@ class Schedule(ABC):
         return 2 * (da / a - db / b)
 
     def condition(self, t: Tensor | float) -> Tensor:
-        """Return what the network is told about the time: the time itself."""
+        """Return what the network is given about the time: the time itself."""
         return _tensor(t)
 
     def noised(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
@@ -191,7 +191,7 @@ class Betas(Schedule):
 class EDM(Schedule):
     """``a = 1`` and ``b = sigma(t) = (sigma_min^(1/rho) (1-t) + sigma_max^(1/rho) t)^rho``.
 
-    The network is told ``ln(sigma) / 4``. Even at t = 0 there is ``sigma_min`` of noise; samplers remove it in a last
+    The network is given ``ln(sigma) / 4``. Even at t = 0 there is ``sigma_min`` of noise; samplers remove it in a last
     step. Source: Karras et al., arXiv:2206.00364, equation 5.
 
     Attributes:
@@ -267,9 +267,9 @@ class Flow(Schedule):
 class Shifted(Schedule):
     """A schedule for a higher resolution: the noise of ``base`` made ``factor`` times as large beside the signal.
 
-    Averaging s x s pixels divides the deviation of the noise by s and leaves that of smooth images as it is. A model of
-    d x d pixels therefore sees, on its coarse scales, what a model of ``d / s`` pixels sees when its SNR is ``s^2``
-    times lower: ``SNR(t) = SNR_base(t) / s^2``. The network is told the same times as with ``base``.
+    Averaging s x s pixels divides the standard deviation of the noise by s and leaves that of smooth images as it is. A
+    model of d x d pixels therefore sees, on its coarse scales, what a model of ``d / s`` pixels sees when its SNR is
+    ``s^2`` times lower: ``SNR(t) = SNR_base(t) / s^2``. The network is given the same times as with ``base``.
 
     Attributes:
         base: the schedule that is good at the lower resolution.

@@ -1,4 +1,4 @@
-"""Which times a model is trained at: three laws, each a frozen configuration with one function."""
+"""Which times a model is trained at: three distributions, each a frozen configuration with one function."""
 
 from dataclasses import dataclass
 

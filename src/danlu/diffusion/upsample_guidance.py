@@ -30,7 +30,7 @@ def upsample_guidance(
     """Return a denoiser of images ``factor`` times as high and wide as those that ``denoise`` was trained for.
 
     It asks ``denoise`` twice: about the large image, and about its average, at ``1 / factor^2`` of the cost. Use it
-    with any sampler of this room, started from noise of the large size. Where the schedule knows no level as clean as
+    with any sampler of the package, started from noise of the large size. Where the schedule knows no level as clean as
     the averaged image, the small image is asked about at time 0. Convolutional networks take to it; a network whose
     positions are bound to one size need not.
 

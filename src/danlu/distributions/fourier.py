@@ -214,7 +214,7 @@ class FourierDensity(Distribution):
 
         Args:
             samples: ``(n,)``, inside the interval; the result has their precision and device.
-            degree: N; a bump of deviation sigma needs about ``3 scale / (pi sigma)``.
+            degree: N; a bump of standard deviation sigma needs about ``3 scale / (pi sigma)``.
             loc: middle of the interval.
             scale: half its length.
             penalty: weight of `roughness` (on ``[-1, 1]``) beside the mean negative log-likelihood.

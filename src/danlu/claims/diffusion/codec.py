@@ -19,7 +19,7 @@ def _means() -> Tensor:
 
 
 def _denoise(x: Tensor, t: Tensor) -> Tensor:
-    """``E[x0 | x, t]`` of a mixture of three normal laws of falling variances."""
+    """``E[x0 | x, t]`` of a mixture of three normal distributions of falling variances."""
     a, b = (c.view(-1, 1, 1) for c in _SCHEDULE.coefficients(t))
     means, y, variance = _means(), x.flatten(1)[:, None], a**2 * _VARIANCE + b**2
     weight = (-((y - a * means) ** 2) / (2 * variance) - variance.log() / 2).sum(-1).softmax(-1)
@@ -149,7 +149,7 @@ CLAIMS = (
     ),
     Claim(
         name="bits",
-        statement="bits a pixel at 512 x 512, T = 1000, K = 256; control: T indices instead of T - 1",
+        statement="bits per pixel at 512 x 512, T = 1000, K = 256; control: T indices instead of T - 1",
         source="arXiv 2502.01189: (T - 1) log2 K / (H W) = .0305",
         expected=999 * 8 / 512**2,
         tolerance=exact(),

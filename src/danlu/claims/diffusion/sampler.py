@@ -23,7 +23,7 @@ def _denoiser(schedule: Schedule) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _width(method: _Method, steps: int) -> float:
-    """Deviation of the samples that a method draws along the straight path: where 1 ends less where 0 does."""
+    """Standard deviation of the samples that a method draws along the straight path: where 1 ends less where 0 does."""
     ends = method(_denoiser(Flow()), torch.tensor([0.0, 1.0], dtype=torch.float64), Flow(), time_grid(Flow(), steps))
     return float(ends[1] - ends[0])
 
@@ -59,8 +59,8 @@ def _one_step_error(*, average: bool) -> float:
 CLAIMS = (
     Claim(
         name="euler-narrows",
-        statement="deviation of samples of data of deviation 0.7 after 4 steps of Euler; control: Heun",
-        source="simulation with noise of deviation 0.9986: 0.4965",
+        statement="standard deviation after 4 steps of Euler, of data that have 0.7; control: Heun",
+        source="simulation with noise of standard deviation 0.9986: 0.4965",
         expected=0.4965,
         tolerance=relative(2.5e-3),
         measure=lambda: _width(euler, 4),

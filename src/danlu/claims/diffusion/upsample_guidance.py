@@ -12,7 +12,7 @@ _SPREAD = 0.3
 
 
 def _pixel(x: Tensor, t: Tensor) -> Tensor:
-    """``E[x0 | x, t]`` of a pixel from three normal laws; zero for images of more than one pixel."""
+    """``E[x0 | x, t]`` of a pixel from three normal distributions; zero for images of more than one pixel."""
     if x.shape[-1] > 1:
         return torch.zeros_like(x)
     (a, b), x = (c.reshape(-1, 1) for c in Cosine().coefficients(t)), x.reshape(-1, 1)

@@ -15,7 +15,7 @@ def _pooled_error(factor: int) -> float:
 
 
 def _target_size(kind: Prediction) -> float:
-    """Largest distance from 1 of the targets' variance at nine levels from 0.002 to 80; data of deviation 0.5."""
+    """Largest distance from 1 of the targets' variance at nine levels from 0.002 to 80; data of variance 1/4."""
     generator = torch.Generator().manual_seed(0)
     x0 = 0.5 * torch.randn(9, 40_000, generator=generator)
     eps = torch.randn(9, 40_000, generator=generator)

@@ -32,7 +32,7 @@ def _loss(factor: float) -> float:
 CLAIMS = (
     Claim(
         name="smallest-loss",
-        statement="loss of the exact velocity of normal data of deviation 0.7, uniform times; control: of no velocity",
+        statement="loss of the exact velocity of normal data, standard deviation 0.7; control: no velocity",
         source="derivation: Var(eps - x0 | xt) = S^2 / ((1-t)^2 S^2 + t^2), over t: pi S / 2",
         expected=math.pi * _STD / 2,
         tolerance=relative(0.03),

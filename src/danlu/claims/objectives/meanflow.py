@@ -79,7 +79,7 @@ class _Wrong(MeanFlow):
 
 
 def ring(count: int, generator: torch.Generator) -> Tensor:
-    """Return points of eight normal modes of deviation 0.1 on a circle of radius 2, ``(count, 2, 1, 1)``."""
+    """Return points of eight normal modes of standard deviation 0.1 on a circle of radius 2, ``(count, 2, 1, 1)``."""
     angle = torch.randint(8, (count,), generator=generator) * (math.pi / 4)
     centres = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
     return (centres + 0.1 * torch.randn(count, 2, generator=generator)).view(-1, 2, 1, 1)

@@ -10,7 +10,7 @@ from danlu.objectives import generator_loss
 
 
 def players(alpha: float | None, *, steps: int = 4000, rate: float = 0.01) -> tuple[float, float]:
-    """Let generator and student score play on data N(0, 1), and return the generator's mean and deviation.
+    """Let generator and student score play on data N(0, 1), and return the generator's mean and standard deviation.
 
     ``x_g = mu + k z`` starts at mu = 3, k = 0.3; the student's (mu, k) follows by a fifth each step; the noise is
     ``ln sigma ~ N(-1.2, 1.2^2)``. Every step takes the expected gradient of ``L2 - alpha L1`` in the noise

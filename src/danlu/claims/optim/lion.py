@@ -111,7 +111,7 @@ CLAIMS = (
         seconds=0.3,
     ),
     Claim(
-        name="one-slot",
+        name="one-state-buffer",
         statement="state elements for each weight; control: AdamW",
         source="Chen et al., arXiv 2302.06675, abstract",
         expected=1,

@@ -1,4 +1,4 @@
-"""Tiger: accumulation in its one slot, steps relative to what they move, and a NaN that is survived."""
+"""Tiger: accumulation in its one state buffer, steps relative to what they move, and a NaN that is survived."""
 
 from collections.abc import Callable, Sequence
 
