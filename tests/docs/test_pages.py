@@ -29,6 +29,13 @@ def test_a_method_that_is_here_has_its_file_and_one_to_come_has_none(method, pat
     assert (ROOT / "src" / "danlu" / path).exists() == (today != "to come"), f"src/danlu/{path} and {today!r} differ"
 
 
+@pytest.mark.parametrize("path", sorted({path for _, path, today in METHODS if today != "to come"}))
+def test_a_method_of_the_table_has_a_test(path):
+    method = Path(path)
+    place = ROOT / "tests" / method.parent / f"test_{method.stem}.py" if method.suffix else ROOT / "tests" / method
+    assert place.is_file() or [*place.glob("test_*.py")], f"write {place.relative_to(ROOT).as_posix()}"
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda path: path.relative_to(DOCS).as_posix())
 def test_every_relative_link_of_a_page_leads_to_a_file(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

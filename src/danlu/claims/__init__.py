@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``danlu verify`` and return its exit code: 0 all hold, 1 at least one does not, 2 bad arguments."""
     parser = _Parser(
         prog="danlu verify",
-        description="Reproduce the figures that the methods' sources state, each beside a negative control (the same "
-        "measurement of a wrong variant), which has to fail.",
+        description="Reproduce the figures that the methods' papers state. Each is beside a negative control,\n"
+        "the same measurement of a wrong variant, which has to fail.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
