@@ -1,4 +1,4 @@
-"""The codec on a mixture of normal distributions, whose exact denoiser is known; and its files, also hostile ones."""
+"""The codec on a mixture of normal distributions, whose exact denoiser is known; its files, damaged ones included."""
 
 import dataclasses
 import math
@@ -86,7 +86,7 @@ def test_several_atoms_say_more_in_as_many_steps():
 
 def test_an_atom_is_mixed_in_only_where_it_brings_the_noise_nearer():
     codes, _ = encode(denoise, IMAGES, SCHEDULE, CodecConfig(steps=30, codewords=64, atoms=5, gain_bits=2))
-    # Where an atom is absent, so are those behind it.
+    # Where an atom is absent, so are those after it.
     absent = codes.gains == 0
     assert bool((absent.cummax(-1).values == absent).all())
 
@@ -112,7 +112,7 @@ def test_codewords_are_normal_and_independent_between_steps():
     inner = (first * second).sum(-1) / math.sqrt(1031)
     assert abs(float(inner.mean())) < 4 / math.sqrt(512)
     assert float(inner.std()) == pytest.approx(1, abs=4 / math.sqrt(2 * 512))
-    # The gain of choosing: the mean of the largest of K normal numbers, 2.82 for K = 256 (spec: measured).
+    # The gain of choosing: the mean of the largest of K normal numbers, 2.82 for K = 256 (measured).
     gains = torch.stack([Codebook(256, 101, seed=s)(1)[:, 0].max() for s in range(200)])
     assert float(gains.mean()) == pytest.approx(2.82, abs=0.12)
 
@@ -125,7 +125,7 @@ def test_codewords_are_the_same_in_another_process_with_other_threads():
 
 
 @pytest.mark.parametrize(("codewords", "dim"), [(99, 3), (640, 784), (41, 30001)])
-def test_codewords_drawn_alone_are_those_of_the_whole_book(codewords, dim):
+def test_codewords_drawn_alone_are_those_of_the_complete_codebook(codewords, dim):
     book = Codebook(codewords, dim, seed=3)
     indices = torch.tensor([codewords - 1, 0, 5, 5])
     assert torch.equal(book(2, indices), book(2)[indices])
@@ -263,6 +263,6 @@ def test_digests_change_with_a_weight_and_with_a_pixel():
         ),
     ],
 )
-def test_bad_input_is_rejected_by_name(make, message):
+def test_bad_input_raises_an_error_that_names_it(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -63,7 +63,7 @@ def test_the_mean_predictions_of_normal_data_are_its_score_and_velocity(schedule
     x0 = mean + a * std**2 / variance * (x - a * mean)
     score = convert(x0, x, T, schedule, source="x0", target="score")
     assert torch.allclose(score, -(x - a * mean) / variance, rtol=1e-11, atol=1e-11)
-    # The flow of normal data scales deviations with the root of the variance.
+    # The flow of normal data scales distances from the mean with the root of the variance.
     slope = (a * da * std**2 + b * db) / variance
     velocity = convert(x0, x, T, schedule, source="x0", target="velocity")
     assert torch.allclose(velocity, da * mean + slope * (x - a * mean), rtol=1e-11, atol=1e-11)
@@ -107,7 +107,7 @@ def test_the_velocity_of_the_straight_path_is_noise_less_data():
     assert torch.equal(from_x0_eps(x0, eps, T, Flow(), "velocity"), eps - x0)
 
 
-def test_an_unknown_prediction_is_rejected_with_the_nearest():
+def test_an_unknown_prediction_raises_and_the_error_suggests_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'velocity'"):
         convert(T, T, T, Flow(), source="eps", target="velocty")
     with pytest.raises(ValueError, match="kind must be one of"):

@@ -1,4 +1,4 @@
-"""Samplers on normal data, where the denoiser, the flow and the law of the samples are known in closed form."""
+"""Samplers on normal data, where the denoiser, the flow and the distribution of the samples have closed forms."""
 
 import math
 from itertools import pairwise
@@ -78,7 +78,7 @@ def test_the_samplers_converge_to_the_flow_at_their_order(schedule, method, orde
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
-def test_the_whole_way_ends_where_the_flow_does(schedule):
+def test_the_complete_path_ends_where_the_flow_does(schedule):
     x = noise(schedule)
     coarse, fine = (
         (heun(denoiser(schedule), x, schedule, time_grid(schedule, steps)) - flow_end(schedule, x)).abs().max().item()
@@ -127,8 +127,9 @@ def test_euler_on_the_straight_path_follows_the_velocity():
 
 
 def test_euler_on_the_velocity_narrows_normal_data_as_stated():
-    # Each step is linear, so the deviation of the samples is the end of 1 less the end of 0. The published figures are
-    # of samples whose noise had a deviation of 0.9986 (their exact one-step samples show 0.699 for 0.7).
+    # Each step is linear, so the standard deviation of the samples is the result for 1 less the result for 0. The
+    # published figures are of samples whose noise had a standard deviation of 0.9986 (their exact one-step samples show
+    # 0.699 for 0.7).
     published = {1: 0, 2: 0.3285, 4: 0.4965, 8: 0.5911, 16: 0.6432}
     for steps, expected in published.items():
         x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
@@ -151,21 +152,21 @@ def test_an_ancestral_step_is_that_of_ddpm():
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     kept = (1 - betas).cumprod(0)
     for i in (1, 10, 500, 999):
-        law = posterior(Betas().coefficients((i + 1) / 1000), Betas().coefficients(i / 1000))
-        assert law.x0.item() == pytest.approx((kept[i - 1].sqrt() * betas[i] / (1 - kept[i])).item(), rel=1e-9)
+        reverse = posterior(Betas().coefficients((i + 1) / 1000), Betas().coefficients(i / 1000))
+        assert reverse.x0.item() == pytest.approx((kept[i - 1].sqrt() * betas[i] / (1 - kept[i])).item(), rel=1e-9)
         x = (1 - betas[i]).sqrt() * (1 - kept[i - 1]) / (1 - kept[i])
-        assert law.x.item() == pytest.approx(x.item(), rel=1e-9)
-        assert law.std.item() ** 2 == pytest.approx(((1 - kept[i - 1]) / (1 - kept[i]) * betas[i]).item(), rel=1e-8)
+        assert reverse.x.item() == pytest.approx(x.item(), rel=1e-9)
+        assert reverse.std.item() ** 2 == pytest.approx(((1 - kept[i - 1]) / (1 - kept[i]) * betas[i]).item(), rel=1e-8)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
-def test_the_posterior_keeps_the_law_of_the_process(schedule):
+def test_the_posterior_keeps_the_distribution_of_the_process(schedule):
     # Drawing x_t from x_0 and then x_s from both must be drawing x_s from x_0: means and variances agree.
     for now, then in [(1.0, 0.6), (0.7, 0.2), (0.4, 0.39)]:
         (a, b), (a_then, b_then) = schedule.coefficients(now), schedule.coefficients(then)
-        law = posterior((a, b), (a_then, b_then))
-        assert (law.x * a + law.x0).item() == pytest.approx(a_then.item(), rel=1e-12)
-        assert (law.x**2 * b**2 + law.std**2).item() == pytest.approx((b_then**2).item(), rel=1e-12)
+        reverse = posterior((a, b), (a_then, b_then))
+        assert (reverse.x * a + reverse.x0).item() == pytest.approx(a_then.item(), rel=1e-12)
+        assert (reverse.x**2 * b**2 + reverse.std**2).item() == pytest.approx((b_then**2).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("variance", "std"), [("posterior", 0.0), ("beta", 1.0)])
@@ -278,7 +279,7 @@ def test_guidance_interpolates_and_extrapolates_between_with_and_without_a_class
     assert calls == [3, 3, 6]
 
 
-def test_training_times_have_the_laws_they_are_named_after():
+def test_training_times_have_the_distributions_they_are_named_after():
     options = {"device": torch.device("cpu"), "generator": torch.Generator().manual_seed(0)}
     t = LogitNormalTimes(mean=-0.4, std=1.0).draw(100_000, Flow(), **options)
     # P(t > 0.95) = P(n > ln 19 + 0.4) = 4.1e-4 for one time, 8e-4 for the larger of two.
@@ -308,6 +309,6 @@ def test_training_times_have_the_laws_they_are_named_after():
         (lambda: LogitNormalTimes(std=0.0), "std must be in"),
     ],
 )
-def test_what_makes_no_sense_is_rejected(call, said):
+def test_invalid_arguments_raise(call, said):
     with pytest.raises(ValueError, match=said):
         call()

@@ -222,6 +222,6 @@ def test_a_schedule_is_its_own_configuration():
         (lambda: aligned_time(Cosine(), 0.5, 0), "factor must be in"),
     ],
 )
-def test_what_makes_no_schedule_is_rejected(make, said):
+def test_invalid_schedules_raise(make, said):
     with pytest.raises(ValueError, match=said):
         make()

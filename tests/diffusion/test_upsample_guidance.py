@@ -75,7 +75,7 @@ SPREAD = 0.3
 
 
 def pooled_denoiser(schedule, spread):
-    """``E[x0 | x, t]`` of one pixel: a mixture of three normal distributions of deviation ``spread``."""
+    """``E[x0 | x, t]`` of one pixel: a mixture of three normal distributions of standard deviation ``spread``."""
 
     def denoise(x, t):
         (a, b), x = schedule.coefficients(t), x.reshape(-1, 1)
@@ -93,7 +93,7 @@ def test_the_small_model_is_the_exact_mean_of_the_average_and_without_tau_or_rho
     schedule, count = Cosine(), 40_000
     generator = torch.Generator().manual_seed(factor)
     which = torch.multinomial(WEIGHTS, count, replacement=True, generator=generator)
-    # Pixels of an image share their component; their own deviation averages down to SPREAD.
+    # Pixels of an image share their component; their own standard deviation averages down to SPREAD.
     x0 = MEANS[which].view(-1, 1, 1, 1) + factor * SPREAD * torch.randn(
         count, 1, factor, factor, dtype=D, generator=generator
     )
@@ -127,7 +127,7 @@ def test_the_small_model_is_the_exact_mean_of_the_average_and_without_tau_or_rho
         ({"factor": 2, "start": 1.5}, "start"),
     ],
 )
-def test_bad_options_are_rejected_by_name(change, message):
+def test_bad_options_raise_an_error_that_names_them(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         upsample_guidance(lively, Cosine(), **change)
 

@@ -135,7 +135,7 @@ def test_gradients_of_log_density_mass_quantile_and_entropy_are_those_of_finite_
     assert torch.autograd.gradcheck(everything, inputs, fast_mode=True)
 
 
-def test_the_density_has_two_real_parameters_a_harmonic():
+def test_the_density_has_two_real_parameters_per_harmonic():
     a, x = coefficients(6), 2 * uniform(50) - 1
     log_p = FourierDensity(a).log_prob(x)
     for same in (a * (0.3 - 2j), a * 1e-200, a.flip(0).conj()):
@@ -239,7 +239,7 @@ def test_a_fit_finds_the_modes_of_samples_and_its_penalty_helps_where_they_are_f
         (lambda: MappedFourierDensity.fit(torch.zeros(2), 3), ValueError, "scale"),
     ],
 )
-def test_bad_arguments_are_rejected_by_name(call, error, message):
+def test_bad_arguments_raise_an_error_that_names_them(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

@@ -3,9 +3,8 @@
 A step of degree d on an m x n matrix (m <= n) forms the Gram matrix, evaluates a polynomial in it by the scheme of
 Paterson and Stockmeyer, and multiplies the result with the matrix. Each step's error depends only on the ratio of the
 ends of the interval before it, and falls as that ratio rises. So the best composition of a given cost is the best one
-of a
-smaller cost followed by one more minimax step: dynamic programming over costs finds the optimum over all orders of all
-degrees, by the argument that proves the greedy choice optimal for one degree (arXiv 2505.16932, theorem 3.1).
+of a smaller cost followed by one more minimax step: dynamic programming over costs finds the optimum over all orders of
+all degrees, by the argument that proves the greedy choice optimal for one degree (arXiv 2505.16932, theorem 3.1).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Noise processes and the ways back from noise: schedules, predictions, samplers, codes. It has no networks."""
+"""Diffusion without networks: noise schedules, predictions, samplers, guidance, and a codec."""
 
 from danlu.diffusion.codebook import Codebook
 from danlu.diffusion.codec import CodecConfig, Codes, decode, encode, generate, restore

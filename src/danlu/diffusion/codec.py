@@ -1,18 +1,18 @@
 r"""DDCM: images as indices into codebooks of noise, by a pretrained diffusion model (Ohayon et al., arXiv 2502.01189).
 
-Ancestral sampling adds :math:`\sigma_t \epsilon` in every step. Draw :math:`\epsilon` from a fixed codebook of K
-codewords instead, and the indices drawn *are* the image: T - 1 numbers of :math:`\log_2 K` bits. Who chooses them
-decides what comes out:
+Ancestral sampling adds :math:`\sigma_t \epsilon` in every step. If :math:`\epsilon` is taken from a fixed codebook of K
+codewords instead, the image is determined by the indices: T - 1 numbers of :math:`\log_2 K` bits. How they are chosen
+decides what the result is:
 
 * at random: samples of the model (`generate`);
-* the codeword nearest in direction to what is missing, :math:`x_0 - \hat x_0(x_t)`: a lossy code of the image
-  (`encode`), from which the same walk draws it again (`decode`);
+* the codeword whose direction is nearest to the residual :math:`x_0 - \hat x_0(x_t)`: a lossy code of the image
+  (`encode`), from which the same steps reproduce it (`decode`);
 * the codeword after which a measurement fits best: inpainting, super-resolution (`restore`).
 
-Two corrections of the source (kexue.fm 10711) are built in. Codewords have equal norms: the rule of the nearest
-codeword, with raw normal ones, picks the shortest whatever the image. And where an index is drawn and not chosen, its
-weight is the density ratio :math:`\exp(m \cdot \epsilon)`: codewords are normal already, and the post's
-:math:`\exp(-|\epsilon - m|^2 / 2)` would count their density twice.
+Two corrections of the source (kexue.fm 10711) are built in. Codewords have equal norms: among raw normal codewords the
+nearest one is always the shortest, whatever the image. And where an index is drawn at random by weights, the weight is
+the density ratio :math:`\exp(m \cdot \epsilon)`: codewords are normal already, and :math:`\exp(-|\epsilon - m|^2 / 2)`,
+as in the post, would count their density twice.
 
 Shapes: B images, C channels, H height, W width, D = C H W, K codewords, T steps, M atoms.
 """
@@ -37,24 +37,23 @@ __all__ = ["CodecConfig", "Codes", "decode", "encode", "generate", "restore"]
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """What a code is made of; encoder and decoder need the same.
+    """Settings of a code; encoder and decoder need the same ones.
 
-    More steps and more codewords lower the distortion; both cost the encoder and the decoder one evaluation of the
-    network a step.
+    More steps and more codewords lower the distortion. Encoder and decoder evaluate the network once per step.
     """
 
     steps: int = 100
-    """T, evaluations of the network"""
+    """T, the number of steps, each one evaluation of the network"""
     codewords: int = 256
-    """K, a power of two"""
+    """K, codewords in a codebook, a power of two"""
     atoms: int = 1
     """M, codewords mixed in each step (matching pursuit)"""
     gain_bits: int = 2
-    """C, bits of each further atom's weight; used when there are several atoms"""
+    """C, bits of the weight of each atom after the first; used when there are several atoms"""
     seed: int = 0
-    """of the codebooks"""
+    """seed of the codebooks"""
     shared: bool = False
-    """one codebook for all steps, to compare with"""
+    """use one codebook for all steps, for comparison"""
 
     def __post_init__(self) -> None:
         integer("steps", self.steps, low=2, high=2**16 - 1)
@@ -73,7 +72,7 @@ class CodecConfig:
     def bits(self) -> int:
         """Bits of one image: ``(T - 1) (M log2 K + (M - 1) C)``.
 
-        >>> CodecConfig(steps=1000, codewords=256).bits / 512**2  # a pixel, of an image of 512 x 512
+        >>> CodecConfig(steps=1000, codewords=256).bits / 512**2  # bits per pixel of a 512 x 512 image
         0.030487060546875
         """
         index = self.codewords.bit_length() - 1
@@ -86,17 +85,18 @@ class Codes:
 
     Attributes:
         indices: int64 ``(B, T - 1, M)``, codewords in the order in which they were mixed.
-        gains: int64 ``(B, T - 1, M - 1)``, weights of the atoms behind the first, 0 to 2^C - 1; from a 0 on an atom is
-            absent.
+        gains: int64 ``(B, T - 1, M - 1)``, weights of the atoms after the first, 0 to 2^C - 1; an atom of weight 0 and
+            all after it are absent.
     """
 
     indices: Tensor
     gains: Tensor
 
 
-# Codewords of a step in the images' dtype: all, (K, D), or those of some indices.
+# Returns the codewords of a step in the images' dtype: all, (K, D), or those of some indices.
 _Draw = Callable[..., Tensor]
-# Of a step: its number, its codewords, denoised images, their weight in the next mean, its standard deviation.
+# Takes a step's number, its codewords, the denoised images, their weight in the mean of the next images and the
+# standard deviation of the next images; returns the noise to add.
 _Choose = Callable[[int, _Draw, Tensor, Tensor, float], Tensor]
 
 
@@ -116,15 +116,15 @@ def encode(
         denoise: ``(x, t) -> x0`` for images ``(B, C, H, W)`` and times ``(B,)``.
         images: ``(B, C, H, W)``, in the range the model was trained on.
         schedule: of the model.
-        config: sizes of the code.
-        rule: ``"argmax"`` takes the codeword of the largest inner product with what is missing. ``"posterior"`` draws
-            it with weights exp(m . eps), which tends to a sample of the model's posterior as K grows: less faithful,
-            livelier textures; for one atom.
-        generator: draws for ``"posterior"``.
-        progress: called with the steps done and their number.
+        config: settings of the code.
+        rule: ``"argmax"`` takes the codeword with the largest inner product with the residual. ``"posterior"`` draws it
+            with weights exp(m . eps), which tends to a sample of the model's posterior as K grows: less faithful,
+            livelier textures. It needs ``atoms=1``.
+        generator: source of the draws for ``"posterior"``.
+        progress: called with the number of steps done and their total.
 
     Raises:
-        ValueError: images of another shape, or several atoms drawn.
+        ValueError: images of another shape, or several atoms with ``"posterior"``.
     """
     choice("rule", rule, ("argmax", "posterior"))
     if images.ndim != 4:
@@ -160,17 +160,19 @@ def decode(
     like: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Return the images ``(B, C, H, W)`` of codes: bit for bit those of the encoder where the network's products are.
+    """Return the images ``(B, C, H, W)`` of codes.
+
+    They equal the encoder's images bit for bit where the network's outputs are bit-identical.
 
     Args:
         denoise, schedule, config: as in :func:`encode`.
         codes: of B images.
         shape: (C, H, W).
         like: gives dtype and device; None is float32 on the CPU.
-        progress: called with the steps done and their number.
+        progress: called with the number of steps done and their total.
 
     Raises:
-        ValueError: codes of another number of steps or atoms, or an index beyond the codebook.
+        ValueError: codes of another number of steps or atoms, or an index outside the codebook.
     """
     count = len(codes.indices)
     expected = (count, config.steps - 1, config.atoms), (count, config.steps - 1, config.atoms - 1)
@@ -206,17 +208,17 @@ def generate(
     like: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draw images ``shape`` (B, C, H, W) with codewords in the place of noise.
+    """Draw images of ``shape`` (B, C, H, W) with codewords in the place of noise.
 
     Args:
         denoise, schedule, config: as in :func:`encode`; one atom is used.
         shape: (B, C, H, W).
-        score: guides, if given: a function of the denoised images ``(B, C, H, W)`` that returns the direction in which
-            they should change (a classifier's gradient of log p(y | x)), and the codeword of the largest inner product
+        score: for guidance: a function of the denoised images ``(B, C, H, W)`` that returns the direction in which they
+            should change (such as a classifier's gradient of log p(y | x)); the codeword with the largest inner product
             with it is taken. Without it codewords are drawn uniformly.
-        generator: draws the indices.
+        generator: source of the drawn indices.
         like: gives dtype and device; None is float32 on the CPU.
-        progress: called with the steps done and their number.
+        progress: called with the number of steps done and their total.
     """
 
     def choose(step: int, draw: _Draw, x0: Tensor, reverse_x0: Tensor, std: float) -> Tensor:
@@ -249,7 +251,7 @@ def restore(
         measured: y, ``(B, ...)``.
         measure: A, linear, from images ``(n, C, H, W)`` to ``(n, ...)``: a product with a mask, an average of pixels.
         shape: (C, H, W).
-        progress: called with the steps done and their number.
+        progress: called with the number of steps done and their total.
     """
     count = len(measured)
 
@@ -265,7 +267,7 @@ def restore(
 
 
 def _levels(schedule: Schedule, config: CodecConfig) -> list[tuple[Tensor, Tensor]]:
-    """a and b at the times of the walk, float64."""
+    """Return a and b at the times of the sampling steps, float64."""
     return [schedule.coefficients(t) for t in time_grid(schedule, config.steps)]
 
 
@@ -308,13 +310,13 @@ def _pursue(missing: Tensor, words: Tensor, config: CodecConfig) -> tuple[Tensor
     weights = torch.arange(1, 1 << config.gain_bits, device=words.device) / ((1 << config.gain_bits) - 1)
     stopped = torch.zeros_like(index, dtype=torch.bool)
     for _ in range(1, config.atoms):
-        # sqrt(g) noise + sqrt(1 - g) word, brought back to the norm: its inner product with what is missing.
+        # The inner product of the residual with sqrt(g) noise + sqrt(1 - g) word, rescaled to the codewords' norm.
         reached = (missing * noise).sum(-1)[:, None, None]
         cosine = (noise @ words.T / words.shape[1])[:, :, None]
         root, rest = weights.sqrt(), (1 - weights).sqrt()
         mixed = (root * reached + rest * scores[:, :, None]) / (1 + 2 * root * rest * cosine).sqrt()
         best = mixed.flatten(1).argmax(-1)
-        # Weight 1 changes nothing, so that not improving is among the choices, and means to stop.
+        # Weight 1 leaves the noise unchanged: if that is the best choice, no atom improves it, and the row stops.
         index, gain = best // len(weights), best % len(weights) + 1
         stopped = (
             stopped | (gain == len(weights)) | (mixed.flatten(1).gather(1, best[:, None])[:, 0] <= reached[:, 0, 0])
@@ -328,7 +330,7 @@ def _pursue(missing: Tensor, words: Tensor, config: CodecConfig) -> tuple[Tensor
 
 
 def _mix(noise: Tensor, word: Tensor, gain: Tensor, config: CodecConfig) -> Tensor:
-    """Return the noise with an atom mixed in at a gain ``(B,)``, row by row: no row's bits depend on the others."""
+    """Return the noise with an atom mixed in at a gain ``(B,)``, row by row, so that no row's bits depend on others."""
     top = (1 << config.gain_bits) - 1
     rows = []
     for row, atom, number in zip(noise, word, gain.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""``.ddcm`` files: one image as the bits of its code behind a header that says what decodes it.
+"""``.ddcm`` files: a header that identifies the codec and the model, followed by the code of one image.
 
 =======  =====================================================================
 bytes    content, numbers big-endian
@@ -14,7 +14,7 @@ bytes    content, numbers big-endian
 16       first half of the SHA-256 of the model
 8        first quarter of the SHA-256 of the decoded image's bytes
 4        CRC-32 of all the other bytes of the file
-the rest  step after step M indices, then M - 1 weights, of fixed width; zeros to the last byte
+the rest  for each step M indices, then M - 1 weights, of fixed width; zero bits fill the last byte
 =======  =====================================================================
 
 The decoded image's digest lets a decoder say whether its arithmetic agreed with the encoder's to the last bit.
@@ -47,8 +47,8 @@ class CodecFile:
         codes: of one image, ``(1, T - 1, M)``.
         config: of the codec.
         shape: channels, height and width.
-        model: 16 bytes that name the model, see :func:`model_digest`.
-        image: 8 bytes that name the decoded image, see :func:`image_digest`.
+        model: 16 bytes that identify the model, see :func:`model_digest`.
+        image: 8 bytes that identify the decoded image, see :func:`image_digest`.
     """
 
     codes: Codes
@@ -76,7 +76,7 @@ def pack(file: CodecFile) -> bytes:
     """Return the bytes of a ``.ddcm`` file.
 
     Raises:
-        ValueError: codes of several images, a shared codebook, or a size that the format does not hold.
+        ValueError: codes of several images, a shared codebook, or a size that does not fit the file format.
 
     >>> config = CodecConfig(steps=3, codewords=16)
     >>> codes = Codes(torch.tensor([[[3], [15]]]), torch.zeros(1, 2, 0, dtype=torch.int64))
@@ -88,7 +88,7 @@ def pack(file: CodecFile) -> bytes:
     if len(file.codes.indices) != 1:
         raise ValueError(f"a file holds the code of one image, got {len(file.codes.indices)}")
     if config.shared:
-        raise ValueError("shared codebooks are for comparisons and have no files")
+        raise ValueError("shared codebooks are for comparison only and have no file format")
     for name, size in zip(("channels", "height", "width"), file.shape, strict=True):
         integer(name, size, high=2**16 - 1)
     body = _bits(file.codes, config)
@@ -97,10 +97,11 @@ def pack(file: CodecFile) -> bytes:
 
 
 def unpack(data: bytes) -> CodecFile:
-    """Read the bytes of a ``.ddcm`` file, from wherever they come.
+    """Read the bytes of a ``.ddcm`` file; they may come from an untrusted source.
 
     Raises:
-        ValueError: they are none, are cut short, were changed, or are of a later version of the format.
+        ValueError: they are not a ``.ddcm`` file, are incomplete, were changed, or are of another version of the
+            format.
     """
     if data[:4] != _MAGIC:
         raise ValueError("not a .ddcm file: it does not begin with DDCM")
@@ -108,9 +109,9 @@ def unpack(data: bytes) -> CodecFile:
         raise ValueError(f"cut short: {len(data)} bytes, the header alone has {_HEAD.size}")
     _, version, index_bits, atoms, gain_bits, steps, seed, *shape, model, image, crc = _HEAD.unpack_from(data)
     if version != _VERSION:
-        raise ValueError(f"of version {version} of the format; this is written for version {_VERSION}")
+        raise ValueError(f"the file has format version {version}; this danlu reads version {_VERSION}")
     head, body = data[: _HEAD.size - 4], data[_HEAD.size :]
-    whole = zlib.crc32(head + body) == crc
+    intact = zlib.crc32(head + body) == crc
     try:
         config = CodecConfig(steps=steps, codewords=1 << index_bits, atoms=atoms, gain_bits=gain_bits, seed=seed)
         for name, size in zip(("channels", "height", "width"), shape, strict=True):
@@ -118,8 +119,8 @@ def unpack(data: bytes) -> CodecFile:
     except ValueError as problem:
         raise ValueError(f"damaged: {problem}") from None
     if len(body) != -(-config.bits // 8):
-        raise ValueError(f"cut short or damaged: {len(body)} bytes of code, the header tells of {-(-config.bits // 8)}")
-    if not whole:
+        raise ValueError(f"cut short or damaged: {len(body)} bytes of code, the header says {-(-config.bits // 8)}")
+    if not intact:
         raise ValueError("damaged: its checksum is wrong")
     channels, height, width = shape
     return CodecFile(_codes(body, config), config, (channels, height, width), model, image)
@@ -133,7 +134,7 @@ def _fields(file: CodecFile) -> tuple[bytes | int, ...]:
 
 
 def _widths(config: CodecConfig) -> NDArray[np.int64]:
-    """Bits of each number of a step."""
+    """Return the width in bits of each number of a step."""
     index_bits = config.codewords.bit_length() - 1
     return np.array([index_bits] * config.atoms + [config.gain_bits] * (config.atoms - 1))
 

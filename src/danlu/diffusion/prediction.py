@@ -1,4 +1,4 @@
-r"""What a denoising network may predict, and how each prediction gives every other.
+r"""What a denoising network may predict, and how each prediction converts to every other.
 
 With ``x = a x_0 + b eps`` (:mod:`danlu.diffusion.schedule`) the pair (x_0, eps) follows from x and any one of
 
@@ -34,7 +34,7 @@ PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 def to_x0_eps(
     value: Tensor, x: Tensor, t: Tensor | float, schedule: Schedule, kind: Prediction, *, data_std: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Return the data and the noise that a prediction stands for.
+    """Return the data and the noise that a prediction implies.
 
     Args:
         value: the prediction, ``(b, ...)``.
@@ -49,7 +49,7 @@ def to_x0_eps(
         ``x0`` at b = 0) the result there is not finite.
 
     Raises:
-        ValueError: ``kind`` is none of those.
+        ValueError: ``kind`` is not one of :data:`PREDICTIONS`.
 
     >>> from danlu.diffusion import Flow
     >>> x0, eps = to_x0_eps(torch.tensor([3.0]), torch.tensor([1.0]), 0.5, Flow(), "velocity")
@@ -80,10 +80,10 @@ def to_x0_eps(
 def from_x0_eps(
     x0: Tensor, eps: Tensor, t: Tensor | float, schedule: Schedule, kind: Prediction, *, data_std: float = 0.5
 ) -> Tensor:
-    """Return the prediction of ``kind`` that stands for data ``x0`` and noise ``eps``: what a network is trained on.
+    """Return the prediction of ``kind`` for data ``x0`` and noise ``eps``: the training target of a network.
 
     Raises:
-        ValueError: ``kind`` is no prediction.
+        ValueError: ``kind`` is not one of :data:`PREDICTIONS`.
 
     >>> from danlu.diffusion import Flow
     >>> from_x0_eps(torch.tensor([-0.5]), torch.tensor([2.5]), 0.5, Flow(), "velocity").item()
@@ -145,7 +145,7 @@ def preconditioning(
 
 
 def input_scale(x: Tensor, t: Tensor | float, schedule: Schedule, kind: Prediction, *, data_std: float = 0.5) -> Tensor:
-    """Return what the network is given: ``x`` itself, or for ``edm`` ``x`` brought to a standard deviation of 1."""
+    """Return the network's input: ``x`` itself, or for ``edm`` ``x`` scaled to a standard deviation of 1."""
     if kind != "edm":
         return x
     a, b = (broadcast(c, x) for c in schedule.coefficients(t))
@@ -153,5 +153,5 @@ def input_scale(x: Tensor, t: Tensor | float, schedule: Schedule, kind: Predicti
 
 
 def _root(a: Tensor, b: Tensor, data_std: float) -> Tensor:
-    """The standard deviation of ``a x_0 + b eps``."""
+    """Return the standard deviation of ``a x_0 + b eps``."""
     return torch.hypot(a * data_std, b)

@@ -1,11 +1,11 @@
 r"""From noise to samples, with any denoiser.
 
-A denoiser is a function ``denoise(x, t) -> x0`` of noisy samples ``(b, ...)`` and their times ``(b,)``; it decides what
-network, prediction or guidance is behind it. Every sampler goes down a grid of times and ends on clean data.
+A denoiser is a function ``denoise(x, t) -> x0`` of noisy samples ``(b, ...)`` and their times ``(b,)``; it may use any
+network, prediction or guidance. Every sampler goes down a grid of times and ends on clean data.
 
-All of them are steps along ``dx = x_0 da + eps db``, the probability flow written without derivatives of the schedule,
-with x_0 and eps as the denoiser sees them. Euler's rule for it is DDIM. For EDM (a = 1) it is Euler in sigma, for the
-straight path Euler in t, and the trapezoid rule is Heun's method in the same variables.
+The samplers take steps along ``dx = x_0 da + eps db``, the probability flow written without derivatives of the
+schedule, with the x_0 and eps that the denoiser predicts. Euler's rule for it is DDIM. For EDM (a = 1) it is Euler in
+sigma, for the straight path Euler in t, and the trapezoid rule is Heun's method in the same variables.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,13 +40,13 @@ Progress = Callable[[int, int], None]
 class _Level(NamedTuple):
     """A time with its a and b: float64 scalars on the CPU, so that multiplying by them waits for no device."""
 
-    t: Tensor | None  # None: clean data, where no denoiser is asked
+    t: Tensor | None  # None: clean data, where the denoiser is not evaluated
     a: Tensor
     b: Tensor
 
 
 class Posterior(NamedTuple):
-    """``x_s`` given ``x_t`` and ``x_0`` is normal: mean ``x * x_t + x0 * x_0``, standard deviation ``std``."""
+    """``x_s`` given ``x_t`` and ``x_0`` is normal with mean ``x * x_t + x0 * x_0`` and standard deviation ``std``."""
 
     x: Tensor
     x0: Tensor
@@ -54,10 +54,11 @@ class Posterior(NamedTuple):
 
 
 def time_grid(schedule: Schedule, steps: int) -> Tensor:
-    """Return the falling times ``(steps,)`` at which a sampler asks its denoiser, float64; what follows is clean data.
+    """Return the falling times ``(steps,)``, float64, at which a sampler evaluates its denoiser.
 
-    Evenly spaced in the schedule's own time from 1. Where t = 0 is clean, it is left out (1, ..., 1/steps); where the
-    schedule ends with some noise, as EDM does, it is the last (``sigma_max``, ..., ``sigma_min``; then 0).
+    They are evenly spaced in the schedule's own time, starting at 1; the step after the last one goes to clean data.
+    If t = 0 is clean data, it is left out (1, ..., 1/steps); if the schedule ends with some noise, as EDM does, t = 0
+    is the last time (``sigma_max``, ..., ``sigma_min``; then 0).
 
     Raises:
         ValueError: ``steps`` is below 1.
@@ -86,7 +87,7 @@ def prior(
 
 
 def posterior(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> Posterior:
-    """Return the distribution of the less noisy sample, given the noisy one and the data.
+    """Return the distribution of the less noisy sample, given the noisier one and the data.
 
     Args:
         now: ``(a, b)`` of the noisier sample.
@@ -121,9 +122,9 @@ def ddpm(
         x: noise ``(b, ...)`` at ``times[0]``, for example from :func:`prior`.
         schedule: of the model.
         times: falling, as from :func:`time_grid`.
-        variance: of what is added in each step: ``posterior``, right for data at a point, or ``beta``, right for data
-            that are standard normal. The last step adds nothing.
-        generator: draws what is added; the same seed gives the same samples.
+        variance: of the noise added in each step: ``posterior``, exact for data at a single point, or ``beta``, exact
+            for standard normal data. The last step adds no noise.
+        generator: source of the added noise; the same seed gives the same samples.
         trajectory: return every state.
         progress: called with the number of steps done and their total.
 
@@ -153,9 +154,10 @@ def ddim(
     trajectory: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Sampling of Song et al. (arXiv:2010.02502, equation 12): noise of ``eta`` times the ancestral size is added.
+    """Sampling of Song et al. (arXiv:2010.02502, equation 12).
 
-    With ``eta = 0`` it is deterministic, with 1 it is :func:`ddpm`. Other arguments and the result as there.
+    Each step adds noise of ``eta`` times the ancestral standard deviation: with ``eta = 0`` sampling is deterministic,
+    with 1 it is :func:`ddpm`. Other arguments and the result are as in :func:`ddpm`.
     """
     number("eta", eta, low=0, high=1)
 
@@ -191,8 +193,8 @@ def heun(
 ) -> Tensor:
     """Heun's method of second order for the probability flow (EDM, arXiv:2206.00364, algorithm 1).
 
-    The denoiser is asked twice a step, but once in the last, which ends where there is no noise to ask about:
-    ``2 len(times) - 1`` evaluations. Arguments and result as :func:`ddpm`.
+    The denoiser is evaluated twice per step, and once in the last step, which ends on clean data: ``2 len(times) - 1``
+    evaluations. Arguments and result as in :func:`ddpm`.
     """
 
     def step(x: Tensor, x0: Tensor, now: _Level, then: _Level) -> Tensor:
@@ -243,13 +245,14 @@ def classifier_free(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return ``predict`` guided towards ``classes``: ``u + scale (c - u)`` with c given the class and u without.
 
-    Scale 1 is the conditional model, 0 the unconditional one, each at the cost of one evaluation; any other asks for
-    both in one batch of twice the size. Source: Ho and Salimans, arXiv:2207.12598, whose w is ``scale - 1``.
+    Scale 1 is the conditional model and 0 the unconditional one, each at the cost of one evaluation; any other scale
+    evaluates both in one batch of twice the size. Source: Ho and Salimans, arXiv:2207.12598, whose w is ``scale - 1``.
 
     Args:
-        predict: a function of x ``(b, ...)``, t ``(b,)`` and classes ``(b,)``, of any prediction (all are linear).
-        classes: int64 ``(b,)``.
-        none: the class that stands for "no class".
+        predict: a function of x ``(b, ...)``, t ``(b,)`` and class labels ``(b,)`` that returns any prediction (all are
+            linear).
+        classes: class labels, int64 ``(b,)``.
+        none: the label that stands for "no class".
         scale: of the guidance.
     """
     number("scale", scale)
@@ -274,7 +277,7 @@ def _walk(
     trajectory: bool,
     progress: Progress | None,
 ) -> Tensor:
-    """Go down the grid: ask the denoiser, step to the next level, and last to clean data."""
+    """Go down the grid: evaluate the denoiser, step to the next noise level, and in the last step to clean data."""
     times = _check_times(times, low_count=1)
     a, b = schedule.coefficients(times)
     if bool((b <= 0).any()):
@@ -301,7 +304,7 @@ def _check_times(times: Tensor, *, low_count: int) -> Tensor:
 
 
 def _rows(t: Tensor, x: Tensor) -> Tensor:
-    """One time for each row of x, in its dtype and on its device."""
+    """Return the time once for each row of x, in its dtype and on its device."""
     return t.to(x.device, x.dtype).expand(len(x))
 
 

@@ -31,7 +31,7 @@ __all__ = ["EDM", "Betas", "Cosine", "Flow", "Schedule", "ScheduleConfig", "Shif
 
 
 class Schedule(ABC):
-    """What every schedule knows. Times are tensors in [0, 1] of any shape, or numbers, which count as float64."""
+    """Base of all schedules. Times are tensors in [0, 1] of any shape, or numbers, which count as float64."""
 
     scale: ClassVar[Literal["vp", "ve", "flow"]]
 
@@ -63,7 +63,7 @@ class Schedule(ABC):
         return 2 * (da / a - db / b)
 
     def condition(self, t: Tensor | float) -> Tensor:
-        """Return what the network is given about the time: the time itself."""
+        """Return the value on which the network is conditioned at time t: the time itself."""
         return _tensor(t)
 
     def noised(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
@@ -77,8 +77,8 @@ class Cosine(Schedule):
     """``a = cos(pi t / 2)``, ``b = sin(pi t / 2)``: log SNR ``-2 ln tan(pi t / 2)``.
 
     Attributes:
-        limit: largest size of log SNR, reached at the ends by shortening the arc that t runs through. None runs
-            through all of it: then nothing is left of the data at ``t = 1``, and a predicted noise says nothing there.
+        limit: largest absolute log SNR, reached at the ends by shortening the arc that t runs through. None is the full
+            arc: then no signal is left at ``t = 1``, and a prediction of the noise says nothing about the data there.
 
     >>> round(Cosine().time(Cosine().logsnr(0.3)).item(), 12)
     0.3
@@ -93,7 +93,7 @@ class Cosine(Schedule):
 
     @property
     def _arc(self) -> tuple[float, float]:
-        """The angle at t = 0 and what t adds to it up to t = 1."""
+        """The angle at t = 0 and its increase from t = 0 to t = 1."""
         first = 0.0 if self.limit is None else math.atan(math.exp(-self.limit / 2))
         return first, math.pi / 2 - 2 * first
 
@@ -152,11 +152,11 @@ class Betas(Schedule):
         integer("power", self.power, high=2)
 
     def levels(self) -> Tensor:
-        """Return the log SNR after each of the ``steps`` steps, float64: the levels of a discrete model."""
+        """Return the log SNR after each of the ``steps`` steps, float64: the noise levels of a discrete model."""
         return _logsnr_of(_decay(self, torch.device("cpu"), torch.float64)[1:])
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``-ln a^2`` at t and its slope."""
+        """Return ``-ln a^2`` at t and its slope."""
         table = _decay(self, t.device, t.dtype)
         index = (t * self.steps).floor().clamp(0, self.steps - 1)
         below = table[index.long()]
@@ -169,7 +169,7 @@ class Betas(Schedule):
         return torch.exp(-decay / 2), torch.sqrt(-torch.expm1(-decay))
 
     def derivatives(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Return ``da/dt`` and ``db/dt``; the latter is infinite at t = 0, where b begins like a square root."""
+        """Return ``da/dt`` and ``db/dt``; the latter is infinite at t = 0, where b grows like a square root."""
         (a, b), (_, slope) = self.coefficients(t), self._segment(_tensor(t))
         return -slope / 2 * a, slope / 2 * a * a / b
 
@@ -191,13 +191,13 @@ class Betas(Schedule):
 class EDM(Schedule):
     """``a = 1`` and ``b = sigma(t) = (sigma_min^(1/rho) (1-t) + sigma_max^(1/rho) t)^rho``.
 
-    The network is given ``ln(sigma) / 4``. Even at t = 0 there is ``sigma_min`` of noise; samplers remove it in a last
-    step. Source: Karras et al., arXiv:2206.00364, equation 5.
+    The network is conditioned on ``ln(sigma) / 4``. Even at t = 0 there is noise of standard deviation ``sigma_min``;
+    samplers remove it in a last step. Source: Karras et al., arXiv:2206.00364, equation 5.
 
     Attributes:
         sigma_min: noise at t = 0.
         sigma_max: noise at t = 1.
-        rho: how much of the time goes to small noise.
+        rho: the larger, the more of the time is spent at small noise.
 
     >>> round(EDM().coefficients(0.8)[1].item(), 6)
     24.408342
@@ -265,17 +265,17 @@ class Flow(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Shifted(Schedule):
-    """A schedule for a higher resolution: the noise of ``base`` made ``factor`` times as large beside the signal.
+    """A schedule for a higher resolution: the noise of ``base`` is ``factor`` times as large relative to the signal.
 
-    Averaging s x s pixels divides the standard deviation of the noise by s and leaves that of smooth images as it is. A
-    model of d x d pixels therefore sees, on its coarse scales, what a model of ``d / s`` pixels sees when its SNR is
-    ``s^2`` times lower: ``SNR(t) = SNR_base(t) / s^2``. The network is given the same times as with ``base``.
+    Averaging s x s pixels divides the standard deviation of the noise by s and leaves that of smooth images unchanged.
+    A model of d x d pixels therefore sees, on its coarse scales, what a model of ``d / s`` pixels sees when its SNR is
+    ``s^2`` times lower: ``SNR(t) = SNR_base(t) / s^2``. The network is conditioned on the same times as with ``base``.
 
     Attributes:
         base: the schedule that is good at the lower resolution.
         factor: s, for example 256 / 64.
-        final: s at t = 1, with ln s linear in between (an interpolated schedule: shifted as for one resolution where
-            there is little noise, as for another where there is much); None for ``factor``.
+        final: s at t = 1, with ln s linear in between (an interpolated schedule: shifted for one resolution at low
+            noise, for another at high noise); None for ``factor``.
 
     Source: Hoogeboom et al., simple diffusion, arXiv:2301.11093, section 3; kexue.fm 10047.
 
@@ -301,7 +301,7 @@ class Shifted(Schedule):
         return self.base.scale
 
     def _factor(self, t: Tensor) -> tuple[Tensor, float]:
-        """s at t, and the derivative of its logarithm."""
+        """Return s at t and the derivative of its logarithm."""
         slope = 0.0 if self.final is None else math.log(self.final / self.factor)
         return self.factor * torch.exp(slope * t), slope
 
@@ -341,11 +341,11 @@ class Shifted(Schedule):
         return (low + high) / 2
 
     def condition(self, t: Tensor | float) -> Tensor:
-        """Return what ``base`` tells the network at t."""
+        """Return the condition of ``base`` at t."""
         return self.base.condition(t)
 
     def _total(self, a: Tensor, b: Tensor) -> Tensor:
-        """What a and b are divided by to be on the scale again."""
+        """Return the divisor that brings a and b back to the scale."""
         return {"vp": torch.hypot(a, b), "flow": a + b, "ve": torch.ones_like(a)}[self.scale]
 
 
@@ -355,8 +355,8 @@ ScheduleConfig = Cosine | Betas | EDM | Flow | Shifted
 def aligned_time(schedule: Schedule, t: Tensor | float, factor: float) -> Tensor:
     """Return the time tau whose signal-to-noise ratio is ``factor^2`` times that at ``t``.
 
-    A noisy image averaged over factor x factor pixels is as noisy as a small image at tau. Where the schedule knows no
-    level as clean as that, the result is 0. Source: kexue.fm 10055; Hwang et al., arXiv:2404.01709.
+    A noisy image averaged over factor x factor pixels is as noisy as a small image at tau. Where the schedule has no
+    noise level as low as that, the result is 0. Source: kexue.fm 10055; Hwang et al., arXiv:2404.01709.
 
     Args:
         schedule: of the model.
@@ -385,7 +385,7 @@ def _logsnr_of(decay: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _decay(schedule: Betas, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``-ln a^2`` after 0, 1, ..., n steps."""
+    """Return ``-ln a^2`` after 0, 1, ..., n steps."""
     root = 1 / schedule.power
     betas = torch.linspace(schedule.start**root, schedule.end**root, schedule.steps, dtype=torch.float64)
     decay = -torch.log1p(-(betas**schedule.power)).cumsum(0)

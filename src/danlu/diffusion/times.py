@@ -1,4 +1,4 @@
-"""Which times a model is trained at: three distributions, each a frozen configuration with one function."""
+"""The times at which a model is trained: three distributions, each a frozen configuration with one function."""
 
 from dataclasses import dataclass
 
@@ -38,8 +38,8 @@ class UniformTimes:
 class LogitNormalTimes:
     """``t = sigmoid(n)`` with n normal: most of the training at medium noise, very little at the ends.
 
-    A model that has to work at t = 1 in a single step sees it rarely: with the defaults t > 0.95 comes up eight times
-    in ten thousand.
+    A model that has to work at t = 1 in a single step is rarely trained there: with the defaults the larger of two
+    times exceeds 0.95 eight times in ten thousand.
 
     Attributes:
         mean: of n.
@@ -62,7 +62,7 @@ class LogitNormalTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormalNoise:
-    """``ln(b / a)`` normal, whatever the schedule's own clock: EDM's choice of noise levels (arXiv:2206.00364).
+    """``ln(b / a)`` normal, independent of the schedule's time: the noise levels of EDM (arXiv:2206.00364).
 
     Attributes:
         mean: of the logarithm of noise over signal.
@@ -79,7 +79,7 @@ class LogNormalNoise:
     def draw(
         self, count: int, schedule: Schedule, *, device: torch.device, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return ``count`` times, float32; levels that the schedule does not reach become its nearest."""
+        """Return ``count`` times, float32; noise levels outside the schedule's range are clamped to it."""
         ratio = self.mean + self.std * torch.randn(count, device=device, generator=generator)
         return schedule.time(-2 * ratio)
 

@@ -1,14 +1,14 @@
-r"""Upsample guidance: sampling at a multiple of the resolution that a model was trained at, without training it.
+r"""Upsample guidance: sampling at a multiple of the resolution at which a model was trained, without further training.
 
 A noisy image averaged over s x s pixels has the same signal and noise divided by s, so it is a noisy small image at
-the time ``tau`` at which the signal-to-noise ratio is :math:`s^2` times higher. What the model says of that small
-image, which it was trained for, takes the place of the coarse part of what it says of the large one:
+the time ``tau`` at which the signal-to-noise ratio is :math:`s^2` times higher. The model was trained for such small
+images: its prediction for the small image replaces the coarse part of its prediction for the large one:
 
 .. math:: \tilde\epsilon = \epsilon(x_t, t) + \theta\, U[\epsilon(D x_t / \rho, \tau) / s - D \epsilon(x_t, t)]
 
 with D the average over s x s pixels, U the repetition of each pixel and :math:`\rho = a_t / a_\tau`. In terms of the
-denoised image the noise levels cancel, on every schedule, and what is left is
-:math:`\tilde x_0 = x_0(x_t, t) + \theta\, U[x_0(D x_t / \rho, \tau) - D x_0(x_t, t)]`, which is what is computed.
+denoised image the noise levels cancel, on every schedule. This is the form computed here:
+:math:`\tilde x_0 = x_0(x_t, t) + \theta\, U[x_0(D x_t / \rho, \tau) - D x_0(x_t, t)]`.
 
 Source: Hwang et al., arXiv:2404.01709; kexue.fm 10055, whose w is :math:`\theta - 1`.
 """
@@ -29,22 +29,22 @@ def upsample_guidance(
 ) -> Denoiser:
     """Return a denoiser of images ``factor`` times as high and wide as those that ``denoise`` was trained for.
 
-    It asks ``denoise`` twice: about the large image, and about its average, at ``1 / factor^2`` of the cost. Use it
-    with any sampler of the package, started from noise of the large size. Where the schedule knows no level as clean as
-    the averaged image, the small image is asked about at time 0. Convolutional networks take to it; a network whose
-    positions are bound to one size need not.
+    It evaluates ``denoise`` twice: on the large image, and on its average at ``1 / factor^2`` of the cost. Use it with
+    any sampler of `danlu.diffusion`, started from noise of the large size. Where the schedule has no noise level as low
+    as that of the averaged image, the small image is evaluated at time 0. It works with convolutional networks; it may
+    fail with a network whose positions depend on the image size.
 
     Args:
         denoise: ``(x, t) -> x0`` for ``x`` ``(b, c, h, w)`` and ``t`` ``(b,)``.
-        schedule: that ``denoise`` was trained on.
+        schedule: the schedule on which ``denoise`` was trained.
         factor: s, at least 1; 1 changes nothing.
         weight: share of the coarse part that is replaced: 1 all of it, 0 none; a little more than 1 is best on pixels.
-        start: the guidance is left out at times below this, where there is little noise: 0 for pixels, 0.4 to 0.7 for
-            the latents of an autoencoder, whose fine scales are not those of an image.
+        start: there is no guidance at times below this, where there is little noise: 0 for pixels, 0.4 to 0.7 for the
+            latents of an autoencoder, whose fine scales are not those of an image.
 
     Raises:
-        ValueError: ``factor`` is no integer of at least 1, ``weight`` is not finite, ``start`` is outside [0, 1]; when
-            it is called, a height or width that ``factor`` does not divide.
+        ValueError: ``factor`` is not an integer of at least 1, ``weight`` is not finite, ``start`` is outside [0, 1].
+            The returned denoiser raises it for a height or width that is not a multiple of ``factor``.
 
     >>> from danlu.diffusion import Cosine
     >>> guided = upsample_guidance(lambda x, t: torch.tanh(x), Cosine(), 2, weight=1.0)
@@ -64,16 +64,16 @@ def upsample_guidance(
         tau = aligned_time(schedule, t, factor)
         small = avg_pool2d(x, factor) * broadcast(_small_scale(schedule, t, tau, factor), x)
         correction = interpolate(denoise(small, tau) - avg_pool2d(fine, factor), scale_factor=factor)
-        # A product with a share of zero, not a branch: nothing has to wait for the device.
+        # Multiply by a share of zero instead of branching: a branch would wait for the device.
         return torch.addcmul(fine, broadcast((t >= start).to(x.dtype) * weight, x), correction)
 
     return guided
 
 
 def _small_scale(schedule: Schedule, t: Tensor, tau: Tensor, factor: int) -> Tensor:
-    """``1 / rho``: what brings the averaged image at ``t`` to the scale of a small one at ``tau``.
+    """Return ``1 / rho``, the factor that brings the averaged image at ``t`` to the scale of a small one at ``tau``.
 
-    It is ``a_tau / a`` and as well ``factor b_tau / b``; taken from the larger of a and b, which is not zero.
+    It equals both ``a_tau / a`` and ``factor b_tau / b``; it is computed from the larger of a and b, which is not zero.
     """
     (a, b), (a_tau, b_tau) = schedule.coefficients(t), schedule.coefficients(tau)
     return torch.where(b > a, factor * b_tau / b, a_tau / a)

@@ -1,4 +1,4 @@
-"""Distributions in the form of ``torch.distributions``: usable wherever torch's own are."""
+"""Distributions with the interface of ``torch.distributions``: usable wherever torch's own are."""
 
 from danlu.distributions.fourier import FourierDensity
 from danlu.distributions.mapped_fourier import MappedFourierDensity

@@ -1,18 +1,19 @@
 r"""Fourier basis density (De la Fuente, Singh and Balle, arXiv 2402.15345; kexue.fm 10007).
 
-Any density of period 2 whose Fourier series ends at degree N, and no function that is negative somewhere, is
+Every density of period 2 whose Fourier series ends at degree N, and no function with negative values, has the form
 
 .. math:: p(x) = \frac{|A(x)|^2}{2 c_0} = \frac12 + \mathrm{Re} \sum_{n=1}^N \frac{c_n}{c_0} e^{i\pi n x}, \qquad
     A(x) = \sum_{k=0}^N a_k e^{-i\pi k x}, \qquad c_n = \sum_{k=0}^{N-n} a_k \bar a_{k+n},
 
-with free complex numbers :math:`a_k` (the theorem of Fejer and Riesz). Values are computed from the square, which
+with free complex numbers :math:`a_k` (the theorem of Fejer and Riesz). Densities are computed from the square, which
 cannot be negative in any precision; integrals from the series, which is exact. The mass of an interval is
 
 .. math:: P(y) - P(x) = h \Big( \tfrac12 + \sum_{n=1}^N \mathrm{Re}\,\tfrac{c_n}{c_0} e^{i\pi n m}\,
     \mathrm{sinc}\,\tfrac{n h}{2} \Big), \qquad m = \tfrac{x + y}{2}, \quad h = y - x,
 
-where nothing cancels however narrow it is (the distribution function printed in the post is wrong). The density does
-not change when all :math:`a_k` are multiplied by one complex number, nor when they are reversed and conjugated.
+without cancellation however narrow the interval is (the distribution function printed in the post is wrong). The
+density does not change when all :math:`a_k` are multiplied by one complex number, nor when they are reversed and
+conjugated.
 """
 
 import math
@@ -27,7 +28,7 @@ from danlu._validate import integer, number
 __all__ = ["FourierDensity"]
 
 _CELLS = 4096
-"""Cells of the histogram that a fit sees, at least; a fit's cost does not depend on the number of samples."""
+"""Least number of histogram cells in a fit; the cost of a fit does not depend on the number of samples."""
 
 
 class _NonzeroVector(constraints.Constraint):
@@ -45,18 +46,19 @@ class _NonzeroVector(constraints.Constraint):
 class FourierDensity(Distribution):
     r"""Density on ``[loc - scale, loc + scale]``, periodic, whose Fourier series has ``degree`` harmonics.
 
-    Sampling inverts the distribution function; samples and quantiles are differentiable in all parameters (implicitly),
-    so `rsample` exists. With ``validate_args=False`` a value outside the interval is taken by periodicity.
+    Sampling inverts the distribution function; samples and quantiles are differentiable in all parameters (by the
+    implicit function theorem), so `rsample` exists. With ``validate_args=False`` values outside the interval are
+    continued periodically.
 
     Args:
-        coefficients: the numbers a_0 to a_N of the module's formula, ``(..., N + 1)``, complex64 or complex128; real
-            ones (float32, float64) give a density that is symmetric about ``loc``. Only their ratios matter.
+        coefficients: a_0 to a_N of the formula above, ``(..., N + 1)``, complex64 or complex128; real ones (float32,
+            float64) give a density that is symmetric about ``loc``. Only their ratios matter.
         loc: middle of the interval, broadcast against the batch.
         scale: half the period, positive, broadcast against the batch.
         validate_args: as everywhere in ``torch.distributions``.
 
     Raises:
-        TypeError: coefficients that are not a floating-point or complex tensor of single or double precision.
+        TypeError: coefficients that are not a float32, float64, complex64 or complex128 tensor.
         ValueError: no coefficients, or (validated) all of them zero, one not finite, a scale that is not positive.
 
     >>> p = FourierDensity(torch.tensor([1.0, 1.0], dtype=torch.float64))
@@ -91,7 +93,7 @@ class FourierDensity(Distribution):
         super().__init__(batch, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "FourierDensity":
-        """Return the same density with a larger batch shape, without copying."""
+        """Return the same density expanded to a larger batch shape, without copying."""
         new: FourierDensity = self._get_checked_instance(FourierDensity, _instance)
         batch = torch.Size(batch_shape)
         new.coefficients = self.coefficients.expand(*batch, self.degree + 1)
@@ -154,7 +156,7 @@ class FourierDensity(Distribution):
         return self._mass(((lower + upper) / 2 - self.loc) / self.scale, (upper - lower) / self.scale)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """Return the quantile of ``value`` in [0, 1], to rounding in the mass; differentiable.
+        """Return the quantile of ``value`` in [0, 1], whose mass is exact up to rounding; differentiable.
 
         Raises:
             ValueError: (validated) a value outside [0, 1].
@@ -181,7 +183,8 @@ class FourierDensity(Distribution):
     def roughness(self) -> Tensor:
         r"""Return the integral of ``p'(x)^2``, ``batch_shape``: the penalty for a fit to few samples.
 
-        It is of p. The paper's, of ``2 c_0 p``, has no effect: making all coefficients smaller switches it off.
+        It is computed for p. The paper's penalty is for ``2 c_0 p`` and has no effect, because an optimizer can make it
+        vanish by making all coefficients smaller.
         """
         n = self._harmonics()
         spectrum = self.autocorrelation[..., 1:]
@@ -191,7 +194,7 @@ class FourierDensity(Distribution):
         """Return the places of all local maxima, ripples included, ascending, from ``64 (N + 1)`` points.
 
         Raises:
-            ValueError: a batch of densities, whose numbers of modes differ.
+            ValueError: a batch of densities: their numbers of modes may differ.
         """
         if self.batch_shape:
             raise ValueError(f"modes needs one density, got a batch of shape {tuple(self.batch_shape)}")
@@ -207,21 +210,21 @@ class FourierDensity(Distribution):
     def fit(
         cls, samples: Tensor, degree: int, *, loc: float = 0.0, scale: float = 1.0, penalty: float = 0.0
     ) -> "FourierDensity":
-        """Return the density of greatest likelihood: L-BFGS from the factor of a smoothed histogram.
+        """Return the maximum-likelihood density, found by L-BFGS from the factor of a smoothed histogram.
 
-        The likelihood is of 4096 cells or more, so the cost does not grow with the number of samples. The problem is
-        convex in the c_n: there are no bad local optima to avoid.
+        The likelihood is that of a histogram of 4096 cells or more, so the cost does not grow with the number of
+        samples. The problem is convex in the c_n, so there are no bad local optima.
 
         Args:
             samples: ``(n,)``, inside the interval; the result has their precision and device.
             degree: N; a bump of standard deviation sigma needs about ``3 scale / (pi sigma)``.
             loc: middle of the interval.
             scale: half its length.
-            penalty: weight of `roughness` (on ``[-1, 1]``) beside the mean negative log-likelihood.
+            penalty: weight of `roughness` (on ``[-1, 1]``), added to the mean negative log-likelihood.
 
         Raises:
-            TypeError: samples that are not a floating-point tensor, a degree that is no integer.
-            ValueError: samples that are not a vector, none, outside the interval or not finite; options out of range.
+            TypeError: samples that are not a floating-point tensor, a degree that is not an integer.
+            ValueError: samples that are not a vector, empty, outside the interval or not finite; options out of range.
 
         >>> x = FourierDensity(torch.tensor([2.0, 1.0])).icdf((torch.arange(1000) + 0.5) / 1000)
         >>> FourierDensity.fit(x, degree=1).autocorrelation.real  # c_1 / c_0 = 2 / 5
@@ -237,7 +240,7 @@ class FourierDensity(Distribution):
 
     @property
     def _unit(self) -> Tensor:
-        """The coefficients at norm 1. The first division keeps their squares from under- and overflowing."""
+        """Return the coefficients at norm 1. The first division keeps their squares from under- and overflowing."""
         largest = self.coefficients.detach().abs().amax(-1, keepdim=True)
         a = self.coefficients / largest
         norm: Tensor = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
@@ -282,7 +285,7 @@ class FourierDensity(Distribution):
         return x - (mass - mass.detach()) / slope
 
     def _solve(self, u: Tensor) -> Tensor:
-        """Newton's iteration inside a bracket that a table gives and every step narrows."""
+        """Run Newton's iteration inside a bracket that is read from a table and narrowed in every step."""
         count, cells = math.prod(self.batch_shape), 8 * (self.degree + 1)
         edges = torch.linspace(-1, 1, cells + 1, dtype=u.dtype, device=u.device)
         table = self._below(edges.view(-1, *[1] * len(self.batch_shape))).reshape(cells + 1, count)
@@ -290,13 +293,13 @@ class FourierDensity(Distribution):
         cell = torch.searchsorted(table.mT.contiguous().cummax(-1).values, columns, right=True) - 1
         cell = cell.clamp(0, cells - 1).mT.reshape(u.shape)
         low, high = edges[cell], edges[cell + 1]
-        # Mass and density share their waves here, at an absolute accuracy: of the series, not of the square.
+        # Mass and density share their waves; both come from the series, whose accuracy is absolute, not relative.
         n, c = self._harmonics(), self.autocorrelation[..., 1:]
         integral = c / (1j * math.pi * n)
         at_left = (integral.real * (1 - 2 * (n % 2))).sum(-1)
         x = (low + high) / 2
         eps = torch.finfo(u.dtype).eps
-        for _ in range(64):  # as many halvings would end in rounding; Newton's steps need five or so
+        for _ in range(64):  # bisection alone would reach rounding after 64 steps; Newton needs about five
             wave = _wave(x.unsqueeze(-1) * n)
             excess = (x + 1) / 2 + (wave * integral).real.sum(-1) - at_left - u
             low, high = torch.where(excess < 0, x, low), torch.where(excess < 0, high, x)
@@ -360,8 +363,9 @@ def _fit_histogram(weights: Tensor, degree: int, penalty: float) -> Tensor:
     """Coefficients for the masses of equal cells of [-1, 1], whose middles stand for them."""
     cells = len(weights)
     k = torch.arange(degree + 1, dtype=weights.dtype, device=weights.device)
-    # The start: the factor of the smoothed histogram whose logarithm has waves of one sign only, cut to N + 1 terms. A
-    # real root would be simpler and fails: it equals its own reversed conjugate, and no gradient leaves that symmetry.
+    # The start: the factor of the smoothed histogram whose logarithm has waves of one sign only, truncated to N + 1
+    # terms. The real square root would be simpler but fails: it equals its own reversed conjugate, and gradients keep
+    # that symmetry.
     frequency = torch.arange(cells // 2 + 1, dtype=weights.dtype, device=weights.device)
     smooth = torch.fft.rfft(weights) * torch.exp(-((math.pi * frequency / (degree + 1)) ** 2) / 2)
     logarithm = torch.fft.ifft(torch.fft.irfft(smooth, n=cells).clamp_min(1e-3 / cells).log() / 2)
@@ -381,7 +385,7 @@ def _fit_histogram(weights: Tensor, degree: int, penalty: float) -> Tensor:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        # The transform's j-th value is A at the middle of cell j, up to the phases that are put back below.
+        # The j-th value of the transform is A at the middle of cell j, up to phases that are restored below.
         density = FourierDensity(torch.view_as_complex(parameters), validate_args=False)
         loss = -(weights[seen] * _log(_power(density._unit, cells)[seen])).sum()
         if penalty:

@@ -20,11 +20,11 @@ __all__ = ["MappedFourierDensity"]
 class MappedFourierDensity(TransformedDistribution):
     r"""Density on the whole real line: ``(y - loc) / scale`` is artanh of a `FourierDensity`'s variable.
 
-    Both tails fall as ``4 p(1) / scale * exp(-2 |y - loc| / scale)``: they are equal, and never heavier.
+    Both tails fall as ``4 p(1) / scale * exp(-2 |y - loc| / scale)``: they are equal, and cannot be heavier.
 
     Args:
         coefficients: as for `FourierDensity`, ``(..., N + 1)``.
-        loc: what is mapped to 0.
+        loc: the point that is mapped to 0.
         scale: positive; about twice the data's standard deviation is a good start.
         validate_args: as everywhere in ``torch.distributions``.
 
@@ -54,7 +54,7 @@ class MappedFourierDensity(TransformedDistribution):
         super().__init__(base.expand(batch), maps, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "MappedFourierDensity":
-        """Return the same density with a larger batch shape, without copying."""
+        """Return the same density expanded to a larger batch shape, without copying."""
         new: MappedFourierDensity = self._get_checked_instance(MappedFourierDensity, _instance)
         new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
         super().expand(batch_shape, _instance=new)
@@ -80,7 +80,7 @@ class MappedFourierDensity(TransformedDistribution):
         return self.base_dist.entropy() + self.scale.log() + self._expected(lambda z: 2 * _log_cosh(z))
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Return the mass to the left of ``value``, with its relative accuracy kept in the left tail."""
+        """Return the mass to the left of ``value``, with full relative accuracy in the left tail."""
         if self._validate_args:
             self._validate_sample(value)
         return self._between(torch.full_like(value, -torch.inf), value)
@@ -99,7 +99,7 @@ class MappedFourierDensity(TransformedDistribution):
     def fit(
         cls, samples: Tensor, degree: int, *, loc: float | None = None, scale: float | None = None, penalty: float = 0.0
     ) -> "MappedFourierDensity":
-        """Return the density of greatest likelihood for a given map, as `FourierDensity.fit`.
+        """Return the maximum-likelihood density for a given map, as `FourierDensity.fit`.
 
         Args:
             samples: ``(n,)``; the result has their precision and device.
@@ -120,9 +120,9 @@ class MappedFourierDensity(TransformedDistribution):
         return cls(_maximum_likelihood(unit, degree, penalty).to(samples.dtype.to_complex()), loc, scale)
 
     def _between(self, lower: Tensor, upper: Tensor) -> Tensor:
-        # Infinite bounds are made finite first, where they would make the gradient in the scale undefined.
+        # Infinite bounds would make the gradient with respect to the scale undefined: make them finite first.
         large = torch.finfo(self.loc.dtype).max ** 0.5
-        # Beyond 300 all is zero in double precision.
+        # Beyond 300 the density is zero in double precision.
         low, high = (((x.clamp(-large, large) - self.loc) / self.scale).clamp(-300, 300) for x in (lower, upper))
         # tanh(high) - tanh(low) without cancellation, which is sinh(high - low) / (cosh(high) cosh(low)).
         gap = high - low
@@ -130,8 +130,8 @@ class MappedFourierDensity(TransformedDistribution):
         return self.base_dist._mass((torch.tanh(low) + torch.tanh(high)) / 2, width)
 
     def _expected(self, function: Any) -> Tensor:
-        """The expectation of a function of ``(y - loc) / scale`` that grows slower than the tails fall."""
-        # The integrand is analytic, its fastest wave has the density's degree: the rule's error is below rounding.
+        """Return the expectation of a function of ``(y - loc) / scale`` that grows slower than the tails fall."""
+        # The integrand is analytic and its fastest wave has the density's degree: the rule's error is below rounding.
         points = 1024 + 128 * self.base_dist.degree
         z = torch.linspace(-24, 24, points + 1, dtype=self.loc.dtype, device=self.loc.device)
         weight = 48 / points * torch.exp(-2 * _log_cosh(z)) * function(z)
