@@ -32,7 +32,7 @@ def declare(module: nn.Module, name: str, role: Role, split: Split = None) -> No
         name: the parameter's name in ``module``.
         role: what an optimizer should take it for.
         split: rows of independent matrices that share one fused weight (query, key, value, or heads): a number of
-            equal blocks, or a tuple of heights. An optimizer that acts on whole matrices treats each of them apart,
+            equal blocks, or a tuple of heights. An optimizer that acts on complete matrices treats each of them apart,
             as if they had been separate parameters.
 
     Raises:

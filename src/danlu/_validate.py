@@ -1,9 +1,13 @@
 """Argument checks shared by every package: one sentence that names the argument, what came and what is accepted."""
 
+import dataclasses
 import difflib
+import functools
 import math
+import types
+import typing
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
@@ -29,6 +33,34 @@ def choice(name: str, value: Any, accepted: Sequence[Any]) -> None:
     close = nearest(value, [a for a in accepted if isinstance(a, str)]) if isinstance(value, str) else None
     hint = f"; did you mean {close!r}?" if close else ""
     raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}{hint}")
+
+
+def literals(config: Any) -> None:
+    """Raise ValueError unless every field of a dataclass that is declared as a ``Literal`` holds one of its values.
+
+    >>> @dataclasses.dataclass
+    ... class Loss:
+    ...     reduction: Literal["mean", "sum"] = "mean"
+    >>> literals(Loss(reduction="summ"))
+    Traceback (most recent call last):
+    ...
+    ValueError: reduction must be one of 'mean', 'sum', got 'summ'; did you mean 'sum'?
+    """
+    for name, accepted in _literals(config.__class__):
+        choice(name, getattr(config, name), accepted)
+
+
+@functools.cache
+def _literals(cls: type) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """The fields of a dataclass that are declared as literals (or None), with the accepted values."""
+    hints, found = typing.get_type_hints(cls), list[tuple[str, tuple[Any, ...]]]()
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        literal = [value for member in members if typing.get_origin(member) is Literal for value in member.__args__]
+        if literal and all(typing.get_origin(m) is Literal or m is types.NoneType for m in members):
+            found.append((field.name, (*literal, *([None] if types.NoneType in members else []))))
+    return tuple(found)
 
 
 def number(

@@ -175,7 +175,7 @@ def test_augmented_images_are_the_same_after_a_resume_and_others_in_the_next_epo
     [
         ({"source": "digit28"}, "did you mean 'digits28'"),
         ({"path": ("x",)}, "size must be given for image files"),
-        ({"channels": 2}, "channels must be one of None, 1, 3, got 2"),
+        ({"channels": 2}, "channels must be one of 1, 3, None, got 2"),
         ({"fit": "croop"}, "did you mean 'crop'"),
         ({"augment": ("flop",)}, "did you mean 'flip'"),
         ({"size": 0}, "size must be an integer of at least 1"),

@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> Non
     found = checkpoint.latest(tmp_path)
     assert found is not None
     assert found.name == "step-00000001"
-    with pytest.raises(CheckpointError, match="is no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="is no complete checkpoint"):
         checkpoint.load(newest)
 
 

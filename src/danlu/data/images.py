@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from danlu._cache import cache_folder
-from danlu._validate import choice, integer, number
+from danlu._validate import choice, integer, literals, number
 from danlu.config import IsPath
 from danlu.data.augment import NAMES, Augmentation, Augmenter
 from danlu.data.examples import ExampleLoader
@@ -67,13 +67,11 @@ class ImagesConfig:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        choice("source", self.source, tuple(_SOURCES))
+        literals(self)
         if self.size is not None:
             integer("size", self.size)
         elif self.path is not None:
             raise ValueError("size must be given for image files: height and width they are brought to, such as 32")
-        choice("channels", self.channels, (None, 1, 3))
-        choice("fit", self.fit, ("crop", "pad", "stretch"))
         for name in self.augment:
             choice("augment", name, NAMES)
         integer("batch", self.batch)

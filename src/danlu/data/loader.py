@@ -89,7 +89,7 @@ class Loader(Positioned):
         return self.position / self.windows
 
     def starts(self, position: int, count: int) -> NDArray[np.int64]:
-        """Return where windows ``position`` to ``position + count - 1`` of the whole run begin in the stream."""
+        """Return where windows ``position`` to ``position + count - 1`` of the run begin in the stream."""
         parts = []
         while count > 0:
             epoch, index = divmod(position, self.windows)

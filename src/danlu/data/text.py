@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from danlu._cache import cache_folder
-from danlu._validate import choice, integer, number
+from danlu._validate import integer, literals, number
 from danlu.config import IsPath
 from danlu.data.corpus import Corpus, Survey, open_corpus, split, survey
 from danlu.data.loader import Batch, Loader, validation_batches
@@ -63,8 +63,7 @@ class TextConfig:
     validation: float = 0.05
 
     def __post_init__(self) -> None:
-        choice("corpus", self.corpus, ("stdlib", "asv"))
-        choice("errors", self.errors, ("strict", "replace"))
+        literals(self)
         integer("vocab_size", self.vocab_size, low=257)
         integer("length", self.length)
         integer("batch", self.batch)

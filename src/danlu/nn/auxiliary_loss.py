@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from danlu._validate import choice, number
+from danlu._validate import literals, number
 from danlu.protocols import BalanceConfig
 
 
@@ -40,7 +40,7 @@ class AuxiliaryLossConfig(BalanceConfig):
 
     def __post_init__(self) -> None:
         number("weight", self.weight, low=0)
-        choice("form", self.form, tuple(FORMS))
+        literals(self)
         for share in self.target or ():
             number("target", share, low=0, low_open=True)
 

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from danlu._validate import choice, integer, number, positive
+from danlu._validate import choice, integer, literals, number, positive
 from danlu.protocols import BalanceConfig
 
 Rule = Literal["A", "B", "C", "D"]
@@ -44,7 +44,7 @@ class DynamicConfig(BalanceConfig):
 
     def __post_init__(self) -> None:
         number("rate", self.rate, low=0)
-        choice("rule", self.rule, get_args(Rule))
+        literals(self)
         if self.freeze_after is not None:
             integer("freeze_after", self.freeze_after, low=0)
 

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from danlu._validate import choice, integer, number
+from danlu._validate import integer, literals, number
 from danlu.protocols import BalanceConfig
 
 Rule = Literal["sign", "rms", "relative"]
@@ -43,7 +43,7 @@ class LossFreeConfig(BalanceConfig):
 
     def __post_init__(self) -> None:
         number("rate", self.rate, low=0)
-        choice("rule", self.rule, get_args(Rule))
+        literals(self)
         if self.freeze_after is not None:
             integer("freeze_after", self.freeze_after, low=0)
 

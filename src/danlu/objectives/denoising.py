@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from danlu._validate import choice, integer, number, positive
+from danlu._validate import integer, literals, number, positive
 from danlu.diffusion import (
-    PREDICTIONS,
     Cosine,
     Denoiser,
     Prediction,
@@ -69,12 +68,11 @@ class DenoisingConfig:
     clip: bool = True
 
     def __post_init__(self) -> None:
-        choice("prediction", self.prediction, PREDICTIONS)
+        literals(self)
         positive("data_std", self.data_std)
         for resolution in self.resolutions:
             integer("resolutions", resolution)
         number("label_dropout", self.label_dropout, low=0, high=1)
-        choice("sampler", self.sampler, ("ddim", "ddpm", "heun"))
         number("eta", self.eta, low=0, high=1)
 
     def build(self, model: nn.Module, **others: Any) -> "Denoising":

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from danlu._validate import choice, number
+from danlu._validate import literals, number
 from danlu.diffusion import (
     Denoiser,
     Flow,
@@ -44,7 +44,7 @@ class FlowMatchingConfig:
 
     def __post_init__(self) -> None:
         number("label_dropout", self.label_dropout, low=0, high=1)
-        choice("sampler", self.sampler, ("euler", "heun"))
+        literals(self)
 
     def build(self, model: nn.Module, **others: Any) -> "FlowMatching":
         """Make the objective around a network; see :class:`FlowMatching` for what it must take."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from danlu._validate import choice, integer, number, positive
+from danlu._validate import integer, literals, number, positive
 from danlu.diffusion import LogitNormalTimes, Progress, TimesConfig, average_velocity, prior
 from danlu.objectives._images import ImageObjective, check_sampling, class_labels, mean_square
 from danlu.objectives.flow_matching import FLOW
@@ -71,8 +71,7 @@ class MeanFlowConfig:
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        choice("prediction", self.prediction, ("velocity", "x0"))
-        choice("form", self.form, ("meanflow", "marginal", "full"))
+        literals(self)
         number("share", self.share, low=0, high=1)
         number("flow_share", self.flow_share, low=0, high=1)
         number("power", self.power, low=0)

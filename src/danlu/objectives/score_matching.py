@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from danlu._validate import choice, integer, number
+from danlu._validate import integer, literals, number
 from danlu.diffusion import (
     Cosine,
     Progress,
@@ -154,7 +154,7 @@ class ScoreMatchingConfig:
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        choice("loss", self.loss, ("conditional", "implicit", "sliced"))
+        literals(self)
         integer("probes", self.probes)
         number("label_dropout", self.label_dropout, low=0, high=1)
 

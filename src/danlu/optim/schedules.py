@@ -11,7 +11,7 @@ from typing import Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from danlu._validate import choice, integer, number, positive
+from danlu._validate import integer, literals, number, positive
 
 
 def _check_span(name: str, value: float) -> None:
@@ -85,7 +85,7 @@ class WarmupStableDecay:
         _check_span("warmup", self.warmup)
         _check_span("decay", self.decay)
         number("floor", self.floor, low=0, high=1)
-        choice("shape", self.shape, ("linear", "sqrt"))
+        literals(self)
 
     def factor(self, step: int, total: int) -> float:
         """Return the factor on the rate at ``step`` (from 0) of ``total`` steps."""

@@ -1,6 +1,6 @@
 """The attention variants of the study "why is MLA good" (kexue.fm 10907, 11111) on the dense language model.
 
-All but the multi-head one, which sets the mark, keep 128 numbers a token and layer in the cache. They differ in the
+All but the multi-head one, the baseline, cache 128 elements per token and layer. They differ in the
 attention alone: parameters are not matched, as in the source.
 """
 

@@ -12,7 +12,7 @@ from danlu.train import RunConfig
 
 
 def balanced(recipe: str, balance: AuxiliaryLossConfig | LossFreeConfig | DynamicConfig) -> RunConfig:
-    """``lm-dense`` with 16 experts of which a token uses 4, beside a shared one."""
+    """``lm-dense`` with 16 experts, 4 per token, and a shared one."""
     config = lm_dense()
     experts = MoEConfig(num_experts=16, top_k=4, hidden=128, num_shared_experts=1, balance=balance)
     return replace(config, recipe=recipe, model=replace(config.model, experts=experts))
@@ -35,5 +35,5 @@ def lm_moe_lossfree() -> RunConfig:
 
 
 def lm_moe_dynamic() -> RunConfig:
-    """As many experts as a token needs, four in mean."""
+    """As many experts as a token needs, four on average."""
     return balanced("lm-moe-dynamic", DynamicConfig(rate=1e-3))

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, readable without unpickling anything.
+"""Checkpoints that are complete or not there, readable without unpickling anything.
 
 A checkpoint is a folder ``step-00000100`` of two kinds of file: the tensors, written by torch.distributed.checkpoint as
 safetensors, and ``state.json``, which holds everything else and says where each tensor belongs. It is written under
@@ -71,7 +71,7 @@ def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
         # A scalar is kept as one element: not every reader of the file format slices zero dimensions.
         kept = tensor.reshape(1) if tensor.dim() == 0 else tensor.contiguous()
         storage = kept.untyped_storage().data_ptr()
-        tensors[path] = kept.clone() if storage in storages else kept  # the format refuses overlapping memory
+        tensors[path] = kept.clone() if storage in storages else kept  # the file format takes no overlapping memory
         storages.add(storage)
         places[identity] = path
         return path
@@ -160,7 +160,7 @@ def save(folder: Path, step: int, state: Any, *, config: Mapping[str, Any], keep
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints in ``folder``, oldest first; what is half written or damaged is passed over."""
+    """Return the complete checkpoints in ``folder``, oldest first; what is half written or damaged is passed over."""
     if not folder.is_dir():
         return []
     found = [(int(m[1]), int(m[2] or 0), path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
@@ -168,7 +168,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(run: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run folder, or None."""
+    """Return the newest complete checkpoint of a run folder, or None."""
     found = checkpoints(Path(run) / "checkpoints")
     return found[-1] if found else None
 
@@ -181,7 +181,7 @@ def load(path: Path, *, parts: Sequence[str] | None = None) -> Checkpoint:
     """
     described = _described(path)
     if described is None:
-        raise CheckpointError(f"{path} is no whole checkpoint: {_STATE} or a file that it names is missing or cut")
+        raise CheckpointError(f"{path} is no complete checkpoint: {_STATE}, or a file that it names, is missing or cut")
     reader = HuggingFaceStorageReader(str(path))
     tree = described["state"]
     if parts is not None:
@@ -240,14 +240,14 @@ def _described(path: Path) -> dict[str, Any] | None:
         described: dict[str, Any] = json.loads((path / _STATE).read_text())
         if described["format"] != _FORMAT:
             return None
-        whole = all((path / name).stat().st_size == size for name, size in described["files"].items())
+        complete = all((path / name).stat().st_size == size for name, size in described["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return described if whole else None
+    return described if complete else None
 
 
 def _free_name(folder: Path, step: int) -> Path:
-    """``step-00000100``, or with a number behind it if the step was saved before and must stay until this is whole."""
+    """``step-00000100``, with a number behind it where the step was saved before: that stays until this is complete."""
     final, number = folder / f"step-{step:08d}", 0
     while final.exists():
         number += 1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Literal
 
-from danlu._validate import choice, integer, number, positive
+from danlu._validate import integer, literals, number, positive
 from danlu.config import Known
 from danlu.protocols import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
 
@@ -75,8 +75,7 @@ class TrainConfig:
             positive("clip", self.clip)
         if self.ema is not None:
             number("ema", self.ema, low=0, high=1, high_open=True)
-        choice("precision", self.precision, ("auto", "float32", "bfloat16"))
-        choice("device", self.device, ("auto", "cpu", "cuda"))
+        literals(self)
 
     @property
     def batches(self) -> int:

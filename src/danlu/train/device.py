@@ -46,7 +46,7 @@ _BUDGET = 0.6  # seconds of measuring, over all candidates
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """One way to multiply matrices: ``gflops`` in 1e9 floating point operations a second, ``error`` relative."""
+    """One way to multiply matrices: ``gflops`` in 1e9 floating-point operations per second, ``error`` relative."""
 
     dtype: str
     precision: str
@@ -85,7 +85,7 @@ class Policy:
 
     @property
     def rate(self) -> float:
-        """Floating point operations a second of the chosen dtype's matrix product."""
+        """Floating-point operations per second of the chosen dtype's matrix product."""
         return self.gflops[str(self.dtype).removeprefix("torch.")] * 1e9
 
     def apply(self) -> None:
