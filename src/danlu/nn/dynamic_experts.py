@@ -16,7 +16,7 @@ would travel for hundreds of steps in which every token uses every expert, so th
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor

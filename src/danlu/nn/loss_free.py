@@ -15,7 +15,7 @@ bias would carry the batch's own information into its routing.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
