@@ -1,4 +1,4 @@
-"""Tiger: accumulation in its one slot, relative steps, and the rule for NaN."""
+"""Tiger: accumulation in its one state buffer, relative steps, and the rule for NaN."""
 
 import math
 
@@ -8,6 +8,7 @@ from tensors import gaussian
 from torch import nn
 
 from danlu.optim import Tiger
+from danlu.optim.tiger import _MicroStep, _Subject, _update, _update_on_cpu
 
 
 def run(gradients, start, **options):
@@ -91,3 +92,21 @@ def test_one_bad_parameter_does_not_touch_another():
 def test_options_out_of_range_are_named(options, says):
     with pytest.raises(ValueError, match=says):
         Tiger([nn.Parameter(torch.zeros(2))], **options)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("micro_step", [0, 1, 2])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("size", [0.5, torch.tensor(0.3).double(), gaussian(11, 1, seed=9).abs()])
+def test_the_update_in_fewer_passes_is_the_plain_one(size, accumulate, micro_step, finite):
+    group = {"lr": 0.1, "beta": 0.9, "accumulate": accumulate, "micro_step": micro_step % accumulate, "shrink": 0.9}
+    step = _MicroStep.of(group)
+    if isinstance(size, torch.Tensor) and size.ndim and not step.last:
+        return  # sizes of rows are only asked for where the weights move
+    ends = []
+    for rule in (_update, _update_on_cpu):
+        tensors = [gaussian(11, 5, seed=seed) for seed in range(3)]
+        rule(_Subject(*tensors, finite=torch.tensor(finite), size=size, decay=0.2, neutral=1.0), step)
+        ends.append(tensors)
+    for plain, quick in zip(*ends):
+        torch.testing.assert_close(quick, plain, rtol=0, atol=1e-15)

@@ -39,13 +39,13 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def placed_like(tensor: Any, other: Any) -> Tensor:
-    """Return a tensor cut over processes as another is: whole tensors are cut, cut ones made whole or cut anew."""
+    """Return a tensor sharded as another is: complete tensors are sharded, sharded ones gathered or sharded anew."""
     if not is_dtensor(other):
         return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
     mesh, placements = other.device_mesh, other.placements
     if is_dtensor(tensor):
         return tensor.redistribute(mesh, placements)  # type: ignore[no-any-return]
-    # Every process has the whole of a plain tensor, so nothing has to be sent.
+    # Every process has all of a plain tensor, so nothing has to be sent.
     return sys.modules["torch.distributed.tensor"].distribute_tensor(tensor, mesh, placements, src_data_rank=None)  # type: ignore[no-any-return]
 
 
@@ -102,7 +102,7 @@ class MomentumOptimizer(Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore state, in its own format, and options.
+        """Restore state, in its own dtype, and options.
 
         Raises:
             ValueError: the state is of another optimizer, or of parameters of other shapes.
@@ -136,7 +136,7 @@ class MomentumOptimizer(Optimizer):
         for group in self.param_groups:
             for option, value in known.items():
                 group.setdefault(option, value)
-        # torch casts state to the parameter's format on loading, which would round a wider momentum.
+        # torch casts state to the parameter's dtype on loading, which would round a wider momentum.
         for parameter, state in found.items():
             self.state[parameter].update(state)
 
@@ -181,7 +181,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     compiler makes one pass of them by itself, and would take a thousand pieces for a program of a thousand parts.
     """
     first = tensors[0]
-    if not on_cpu(first) or first.numel() <= PIECE or not all(t.is_contiguous() for t in tensors):
+    if first.numel() <= PIECE or not on_cpu(first) or not all(t.is_contiguous() for t in tensors):
         yield tensors
         return
     flat = [t.view(-1) for t in tensors]
@@ -192,7 +192,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors cut alike into views of a few rows; one that has a single row comes whole with every piece."""
     first = tensors[0]
-    if not on_cpu(first) or first.numel() <= PIECE or first.ndim == 0:
+    if first.numel() <= PIECE or not on_cpu(first) or first.ndim == 0:
         yield tensors
         return
     rows = max(1, PIECE * first.shape[0] // first.numel())
@@ -201,12 +201,12 @@ def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Say whether a tensor is whole, in the host's memory, and updated now rather than compiled."""
+    """Say whether a tensor is complete, in the host's memory, and updated now rather than compiled."""
     return tensor.device.type == "cpu" and not is_dtensor(tensor) and not torch.compiler.is_compiling()
 
 
 def fusable(*tensors: Tensor) -> bool:
-    """Say whether the fused kernels of a CPU, which go through the memory of tensors of one format, can take these."""
+    """Say whether the fused kernels of a CPU, which go through the memory of tensors of one dtype, can take these."""
     first = tensors[0]
     return on_cpu(first) and all(t.dtype == first.dtype and t.is_contiguous() for t in tensors)
 

@@ -22,7 +22,7 @@ from danlu.optim.groups import param_groups
 
 
 class Lion(MomentumOptimizer):
-    """Sign descent with two decays: every coordinate moves by exactly ``lr``, and one slot a parameter is kept.
+    """Sign descent with two decays: every coordinate moves by exactly ``lr``, and one state buffer a parameter is kept.
 
     Coming from AdamW, divide the learning rate by 3 to 10 and multiply the decay by the same, so that their product
     stays; keep schedule and clipping. The weights end in a box of half-width ``1 / weight_decay``. A coordinate whose
@@ -35,7 +35,7 @@ class Lion(MomentumOptimizer):
         betas: weight of the momentum inside the sign, and decay of the momentum. Language models take (0.95, 0.98).
         weight_decay: decoupled decay; the weights shrink by ``lr * weight_decay`` each step.
         maximize: climb instead of descending.
-        momentum_dtype: format of the momentum; None for the parameter's own. The paper keeps bfloat16.
+        momentum_dtype: dtype of the momentum; None for the parameter's own. The paper keeps bfloat16.
         foreach: update by fused multi-tensor calls. None: not on a CPU, where a loop that stays in cache is faster.
 
     Raises:
@@ -140,7 +140,7 @@ def _foreach(
 
 
 def _mixed(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
-    """Return ``beta * momentum + (1 - beta) * grad`` in a new tensor, in the wider format of the two."""
+    """Return ``beta * momentum + (1 - beta) * grad`` in a new tensor, in the wider dtype of the two."""
     if momentum.dtype == grad.dtype:
         return torch.lerp(momentum, grad, 1.0 - beta)
     wide = torch.promote_types(momentum.dtype, grad.dtype)

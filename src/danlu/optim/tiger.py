@@ -11,7 +11,7 @@ Source: Su, "Tiger: A Tight-fisted Optimizer" (kexue.fm 9512, 2023).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ _SMALL = ("gain", "bias")  # roles whose s(W) is 1/2, and which do not decay
 
 
 class Tiger(MomentumOptimizer):
-    """Sign momentum with relative steps, gradient accumulation in its one slot, and a rule for NaN.
+    """Sign momentum with relative steps, gradient accumulation in its one state buffer, and a rule for NaN.
 
     Call ``step`` and ``zero_grad`` after every micro-batch: with ``accumulate=k`` every k-th call moves the weights, by
     the mean gradient of the k, and no buffer beside the momentum is needed.
@@ -99,33 +99,75 @@ class Tiger(MomentumOptimizer):
             choice(f"{where}role", options["role"], ROLES)
 
     def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
-        """Raise if no process holds entries of the parameter itself."""
+        """Raise if no process holds entries of the parameter itself, or what was declared of it cannot be."""
         check_placement(name, parameter)
+        declared(name, parameter)
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> None:
         """Take one micro-step for the parameters and momenta of a group, in place, each process its own entries."""
-        first, last = group["micro_step"] == 0, group["micro_step"] == group["accumulate"] - 1
+        step = _MicroStep.of(group)
         if group["accumulate"] > 1:  # torch.compile takes any write to a group for a change of the program
             group["micro_step"] = (group["micro_step"] + 1) % group["accumulate"]
-        roles = [_role(f"parameter {index}", parameter, group) for index, parameter in enumerate(params)]
+        roles = [_role(parameter, group) for parameter in params]
         grads = [local(grad, parameter) for grad, parameter in zip(grads, params)]
         relative = group["scale"] == "rms"
-        shards = _of_shards(params, grads, roles, sized=relative and last) if any(map(is_dtensor, params)) else []
+        shards = _of_shards(params, grads, roles, sized=relative and step.last) if any(map(is_dtensor, params)) else []
         for index, (parameter, grad, momentum, role) in enumerate(zip(params, grads, *slots, roles)):
-            here, grad = local(parameter), -grad if group["maximize"] else grad
-            finite = shards[index][0] if shards else _finite(grad)
+            small = relative and role in _SMALL
             size: Tensor | float = 1.0
-            if relative and last:
-                size = 0.5 if role in _SMALL else shards[index][1] if shards else _size(parameter, role)
-            decay = 0.0 if relative and role in _SMALL else group["weight_decay"]
-            neutral = 1.0 if role == "gain" else 0.0
-            rule = _update_on_cpu if on_cpu(here) else _update
-            rule(here, grad, local(momentum), group, finite, size, decay, neutral, first=first, last=last)
+            if relative and step.last:
+                size = 0.5 if small else shards[index][1] if shards else _size(parameter, role)
+            grad = -grad if group["maximize"] else grad
+            one = _Subject(
+                parameter=local(parameter),
+                grad=grad,
+                momentum=local(momentum),
+                finite=shards[index][0] if shards else _finite(grad),
+                size=size,
+                decay=0.0 if small else group["weight_decay"],
+                neutral=1.0 if role == "gain" else 0.0,
+            )
+            (_update_on_cpu if on_cpu(one.parameter) else _update)(one, step)
 
 
-def _role(name: str, parameter: Tensor, options: Mapping[str, Any]) -> str:
+class _MicroStep(NamedTuple):
+    """What one call of ``step`` does to every parameter of a group."""
+
+    lr: float | Tensor
+    kept: float  # of the momentum
+    weight: float  # of the gradient
+    averaging: bool  # whether the two sum to one
+    last: bool  # of the micro-steps that make a step: the weights move
+    shrink: float
+
+    @staticmethod
+    def of(group: Mapping[str, Any]) -> "_MicroStep":
+        beta, count, done = group["beta"], group["accumulate"], group["micro_step"]
+        return _MicroStep(
+            lr=group["lr"],
+            kept=beta if done == 0 else 1.0,
+            weight=(1.0 - beta) / count,
+            averaging=count == 1,
+            last=done == count - 1,
+            shrink=group["shrink"],
+        )
+
+
+class _Subject(NamedTuple):
+    """A parameter, as far as this process holds it, with what holds for it alone."""
+
+    parameter: Tensor
+    grad: Tensor
+    momentum: Tensor
+    finite: Any  # whether the whole gradient is: a bool, or a tensor that the host does not read
+    size: Tensor | float  # s(W)
+    decay: float
+    neutral: float
+
+
+def _role(parameter: Tensor, options: Mapping[str, Any]) -> str:
     """Return the role that holds for a parameter: its group's, its own, or what its shape suggests."""
-    role: str | None = options["role"] or declared(name, parameter)[0]
+    role: str | None = options["role"] or getattr(parameter, "danlu_role", None)
     return role or ("gain" if parameter.ndim <= 1 else "matrix")
 
 
@@ -154,7 +196,7 @@ def _finite(grad: Tensor) -> Any:
 def _of_shards(
     params: list[Tensor], grads: list[Tensor], roles: list[str], *, sized: bool
 ) -> list[tuple[Tensor, Tensor | float]]:
-    """Return, for parameters cut over processes, whether the gradient is finite and s(W): one all-reduce for all.
+    """Return, for sharded parameters, whether the gradient is finite and s(W): one all-reduce for all.
 
     The size is 1 unless ``sized``.
     """
@@ -170,68 +212,43 @@ def _of_shards(
     return list(zip([count == 0 for count in bad], sizes or len(params) * [1.0]))
 
 
-def _update_on_cpu(
-    parameter: Tensor,
-    grad: Tensor,
-    momentum: Tensor,
-    group: dict[str, Any],
-    finite: Any,
-    size: Tensor | float,
-    decay: float,
-    neutral: float,
-    *,
-    first: bool,
-    last: bool,
-) -> None:
-    """Take one micro-step for one parameter in memory that the host may look at."""
-    if not finite:
-        parameter.sub_(neutral).mul_(group["shrink"]).add_(neutral)
+def _update_on_cpu(one: _Subject, step: _MicroStep) -> None:
+    """Take one micro-step for one parameter in memory that the host may look at: :func:`_update` in fewer passes."""
+    parameter, grad, momentum = one.parameter, one.grad, one.momentum
+    if not one.finite:
+        parameter.sub_(one.neutral).mul_(step.shrink).add_(one.neutral)
         return
-    kept, weight = group["beta"] if first else 1.0, (1.0 - group["beta"]) / group["accumulate"]
-    averaging = group["accumulate"] == 1
-    if isinstance(size, Tensor) and size.ndim:  # one for each row
-        _accumulate(momentum, grad, kept, weight, averaging=averaging)
-        for p, m, rate in row_pieces(parameter, momentum, group["lr"] * size):
-            p.mul_(1.0 - rate * decay).sub_(m.sign().mul_(rate))
+    if isinstance(one.size, Tensor) and one.size.ndim:  # one for each row
+        _accumulate(momentum, grad, step)
+        for p, m, by in row_pieces(parameter, momentum, step.lr * one.size):
+            p.mul_(1.0 - by * one.decay).sub_(m.sign().mul_(by))
         return
-    rate = group["lr"] * (size if isinstance(group["lr"], Tensor) else float(size))
+    rate = step.lr * (one.size if isinstance(step.lr, Tensor) else float(one.size))
     for p, g, m in pieces(parameter, grad, momentum):
-        _accumulate(m, g, kept, weight, averaging=averaging)
-        if last:
-            descend_(p, m.sign(), rate, decay)
+        _accumulate(m, g, step)
+        if step.last:
+            descend_(p, m.sign(), rate, one.decay)
 
 
-def _accumulate(momentum: Tensor, grad: Tensor, kept: float, weight: float, *, averaging: bool) -> None:
-    """Set the momentum to ``kept * momentum + weight * grad``; ``averaging`` says that the two sum to one."""
-    if averaging:
-        momentum.lerp_(grad, weight)
+def _accumulate(momentum: Tensor, grad: Tensor, step: _MicroStep) -> None:
+    """Set the momentum to ``kept * momentum + weight * grad``."""
+    if step.averaging:
+        momentum.lerp_(grad, step.weight)
     else:
-        momentum.mul_(kept).add_(grad, alpha=weight)
+        momentum.mul_(step.kept).add_(grad, alpha=step.weight)
 
 
-def _update(
-    parameter: Tensor,
-    grad: Tensor,
-    momentum: Tensor,
-    group: dict[str, Any],
-    finite: Any,
-    size: Tensor | float,
-    decay: float,
-    neutral: float,
-    *,
-    first: bool,
-    last: bool,
-) -> None:
+def _update(one: _Subject, step: _MicroStep) -> None:
     """Take one micro-step for one parameter, without waiting for the device."""
-    weight = (1.0 - group["beta"]) / group["accumulate"]
-    kept = momentum.mul(group["beta"]) if first else momentum
-    momentum.copy_(torch.where(finite, kept.add(grad, alpha=weight), momentum))
+    parameter, grad, momentum = one.parameter, one.grad, one.momentum
+    kept = momentum if step.kept == 1.0 else momentum.mul(step.kept)
+    momentum.copy_(torch.where(one.finite, kept.add(grad, alpha=step.weight), momentum))
     moved = parameter
-    if last:
-        rate = group["lr"] * size
-        moved = parameter * (1.0 - rate * decay) - momentum.sign() * rate
-    shrunk = (parameter - neutral).mul_(group["shrink"]).add_(neutral)
-    parameter.copy_(torch.where(finite, moved, shrunk))
+    if step.last:
+        rate = step.lr * one.size
+        moved = parameter * (1.0 - rate * one.decay) - momentum.sign() * rate
+    shrunk = (parameter - one.neutral).mul_(step.shrink).add_(one.neutral)
+    parameter.copy_(torch.where(one.finite, moved, shrunk))
 
 
 @dataclass(frozen=True, kw_only=True)
