@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["CodeFile", "UserCode", "call", "load", "load_again"]
+__all__ = ["CodeFile", "UserCode", "call", "code_words", "load", "load_again"]
 
 _log = logging.getLogger("danlu.usercode")
 _RECORD = "code.json"
@@ -97,12 +97,16 @@ def load_again(folder: Path | str, targets: Sequence[str], command: str) -> User
     for then in _recorded(Path(folder)):
         now = next((file for file in loaded if file.module == then["module"]), None)
         if now is None:
-            again = [word for entry in _recorded(Path(folder)) for word in ("--code", entry["given"])]
-            wanted = shlex.join([command, str(folder), *again])
+            wanted = shlex.join([command, str(folder), *code_words(folder)])
             raise ValueError(f"{folder} was made with code of your own, {then['given']}; give it: danlu {wanted}")
         if now.sha256 != then["sha256"]:
             _log.warning("%s has changed since %s was made; it is used as it is now", now.given, folder)
     return UserCode(tuple(loaded))
+
+
+def code_words(folder: Path | str) -> list[str]:
+    """Return the words that give a run's code to a command, for people to read; none without such code."""
+    return [word for entry in _recorded(Path(folder)) for word in ("--code", entry["given"])]
 
 
 def call(function: object, name: str) -> object:

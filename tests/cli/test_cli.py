@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from danlu.cli import common, main
-from danlu.cli.overrides import apply, change, leaves
+from danlu.cli.overrides import apply, change, values
 from danlu.cli.parser import COMMANDS, parse
 from danlu.config import Draft
 from danlu.data import TextConfig
@@ -61,7 +61,7 @@ class Run:
 RECIPE = Run(recipe="tiny", model=Model(dim=99, attention=Latent(heads=2, kv_rank=7)))
 
 
-def test_a_leaf_set_by_its_path_leaves_the_recipes_other_values_alone() -> None:
+def test_an_option_set_by_its_path_leaves_the_recipes_other_values_alone() -> None:
     changed = apply(RECIPE, ["--model.attention.kv_rank", "3", "--lr", "1e-3"])
     assert changed == Run(recipe="tiny", model=Model(dim=99, attention=Latent(heads=2, kv_rank=3)), lr=1e-3)
 
@@ -99,7 +99,7 @@ def test_hyphens_equal_signs_lists_and_truth_values_are_understood() -> None:
 
 
 def test_every_leaf_can_be_set_to_the_value_it_has() -> None:
-    for path, value in leaves(RECIPE):
+    for path, value in values(RECIPE):
         words = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
         assert apply(RECIPE, [f"--{path}", *words]) == RECIPE
 
@@ -128,7 +128,7 @@ def test_every_leaf_can_be_set_to_the_value_it_has() -> None:
         (["--recipe", "other"], ["no option --recipe"]),
     ],
 )
-def test_what_cannot_be_set_is_refused_in_one_line_that_helps(
+def test_what_cannot_be_set_is_rejected_in_one_line_that_helps(
     words: list[str], parts: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -168,13 +168,13 @@ def danlu(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "danlu", *words], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("verb", [*COMMANDS, None])
-def test_help_has_examples_and_exits_with_zero(verb: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*([verb] if verb else []), "--help"]) == 0
+@pytest.mark.parametrize("command", [*COMMANDS, None])
+def test_help_has_examples_and_exits_with_zero(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*([command] if command else []), "--help"]) == 0
     text = capsys.readouterr().out
-    if verb:
+    if command:
         assert "examples:" in text
-        assert f"danlu {verb}" in text
+        assert f"danlu {command}" in text
     else:
         assert all(name in text for name in COMMANDS)
 
@@ -189,6 +189,7 @@ def test_help_has_examples_and_exits_with_zero(verb: str | None, capsys: pytest.
         (["train", "--train.seed", "99999999999999999999999"], "seed must be"),
         (["train", "--train.threads", "3000"], "threads must be"),
         (["train", "-x"], "no option -x"),
+        (["train", "--data", "lm-dense"], "put the recipe 'lm-dense' before --data"),
         (["train", "--config", "no.json"], "no.json"),
         (["sample"], "RUN"),
         (["sample", "x", "--topk", "3"], "did you mean --top-k?"),
@@ -218,7 +219,7 @@ def test_bad_input_gives_one_line_and_exit_code_two(
     assert err.startswith("danlu")
     assert err.count("\n") == 1, err
     assert part in err
-    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+    assert list(tmp_path.iterdir()) == [], "a rejected command leaves nothing behind"
 
 
 def test_a_traceback_is_shown_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,13 +268,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run"
 
 
-def test_a_run_folder_holds_what_the_other_verbs_need(trained: Path) -> None:
+def test_a_run_folder_holds_what_the_other_commands_need(trained: Path) -> None:
     expected = ["config.json", "manifest.json", "metrics.jsonl", "tokenizer.json", "samples.txt", "report.html"]
     assert [name for name in expected if not (trained / name).is_file()] == []
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert all({"loss", "items", "time"} <= record.keys() for record in records)
     assert [("val_loss" in record, "val_bpb" in record) for record in records] == [(False,) * 2, (True,) * 2] * 2
+
+
+def test_a_run_that_writes_no_text_is_reported_all_the_same(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = ["--objective", "masked-lm", "--model.attention.mask", "bidirectional"]
+    text = ["--data", str(trained.parent / "text.txt"), "--out", str(tmp_path / "run")]
+    assert main(["train", *text, *SMALL, *encoder]) == 0
+    assert "No samples: a layer with mask 'bidirectional'" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not (tmp_path / "run" / "samples.txt").exists()
 
 
 def test_samples_of_one_seed_are_the_same_text_and_begin_with_the_prompt(
@@ -320,7 +332,7 @@ def test_a_run_folder_is_never_overwritten(trained: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("option", ["--tokens=-1", "--count=0", "--temperature=-0.5", "--top-k=0", "--top-p=1.5"])
-def test_impossible_sampling_options_are_refused_by_their_name(
+def test_impossible_sampling_options_are_rejected_by_their_name(
     trained: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sample", str(trained), option]) == 2
@@ -346,7 +358,7 @@ def test_show_lists_every_option_with_what_it_accepts_its_default_and_its_meanin
     assert main(["train", "lm", "--help"]) == 0
     assert shown in capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.startswith("  --")}
-    assert {f"--{path}" for path, _ in leaves(load("lm"))} - {"--recipe"} <= lines.keys()
+    assert {f"--{path}" for path, _ in values(load("lm"))} - {"--recipe"} <= lines.keys()
     assert lines["--model.dim"] == ["--model.dim", "int", "256", "model", "size"]
     assert lines["--model.attention"][1:3] == ["mla|gqa|kv-shared|ssm|module:Class", "mla"]
     assert lines["--optim.betas"][1:3] == ["float,float", "0.9,0.95"]

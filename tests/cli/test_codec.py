@@ -105,7 +105,7 @@ def test_nothing_is_overwritten(run, pictures, tmp_path, capsys):
         (["--atoms", "2", "--gain-bits", "1"], "gain_bits must be at least 2"),
     ],
 )
-def test_impossible_codes_are_refused_in_one_line(run, pictures, tmp_path, options, message, capsys):
+def test_impossible_codes_are_rejected_in_one_line(run, pictures, tmp_path, options, message, capsys):
     given = ["encode", str(run), str(pictures), "--out", str(tmp_path / "codes")]
     assert main([*given, *options]) == 2
     said = capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_impossible_codes_are_refused_in_one_line(run, pictures, tmp_path, optio
     assert said.count("\n") == 1
 
 
-def test_a_run_without_a_denoiser_and_a_missing_file_are_refused(run, tmp_path, capsys):
+def test_a_run_without_a_denoiser_and_a_missing_file_are_rejected(run, tmp_path, capsys):
     assert main(["decode", str(run), str(tmp_path / "no.ddcm"), "--out", str(tmp_path / "out")]) == 2
     assert "no file or folder is called" in capsys.readouterr().err
     (tmp_path / "text").mkdir()

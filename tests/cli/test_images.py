@@ -1,4 +1,4 @@
-"""The verbs on runs that generate images: from nothing to samples, pictures and distances."""
+"""The commands on runs that generate images: from nothing to samples, pictures and distances."""
 
 import importlib.util
 from dataclasses import replace
@@ -132,7 +132,7 @@ def test_a_folder_of_ones_own_images_trains_and_without_classes_cannot_be_measur
         (["--upsample", "0"], "--upsample must be an integer of at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(run, options, message, capsys):
+def test_what_cannot_be_drawn_is_rejected_in_one_line(run, options, message, capsys):
     assert main(["sample", str(run), *options]) == 2
     said = capsys.readouterr().err
     assert message in said

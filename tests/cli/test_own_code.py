@@ -107,7 +107,7 @@ def test_a_run_of_one_s_own_code_goes_all_the_way(own: Path, capsys: pytest.Capt
     assert not (own / "__pycache__").exists() or not list((own / "__pycache__").glob("my_recipe*"))
 
     forget("my_recipe", "my_helper")
-    capsys.readouterr()
+    assert f"More: danlu sample run --code {own / 'my_recipe.py'}" in capsys.readouterr().out
     for command in ("resume", "sample", "eval"):
         assert main([command, "run"]) == 2
         said = capsys.readouterr().err

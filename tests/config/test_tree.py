@@ -76,12 +76,12 @@ def test_any_tree_survives_json_and_keeps_its_fingerprint(root: Root) -> None:
     assert config.fingerprint(back) == config.fingerprint(root)
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_path() -> None:
+def test_an_unknown_key_is_rejected_with_the_nearest_path() -> None:
     with pytest.raises(ValueError, match=r"unknown key 'norm\.esp'; did you mean 'norm\.eps'\?"):
         config.from_tree(Root, {"name": "x", "norm": {"esp": 1.0}})
 
 
-def test_an_unknown_type_is_refused_with_the_nearest() -> None:
+def test_an_unknown_type_is_rejected_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"optim\.type must be one of 'Fast', 'Slow', got 'Fats'; did you mean 'Fast'"):
         config.from_tree(Root, {"name": "x", "optim": {"type": "Fats"}})
 
@@ -101,7 +101,7 @@ def test_an_unknown_type_is_refused_with_the_nearest() -> None:
         ([1], r"the configuration must be an object with keys, got \[1\]"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_path(tree: Any, message: str) -> None:
+def test_a_value_of_the_wrong_type_is_rejected_by_path(tree: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         config.from_tree(Root, tree)
 
@@ -111,12 +111,12 @@ def test_a_missing_key_without_default_is_named() -> None:
         config.from_tree(Root, {})
 
 
-def test_a_component_s_own_refusal_carries_its_path() -> None:
+def test_a_component_s_own_error_carries_its_path() -> None:
     with pytest.raises(ValueError, match=r"optim: lr must be positive, got -1"):
         config.from_tree(Root, {"name": "x", "optim": {"type": "Slow", "lr": -1}})
 
 
-def test_a_pair_of_another_length_is_refused() -> None:
+def test_a_pair_of_another_length_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"optim\.pair must have 2 values, got 3"):
         config.from_tree(Root, {"name": "x", "optim": {"type": "Slow", "pair": [1, 2, 3]}})
 
@@ -135,12 +135,12 @@ def test_broken_json_is_named() -> None:
         config.loads(Root, "{")
 
 
-def test_infinity_is_refused_when_writing() -> None:
+def test_infinity_is_rejected_when_writing() -> None:
     with pytest.raises(ValueError, match="eps must be finite"):
         config.dumps(Norm(eps=float("inf")))
 
 
-def test_a_leaf_that_json_cannot_hold_is_refused() -> None:
+def test_a_value_that_json_cannot_hold_is_rejected() -> None:
     with pytest.raises(TypeError, match="anything must be a plain value"):
         config.to_tree(Root(name="x", anything={1, 2}))
     with pytest.raises(TypeError, match="config must be an instance of a dataclass"):

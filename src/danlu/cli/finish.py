@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from danlu.cli.common import is_text, printable
+from danlu.usercode import code_words
 
 __all__ = ["finish"]
 
@@ -22,7 +23,7 @@ def finish(folder: Path, code: int) -> int:
 
         print(f"Report: {write(folder)}")
         if more:
-            print(f"More: danlu sample {shlex.quote(str(folder))} {more}")
+            print(f"More: danlu sample {shlex.join([str(folder), *code_words(folder)])} {more}")
     return code
 
 
@@ -30,8 +31,13 @@ def _write_samples(folder: Path) -> str:
     """Write what a complete run generates into its folder, unless it is there; return options that write more."""
     if not is_text(folder):
         return _write_images(folder)
-    if not (folder / "samples.txt").exists():
-        _write_texts(folder)
+    try:
+        if not (folder / "samples.txt").exists():
+            _write_texts(folder)
+    except (ValueError, RuntimeError) as problem:
+        # An encoder writes no text, and neither does a model whose weights are not finite: the report matters more.
+        print(f"No samples: {problem}")
+        return ""
     return '--prompt "..."'
 
 
@@ -43,12 +49,13 @@ def _write_texts(folder: Path) -> None:
 
     model, config = load(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    with open(folder / "samples.txt", "w", encoding="utf-8") as file:
-        for index in range(_SAMPLES):
-            heading = f"--- sample {index + 1} of {_SAMPLES}"
-            text = "".join(continuation(model, tokenizer, tokens=_SAMPLE_TOKENS, seed=config.train.seed + index))
-            print(heading, printable(text), sep="\n", flush=True)
-            print(heading, text, sep="\n", file=file)
+    written = []
+    for index in range(_SAMPLES):
+        heading = f"--- sample {index + 1} of {_SAMPLES}"
+        text = "".join(continuation(model, tokenizer, tokens=_SAMPLE_TOKENS, seed=config.train.seed + index))
+        print(heading, printable(text), sep="\n", flush=True)
+        written += [heading, text]
+    (folder / "samples.txt").write_text("\n".join([*written, ""]), encoding="utf-8")
 
 
 def _write_images(folder: Path) -> str:

@@ -11,7 +11,7 @@ from danlu.config import Draft, place, short_name
 from danlu.config.draft import Spot, element
 from danlu.config.hints import loaded_class, missing_methods
 
-__all__ = ["COMMON", "apply", "change", "kind_name", "leaves", "options", "settable"]
+__all__ = ["COMMON", "apply", "change", "kind_name", "options", "settable", "values"]
 
 T = TypeVar("T")
 Find = Callable[[str], type]
@@ -31,7 +31,7 @@ _LENGTHS = ("train.steps", "train.minutes")
 _NUMBER = re.compile(r"-\d|-\.\d|-inf")
 
 
-def leaves(config: Any) -> Iterator[tuple[str, Any]]:
+def values(config: Any) -> Iterator[tuple[str, Any]]:
     """Yield the path and value of every option of a configuration that is no section.
 
     >>> from dataclasses import dataclass
@@ -42,7 +42,7 @@ def leaves(config: Any) -> Iterator[tuple[str, Any]]:
     ... class Run:
     ...     model: Model = Model()
     ...     steps: int = 3
-    >>> list(leaves(Run()))
+    >>> list(values(Run()))
     [('model.dim', 8), ('steps', 3)]
     """
     yield from ((spot.path, spot.value) for spot in settable(Draft.of(config)) if not _is_section(spot))

@@ -74,6 +74,7 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
     from danlu.config import Draft
     from danlu.config.migrations import migrate
     from danlu.config.tree import Reader
+    from danlu.recipes import REGISTRY
 
     files = [load(target)[1] for target in arguments.code or ()]
     reader = Reader()
@@ -97,6 +98,9 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
             files.append(file)
         return found
 
+    for word in arguments.data or ():
+        if word in REGISTRY and not Path(word).exists():
+            raise ValueError(f"--data takes the words that follow it: put the recipe {word!r} before --data")
     data = ["--data.path", *arguments.data] if arguments.data else []
     reader.old += change(draft, [*data, *arguments.overrides], fixed=FIXED, find=find)
     reader.warn()

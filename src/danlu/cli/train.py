@@ -78,26 +78,26 @@ def separate(words: Sequence[str]) -> Words:
     from danlu.cli.overrides import is_option
 
     own, options, recipes = list[str](), list[str](), list[str]()
-    name, room = "", 0.0
+    name, more = "", 0.0  # the option before, and how many words it may still take
     for word in words:
         if is_option(word):
             name, equals, _ = word.partition("=")
             if not word.startswith("--") and word != "-h":
                 raise ValueError(f"danlu train has no option {name} (see danlu train --help)")
             taken = _OWN.get(name)
-            room = 0 if equals else float("inf") if taken is None else taken
+            more = 0 if equals else float("inf") if taken is None else taken
             (own if name in _OWN else options).append(word)
-        elif room <= 0:
+        elif more <= 0:
             recipes.append(word)
         elif name in _OWN:
             own.append(word)
-            room -= 1
-        elif room < float("inf") and name not in _LISTS and _names_recipe(word):
+            more -= 1
+        elif more < float("inf") and name not in _LISTS and _names_recipe(word):
             # The option before has its value, so that this word is one too many.
             recipes.append(word)
         else:
             options.append(word)
-            room = 1e9
+            more = 1e9
     if len(recipes) > 1:
         raise ValueError(
             f"danlu train takes one recipe, got {' and '.join(map(repr, recipes))}; data are given by --data"

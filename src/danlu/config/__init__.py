@@ -18,7 +18,7 @@ foreign code run. A key that is absent takes today's default. A field that was r
 one release: the class says ``renamed: ClassVar[dict[str, str]] = {"old": "new"}``.
 """
 
-from danlu.config.compare import differences, fingerprint, leaves
+from danlu.config.compare import differences, fingerprint, flatten
 from danlu.config.describe import describe
 from danlu.config.draft import Draft
 from danlu.config.hints import IsPath, Known, Place, hints_of, place, short_name
@@ -37,10 +37,10 @@ __all__ = [
     "differences",
     "dumps",
     "fingerprint",
+    "flatten",
     "from_document",
     "from_tree",
     "hints_of",
-    "leaves",
     "loads",
     "place",
     "short_name",

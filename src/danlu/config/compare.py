@@ -8,13 +8,13 @@ from typing import Any
 
 from danlu.config.tree import from_document, join, to_tree
 
-__all__ = ["differences", "fingerprint", "leaves"]
+__all__ = ["differences", "fingerprint", "flatten"]
 
 
-def leaves(tree: Any, where: str = "") -> dict[str, Any]:
+def flatten(tree: Any, where: str = "") -> dict[str, Any]:
     """Return every option of a configuration (or of its tree) under its dotted path.
 
-    >>> leaves({"model": {"dim": 8, "sizes": [1, 2]}, "seed": 0})
+    >>> flatten({"model": {"dim": 8, "sizes": [1, 2]}, "seed": 0})
     {'model.dim': 8, 'model.sizes': [1, 2], 'seed': 0}
     """
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
@@ -23,7 +23,7 @@ def leaves(tree: Any, where: str = "") -> dict[str, Any]:
         return {where: tree}
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found.update(leaves(value, join(where, key)))
+        found.update(flatten(value, join(where, key)))
     return found
 
 
@@ -41,7 +41,7 @@ def differences(first: Any, second: Any) -> list[str]:
     """
     if dataclasses.is_dataclass(first) and isinstance(second, Mapping):
         second = from_document(type(first), second, name="the saved configuration", quiet=True)
-    left, right = leaves(first), leaves(second)
+    left, right = flatten(first), flatten(second)
     absent = "(absent)"
     return [
         f"{key}: {json.dumps(left[key]) if key in left else absent} and "
