@@ -54,7 +54,7 @@ def parts(name: str, tensors: Views, role: str, split: Split, group: Any) -> Ite
         name: what errors call the parameter.
         tensors: the parameter first, then its gradient, its momentum and what else is kept for it, plain or DTensors.
         role, split: what :func:`layout` returned.
-        group: the processes that hold a replica of what is not cut; None for none.
+        group: the processes that hold a replica of what is not sharded; None for none.
     """
     whole = tensors[0]
     shard = sharding(name, whole)
@@ -83,7 +83,7 @@ def _heights(split: Split, rows: int) -> tuple[int, ...]:
 
 
 def _cut_rows(view: Views, group: Any, lengths: tuple[int, ...], heights: tuple[int, ...]) -> Iterator[Part]:
-    """Yield the blocks of matrices whose rows are cut: one that lies on one process alone as whole there."""
+    """Yield the blocks of matrices whose rows are sharded: one that lies on one process alone as complete there."""
     rank, start = dist.get_rank(group), 0
     ends = list(itertools.accumulate(lengths))
     begin = ends[rank] - lengths[rank]

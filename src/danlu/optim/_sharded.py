@@ -33,7 +33,7 @@ class Part(NamedTuple):
         tensors: views ``(b, rows, columns)`` of the parameter, its gradient, its momentum, and of what else a variant
             keeps for it, which may have one column.
         group: the processes among which the matrices lie; None where they concern this process alone.
-        dim: the dimension of the views that is cut over the group: 0 matrices, 1 rows, 2 columns. None for replicas.
+        dim: the sharded dimension of the views: 0 matrices, 1 rows, 2 columns. None for replicas.
         lengths: what each process of the group holds of that dimension.
     """
 
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of a whole matrix."""
+        """Rows and columns of a complete matrix."""
         _, rows, columns = self.tensors[0].shape
         return sum(self.lengths) if self.dim == 1 else rows, sum(self.lengths) if self.dim == 2 else columns
 
@@ -118,10 +118,10 @@ def agreed_matmul_dtype(device: torch.device, group: Any) -> torch.dtype:
 
 
 def sharding(name: str, parameter: Tensor) -> tuple[Any, int, tuple[int, ...]] | None:
-    """Return (group, dimension, length on each process) of a DTensor's cut; None where each process holds all of it.
+    """Return (group, dimension, length on each process) of a DTensor's shards; None where each process holds all of it.
 
     Raises:
-        ValueError: the parameter is cut over more than one dimension of its mesh, or not into even chunks.
+        ValueError: the parameter is sharded over more than one dimension of its mesh, or not into even chunks.
     """
     if not is_dtensor(parameter):
         return None
@@ -277,7 +277,7 @@ def step_replicas(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
 
 
 def step_cut(bucket: Bucket, counts: Sequence[int]) -> Iterator[None]:
-    """Step matrices that are cut over processes, each process iterating its count; yields during both all-to-alls."""
+    """Step sharded matrices, each process iterating its count; yields during both all-to-alls."""
     group = bucket.parts[0].group
     rank = dist.get_rank(group)
     shares = runs(bucket.parts, counts)
@@ -318,12 +318,12 @@ def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 def step_together(
     shared: Iterable[Bucket], own: Iterable[Bucket], loads: Mapping[Any, Sequence[float]], *, bounded: bool
 ) -> None:
-    """Step buckets whose matrices lie among processes, and those that are whole here.
+    """Step buckets whose matrices lie among processes, and those that are complete here.
 
     Args:
         shared: stepped in this order by all the processes of a group.
         own: stepped while exchanges are under way.
-        loads: for a group, the cost of what each of its processes holds whole.
+        loads: for a group, the cost of what each of its processes holds complete.
         bounded: exchange no more than each process may iterate at once.
     """
     by_group: dict[Any, list[Bucket]] = {}

@@ -1,4 +1,4 @@
-"""AdamW for a whole model: torch's own, with its fused kernel where that is right.
+"""AdamW for all parameters of a model: torch's own, with its fused kernel where that is right.
 
 Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
 """

@@ -187,7 +187,7 @@ def _kept(role: str, ndim: int) -> int:
 
 
 def _for_rows(parameter: Any, kept: int, dtype: torch.dtype) -> Tensor:
-    """Return zeros for the rows of a parameter, cut over processes where its rows are."""
+    """Return zeros for the rows of a parameter, sharded where its rows are."""
     shape = (*parameter.shape[:kept], *(1,) * (parameter.ndim - kept))
     if not is_dtensor(parameter):
         return torch.zeros(shape, dtype=dtype, device=parameter.device)

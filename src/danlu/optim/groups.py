@@ -171,9 +171,10 @@ def param_groups(model: nn.Module) -> list[Group]:
 
 @contextlib.contextmanager
 def declarations_kept(model: nn.Module) -> Iterator[None]:
-    """Give the parameters that replace those of ``model`` within a block the roles and splits declared on the old ones.
+    """Give the parameters that replace those of ``model`` within a block what was written on the old ones.
 
-    ``fully_shard`` puts new parameters in place of a module's own, without what a layer has written on them.
+    ``fully_shard`` puts new parameters in place of a module's own, without the attributes ``danlu_role`` and
+    ``danlu_split`` that a user has set on them. What :func:`danlu.optim.declare` says needs no such care.
 
     Raises:
         ValueError: a parameter that carried a declaration is no longer there under its name.
@@ -182,7 +183,7 @@ def declarations_kept(model: nn.Module) -> Iterator[None]:
 
         with declarations_kept(model):
             fully_shard(model)
-        optimizers = build_optimizers(model, MuonConfig())
+        optimizer = MuonConfig().build(model)
     """
     notes = {
         name: {key: getattr(parameter, key) for key in ("danlu_role", "danlu_split") if hasattr(parameter, key)}

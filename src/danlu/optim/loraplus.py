@@ -58,13 +58,13 @@ def loraplus_groups(
     ``embedding``      both factors on embeddings                    ``embedding_lr``  ``weight_decay``
     =================  ============================================  ================  ================
 
-    Decoupled decay is multiplied by a group's rate: B decays ``ratio`` times as fast as A.
+    Decoupled decay is multiplied by a group's learning rate: B decays ``ratio`` times as fast as A.
 
     Args:
         model: any module, adapters applied and the rest frozen.
         lr: learning rate of A.
         ratio: rate of B over that of A, at least 1; ``"auto"`` takes `balanced_ratio` of each layer (and 1 where that
-            is below 1). 16 suits most fine-tuning; harder tasks want more, together with half the rate.
+            is below 1). 16 suits most fine-tuning; harder tasks want more, together with half the learning rate.
         embedding_lr: learning rate of adapters on embeddings.
         weight_decay: decoupled decay.
 
@@ -133,8 +133,8 @@ def watch_ratio(optimizer: Optimizer) -> RemovableHandle:
     """Warn, once, at the first step whose learning rates no longer stand in the ratios of `loraplus_groups`.
 
     Schedules that multiply (``LambdaLR``, all of `danlu.optim.schedule`) keep the ratios. Those that add or that bound
-    the rate from below by one absolute number for all groups (``CosineAnnealingLR`` with ``eta_min``,
-    ``ReduceLROnPlateau`` with one ``min_lr``) do not: they let A and B end at the same rate.
+    the learning rate from below by one absolute number for all groups (``CosineAnnealingLR`` with ``eta_min``,
+    ``ReduceLROnPlateau`` with one ``min_lr``) do not: they let A and B end at the same learning rate.
 
     Returns:
         A handle whose ``remove()`` ends the watch.

@@ -58,7 +58,7 @@ def muon_from_adamw(lr: float, weight_decay: float, shape: Sequence[int], scale:
 
     With the scales ``moonlight`` and ``rms`` they are AdamW's own. With the others the rate is multiplied by what those
     have more, ``0.2 sqrt(max(rows, columns)) / s(shape)``, and the decay divided by it: the size of an update and the
-    product of rate and decay stay. For square matrices of 1024, 2048 and 4096 that is 6.4, 9.05 and 12.8.
+    product of learning rate and decay stay. For square matrices of 1024, 2048 and 4096 that is 6.4, 9.05 and 12.8.
 
     Args:
         lr: AdamW's learning rate.
@@ -99,7 +99,7 @@ def mup_groups(
     ====================================  ======================  ====================
 
     No base shapes are asked for: a size that does not grow with the width (pixels, classes) adds a constant factor,
-    the same at every width. The product of rate and decay is that of the plain groups, ``lr * weight_decay``.
+    the same at every width. The product of learning rate and decay is that of the plain groups, ``lr * weight_decay``.
 
     Args:
         model: any module; its roles are those of `danlu.optim.param_groups`. Train it from `spectral_init_`.

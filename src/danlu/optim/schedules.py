@@ -1,7 +1,7 @@
 """Learning-rate schedules as factors on every group's own rate, run by ``torch.optim.lr_scheduler.LambdaLR``.
 
 Each schedule is a frozen config whose :meth:`factor` is a pure function of the step, so that it can be drawn, tested
-and resumed without an optimizer. Factors multiply, so ratios between the rates of groups survive.
+and resumed without an optimizer. Factors multiply, so ratios between the learning rates of groups survive.
 """
 
 import math
@@ -34,7 +34,7 @@ def _warm(step: int, warmup: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """The full rate after a linear warm-up.
+    """The full learning rate after a linear warm-up.
 
     Attributes:
         warmup: steps (int) or fraction of the run (float) of linear warm-up.
@@ -49,7 +49,7 @@ class Constant:
         _check_span("warmup", self.warmup)
 
     def factor(self, step: int, total: int) -> float:
-        """Return the factor on the rate at ``step`` (from 0) of ``total`` steps."""
+        """Return the factor on the learning rate at ``step`` (from 0) of ``total`` steps."""
         return _warm(step, _steps_of(self.warmup, total))
 
     def settles_at(self, total: int) -> float:
@@ -88,7 +88,7 @@ class WarmupStableDecay:
         literals(self)
 
     def factor(self, step: int, total: int) -> float:
-        """Return the factor on the rate at ``step`` (from 0) of ``total`` steps."""
+        """Return the factor on the learning rate at ``step`` (from 0) of ``total`` steps."""
         span = _steps_of(self.decay, total)
         progress = min(1.0, max(0.0, (step - (total - span)) / span)) if span else float(step >= total)
         fall = math.sqrt(progress) if self.shape == "sqrt" else progress
@@ -119,7 +119,7 @@ class Cosine:
         number("floor", self.floor, low=0, high=1)
 
     def factor(self, step: int, total: int) -> float:
-        """Return the factor on the rate at ``step`` (from 0) of ``total`` steps."""
+        """Return the factor on the learning rate at ``step`` (from 0) of ``total`` steps."""
         warmup = _steps_of(self.warmup, total)
         progress = min(1.0, max(0.0, (step - warmup) / max(1, total - warmup)))
         return _warm(step, warmup) * (self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
