@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from danlu._validate import integer, number
 from danlu.models import GPT, Transformer
-from danlu.nn import SSM
 from danlu.nn.balance import expert_load, max_violation, watching
 from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.objectives.drop_token import drop_tokens
@@ -145,7 +144,9 @@ def _mean_violation(loads_le: Tensor, tokens: Tensor) -> Tensor:
     return max_violation(loads_le).mean()
 
 
-def check_drops(model: nn.Module) -> None:
+def check_drops(model: Transformer | GPT) -> None:
     """Raise unless leaving a token out of ``model``'s input is masking its column in every layer."""
-    if any(isinstance(module, SSM) for module in model.modules()):
-        raise ValueError("drop_tokens must be 0 for a model with state spaces: they count time by the tokens they read")
+    for mixer in model.mixers:
+        if mixer.mask is None:
+            kind = type(mixer).__name__
+            raise ValueError(f"drop_tokens must be 0 for a model with {kind}, which counts time by the tokens it reads")
