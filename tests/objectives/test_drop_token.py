@@ -133,7 +133,9 @@ def test_a_rate_of_one_and_a_model_that_counts_time_by_tokens_are_refused():
     with pytest.raises(ValueError, match=r"drop_tokens must be in \[0.*, 1\)"):
         CausalLMConfig(drop_tokens=1.0)
     hybrid = build(ATTENTIONS["causal"], mixers=(SSMConfig(), None))
-    with pytest.raises(ValueError, match="drop_tokens must be 0 for a model with SSM, which counts time by the tokens it reads"):
+    with pytest.raises(
+        ValueError, match="drop_tokens must be 0 for a model with SSM, which counts time by the tokens it reads"
+    ):
         CausalLM(hybrid, CausalLMConfig(drop_tokens=0.1))
     CausalLM(hybrid)
     with pytest.raises(ValueError, match="protected must be"):
