@@ -56,7 +56,9 @@ def _literals(cls: type) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     hints, found = typing.get_type_hints(cls), list[tuple[str, tuple[Any, ...]]]()
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        # `Literal[1] | None` is a typing.Union where `int | None` is a types.UnionType.
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        members = typing.get_args(hint) if union else (hint,)
         literal = [value for member in members if typing.get_origin(member) is Literal for value in member.__args__]
         if literal and all(typing.get_origin(m) is Literal or m is types.NoneType for m in members):
             found.append((field.name, (*literal, *([None] if types.NoneType in members else []))))
