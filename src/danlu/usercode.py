@@ -167,7 +167,7 @@ def _check_name(path: Path, name: str) -> None:
         found = None
     other = name in sys.stdlib_module_names or name in sys.modules
     if found is not None and found.origin is not None:
-        other = other or Path(found.origin).absolute() != path
+        other = other or Path(found.origin).resolve() != path.resolve()
     if other:
         raise ValueError(f"{path.name} has the name of the installed module {name!r}; rename the file")
 

@@ -276,3 +276,13 @@ def test_recipes_are_read_from_their_folder_and_language_models_come_first() -> 
     assert all(recipe.summary for recipe in recipes.REGISTRY.values())
     groups = [name.partition("-")[0] for name in names]
     assert groups == sorted(groups, key=list(dict.fromkeys(groups)).index), "those of one kind stand together"
+
+
+def test_no_two_components_of_a_place_have_one_name() -> None:
+    from danlu.config import hints_of, place, short_name
+    from danlu.train import RunConfig
+
+    for name, hint in hints_of(RunConfig).items():
+        names = [short_name(cls) for cls in place(hint).known().values()]
+        assert len(names) == len(set(names)), name
+    assert "adamw" in [short_name(cls) for cls in place(hints_of(RunConfig)["optim"]).known().values()]

@@ -41,9 +41,9 @@ def recipe_of(word: str) -> "tuple[str, RunConfig, tuple[CodeFile, ...]]":
     if word in recipes.REGISTRY:
         return word, recipes.load(word), ()
     if word in more:
-        target, function = more[word].target.split(":")
+        target, _, function = more[word].target.partition(":")
         module, file = load(target)
-        return word, _called(module, function, word), (file,)
+        return word, replace(_called(module, function or _only(module, target), word), recipe=word), (file,)
     if not is_code(word) and not ("." in word and all(part.isidentifier() for part in word.split("."))):
         known = [*recipes.REGISTRY, *more]
         close = nearest(word, known)

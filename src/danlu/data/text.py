@@ -266,6 +266,8 @@ def _tokenizer_texts(corpus: Corpus, found: Survey, config: TextConfig, progress
         progress.advance(len(piece.encode()))
         if n % every == 0:
             yield _LONG_WORD.sub(r"\g<0>\n", piece)
+    # What is held out is not read here; the merging that follows has nothing to count.
+    progress.advance(progress.total - progress.done)
 
 
 def _pieces(text: str) -> Iterator[str]:

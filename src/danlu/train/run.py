@@ -1,6 +1,7 @@
 """From a configuration to a trained model in a run folder, and back from the folder to the model."""
 
 import json
+import shlex
 import signal
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from danlu.train.metrics import MetricsFile, TensorBoard
 from danlu.train.progress import ProgressLine, duration
 from danlu.train.signals import Stop
 from danlu.train.trainer import Trainer
-from danlu.usercode import UserCode
+from danlu.usercode import UserCode, code_words
 
 __all__ = ["evaluate", "restore", "resume", "train"]
 
@@ -153,7 +154,8 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
         if trainer.complete:
             said = f"Trained {trainer.step} steps in {duration(trainer.seconds)}; the run is in {out}"
         else:
-            said = f"Stopped after step {trainer.step}; everything is saved. Continue with: danlu resume {out}"
+            again = shlex.join(["danlu", "resume", str(out), *code_words(out)])
+            said = f"Stopped after step {trainer.step}; everything is saved. Continue with: {again}"
         console.print(said, soft_wrap=True, highlight=False)
     # Of several processes the one that was asked to stop may be another.
     return 0 if trainer.complete else stop.exit_code or 128 + signal.SIGTERM
