@@ -1,4 +1,4 @@
-"""Next word and next patch: the sum, the count, and measures that mean what they are called."""
+"""Next word and next patch: the sum, the denominator, and measures that mean what they are called."""
 
 import pytest
 import torch
@@ -26,15 +26,15 @@ def test_loss_is_cross_entropy_of_words_plus_weighted_squared_error_of_patches()
     batch = sentences.batch(range(9))
     x = objective.model.read(batch["tokens"], batch["patches"], batch["grid"])
     words, patches = x @ objective.model.head_weight.T, objective.model.patch_out(x)
-    expected, units = torch.zeros(()), 0
+    expected, targets = torch.zeros(()), 0
     for row, time in batch["draws"].nonzero().tolist():
         expected = expected + 3.0 * F.mse_loss(patches[row, time], batch["patches"][row, time + 1])
-        units += 1
+        targets += 1
     for row, time in (batch["targets"] != -100).nonzero().tolist():
         expected = expected + F.cross_entropy(words[row, time], batch["targets"][row, time])
-        units += 1
+        targets += 1
     torch.testing.assert_close(objective(batch), expected)
-    assert objective.denominator(batch).item() == units
+    assert objective.denominator(batch).item() == targets
 
 
 def test_caption_accuracy_is_that_of_greedy_decoding() -> None:
@@ -47,7 +47,7 @@ def test_caption_accuracy_is_that_of_greedy_decoding() -> None:
     batch = sentences.batch(range(40))
     batch = {name: tensor[~batch["draws"].any(-1)] for name, tensor in batch.items()}
     asked = batch["targets"] != -100
-    whole = 0
+    complete = 0
     for row in range(len(asked)):
         tokens = batch["tokens"][row : row + 1].clone()
         right = True
@@ -56,10 +56,10 @@ def test_caption_accuracy_is_that_of_greedy_decoding() -> None:
             x = objective.model.read(tokens, one["patches"], one["grid"])[0, time]
             tokens[0, time + 1] = (objective.model.head_weight @ x).argmax()
             right &= bool(tokens[0, time + 1] == batch["targets"][row, time])
-        whole += right
+        complete += right
     found = evaluate(objective, [batch])
-    assert 0 < whole < len(asked)
-    assert found["val_caption_accuracy"] == pytest.approx(whole / len(asked))
+    assert 0 < complete < len(asked)
+    assert found["val_caption_accuracy"] == pytest.approx(complete / len(asked))
     assert set(found) == {"val_loss", "val_caption_accuracy", "val_word_accuracy"}
 
 
@@ -84,7 +84,7 @@ def test_patch_error_is_one_for_the_mean_patch_and_zero_for_the_right_one() -> N
         assert evaluate(objective, [batch])["val_patch_error"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_evaluating_nothing_is_refused_and_a_negative_weight_too() -> None:
+def test_evaluating_nothing_is_rejected_and_a_negative_weight_too() -> None:
     objective, _ = build()
     with pytest.raises(ValueError, match="must hold words and patches"):
         evaluate(objective, [])

@@ -1,4 +1,4 @@
-"""Next-token prediction: the sum, the count, and what evaluation reports."""
+"""Next-token prediction: the sum, the denominator, and what evaluation reports."""
 
 import math
 
@@ -62,6 +62,6 @@ def test_evaluation_restores_the_mode_and_needs_no_byte_lengths() -> None:
     assert objective.training
 
 
-def test_evaluating_nothing_is_refused() -> None:
+def test_evaluating_nothing_is_rejected() -> None:
     with pytest.raises(ValueError, match="must hold tokens"):
         evaluate(build(), [])

@@ -75,7 +75,7 @@ def test_the_exact_denoiser_is_stationary_and_draws_the_data(schedule, kind):
     assert abs(found.mean().item()) < 4 * found.std().item() / 6**0.5 + 1e-6
     draws = objective.sample((4000, 1, 1, 1), steps=40, generator=torch.Generator().manual_seed(0))
     assert draws.mean().item() == pytest.approx(MEAN, abs=0.025)
-    # DDIM's 40 steps narrow by a few hundredths; 4000 draws know the deviation to 0.013.
+    # DDIM's 40 steps narrow by a few hundredths; 4000 draws give the standard deviation to 0.013.
     assert draws.std().item() == pytest.approx(STD, abs=0.06)
 
 
@@ -111,7 +111,7 @@ def test_clipping_bounds_what_the_sampler_takes_for_the_image():
     assert torch.allclose(free.sample((2, 1, 3, 3), steps=3), torch.full((2, 1, 3, 3), 7.0))
 
 
-def test_classes_are_told_dropped_and_guided():
+def test_class_labels_are_passed_dropped_and_guided():
     model = Given()
     torch.manual_seed(0)
     Denoising(model, DenoisingConfig(label_dropout=0.25))(batch(8000))
@@ -124,7 +124,7 @@ def test_classes_are_told_dropped_and_guided():
     assert model.given[-1][2].tolist() == [3, 3]
 
 
-def test_the_network_is_told_the_schedules_condition():
+def test_the_network_gets_the_schedules_condition():
     model = Given()
     Denoising(model, DenoisingConfig(schedule=EDM(), prediction="edm")).sample((1, 1, 2, 2), steps=3)
     sigma = EDM().coefficients(torch.tensor([1, 0.5, 0], dtype=torch.float64))[1]
@@ -167,7 +167,7 @@ def test_the_multiscale_loss_is_the_sum_over_resolutions():
         (lambda: Denoising(Given()).sample((1, 1, 2, 2), steps=0), "steps must be"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, said):
+def test_invalid_arguments_raise(make, said):
     with pytest.raises(ValueError, match=said):
         make()
 

@@ -1,4 +1,4 @@
-"""DropToken: what stays, that leaving a token out is masking its column, and that evaluation knows nothing of it."""
+"""DropToken: which tokens stay, that leaving one out is masking its column, and that evaluation uses all of them."""
 
 import itertools
 
@@ -129,12 +129,12 @@ def test_the_loss_is_the_mean_over_kept_targets_scaled_to_all():
     torch.testing.assert_close(loss, mean * objective.denominator(batch))
 
 
-def test_a_rate_of_one_and_a_model_that_counts_time_by_tokens_are_refused():
+def test_a_rate_of_one_and_a_model_whose_time_is_the_tokens_read_raise():
     with pytest.raises(ValueError, match=r"drop_tokens must be in \[0.*, 1\)"):
         CausalLMConfig(drop_tokens=1.0)
     hybrid = build(ATTENTIONS["causal"], mixers=(SSMConfig(), None))
     with pytest.raises(
-        ValueError, match="drop_tokens must be 0 for a model with SSM, which counts time by the tokens it reads"
+        ValueError, match="drop_tokens must be 0 for a model with SSM, whose time is the number of tokens read"
     ):
         CausalLM(hybrid, CausalLMConfig(drop_tokens=0.1))
     CausalLM(hybrid)

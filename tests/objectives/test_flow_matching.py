@@ -1,4 +1,4 @@
-"""Flow matching: its minimiser on normal data, what the network is told, and sampling."""
+"""Flow matching: its minimiser on normal data, what the network is given, and sampling."""
 
 import pytest
 import torch
@@ -26,18 +26,18 @@ class Exact(nn.Module):
         return -MEAN + slope * (x - (1 - t) * MEAN) + self.shift
 
 
-class Told(nn.Module):
-    """Keeps what it was told."""
+class Recorder(nn.Module):
+    """Keeps the times and class labels that it was given."""
 
     num_classes = 5
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        self.told = []
+        self.seen = []
 
     def forward(self, x, t, classes=None, r=None):
-        self.told.append((t, classes))
+        self.seen.append((t, classes))
         return self.weight * classes.view(-1, 1, 1, 1).to(x.dtype).expand_as(x)
 
 
@@ -64,27 +64,27 @@ def test_the_velocity_of_normal_data_is_a_stationary_point():
 
 
 def test_the_loss_is_a_sum_over_images_of_a_mean_over_components():
-    whole = batch(64)
+    data = batch(64)
     objective = FlowMatching(Exact())
-    assert objective.denominator(whole).item() == 64
+    assert objective.denominator(data).item() == 64
     torch.manual_seed(1)
-    loss = objective(whole)
+    loss = objective(data)
     torch.manual_seed(1)
     t = torch.rand(64)
     noise = torch.randn(64, 1, 1, 3)
     rows = t.view(-1, 1, 1, 1)
-    x = (1 - rows) * whole["images"] + rows * noise
-    expected = (objective.model(x, t) - (noise - whole["images"])).square().mean((1, 2, 3)).sum()
+    x = (1 - rows) * data["images"] + rows * noise
+    expected = (objective.model(x, t) - (noise - data["images"])).square().mean((1, 2, 3)).sum()
     assert loss.dtype == torch.float32
     assert torch.allclose(loss, expected, rtol=1e-6)
 
 
 def test_a_share_of_the_images_loses_its_class_and_the_others_keep_it():
     torch.manual_seed(0)
-    model = Told()
+    model = Recorder()
     given = batch(20_000)
     FlowMatching(model, FlowMatchingConfig(label_dropout=0.3, times=LogitNormalTimes()))(given)
-    _, classes = model.told[0]
+    _, classes = model.seen[0]
     dropped = classes == 5
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.013)  # 4 standard errors
     assert torch.equal(classes[~dropped], given["labels"][~dropped])
@@ -103,7 +103,7 @@ def test_evaluation_repeats_itself_and_gives_random_numbers_back():
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_samples_have_the_law_of_the_data(sampler):
+def test_samples_have_the_distribution_of_the_data(sampler):
     objective = FlowMatching(Exact(), FlowMatchingConfig(sampler=sampler))
     images = objective.sample((20_000, 1, 1, 1), steps=100, generator=torch.Generator().manual_seed(0))
     assert images.mean().item() == pytest.approx(MEAN, abs=0.02)
@@ -112,7 +112,7 @@ def test_samples_have_the_law_of_the_data(sampler):
 
 
 def test_sampling_repeats_by_seed_guides_and_shows_its_way():
-    objective = FlowMatching(Told())
+    objective = FlowMatching(Recorder())
     labels = torch.tensor([1, 4, 5])
 
     def draw(**options):
@@ -140,12 +140,12 @@ def test_sampling_repeats_by_seed_guides_and_shows_its_way():
         ({"guidance": 2.0}, "guidance 2.0 needs labels"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(options, said):
+def test_what_cannot_be_sampled_is_rejected(options, said):
     with pytest.raises(ValueError, match=said):
-        FlowMatching(Told()).sample(**{"shape": (3, 1, 5, 7), "steps": 2, **options})
+        FlowMatching(Recorder()).sample(**{"shape": (3, 1, 5, 7), "steps": 2, **options})
 
 
-def test_labels_for_a_model_without_classes_are_refused():
+def test_labels_for_a_model_without_classes_are_rejected():
     with pytest.raises(ValueError, match="without classes"):
         FlowMatching(Exact()).sample((1, 1, 1, 1), steps=1, labels=torch.tensor([0]))
 
@@ -157,6 +157,6 @@ def test_upsampled_images_vary_in_their_averages_as_the_small_images_do():
         images = objective.sample((512, 1, 6, 6), steps=40, generator=generator, upsample=upsample)
         return float(torch.nn.functional.avg_pool2d(images, 3).std())
 
-    # Independent pixels: unguided, an average of nine has a third of their deviation.
+    # Independent pixels: unguided, an average of nine has a third of their standard deviation.
     assert spread(1) == pytest.approx(STD / 3, rel=0.1)
     assert spread(3) == pytest.approx(STD, rel=0.3)

@@ -41,7 +41,7 @@ def test_the_loss_is_the_mean_square_over_hidden_patches_summed_over_images(norm
     assert objective.denominator(batch).item() == 5
 
 
-def test_knowing_nothing_costs_one_an_image_where_no_patch_is_blank():
+def test_predicting_zero_costs_one_per_image_where_no_patch_is_blank():
     """The network begins with predictions of zero."""
     objective, batch = build(), draw()
     assert objective(batch).item() / 5 == pytest.approx(1.0, abs=1e-4)
@@ -70,11 +70,11 @@ def test_an_image_in_one_colour_is_completed():
 
 
 @pytest.mark.parametrize("mask", [0.0, 1.0])
-def test_hiding_nothing_and_hiding_all_are_refused(mask):
+def test_hiding_nothing_and_hiding_all_are_rejected(mask):
     with pytest.raises(ValueError, match="mask must be in"):
         MaskedImageConfig(mask=mask)
 
 
-def test_a_share_that_hides_no_patch_of_so_few_is_refused():
+def test_a_share_that_hides_no_patch_of_so_few_is_rejected():
     with pytest.raises(ValueError, match="mask must hide some of an image's 9 patches"):
         build(mask=0.01)(draw())

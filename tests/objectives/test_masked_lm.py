@@ -24,7 +24,7 @@ def draw(rows: int, time: int, vocab: int = 13) -> dict[str, torch.Tensor]:
 
 
 def shown(objective: MaskedLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the network is fed: its hidden states are made its input."""
+    """Return the embeddings that the network reads."""
     kept = []
     objective.model.hidden = lambda x, **_: kept.append(x) or x
     objective(batch)
@@ -109,7 +109,7 @@ def test_dropped_tokens_shorten_training_and_leave_evaluation_alone():
     assert shown(dropping.eval(), batch).shape == (3, 21, 16)
 
 
-def test_evaluation_repeats_restores_the_mode_and_refuses_nothing():
+def test_evaluation_repeats_restores_the_mode_and_rejects_empty_batches():
     objective, batch = build().train(), draw(5, 31)
     found = evaluate(objective, [batch])
     assert found == evaluate(objective, [batch])
@@ -142,11 +142,11 @@ def test_a_token_that_the_others_tell_is_learnt():
         ({"drop_tokens": -0.1}, "drop_tokens must be"),
     ],
 )
-def test_shares_out_of_range_are_refused(options, message):
+def test_shares_out_of_range_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         MaskedLMConfig(**options)
 
 
-def test_a_mask_of_another_size_is_refused():
+def test_a_mask_of_another_size_is_rejected():
     with pytest.raises(ValueError, match="table must be"):
         expected_embedding(torch.ones(3, 2), torch.ones(3))

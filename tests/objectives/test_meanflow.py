@@ -39,10 +39,10 @@ class Small(nn.Module):
 
     def forward(self, x, t, classes=None, r=None):
         self.calls.append((len(x), None if classes is None else classes.clone(), torch.is_grad_enabled()))
-        told = self.times(torch.stack([t, t - r], dim=1))
+        condition = self.times(torch.stack([t, t - r], dim=1))
         if classes is not None:
-            told = told + self.table(classes)
-        hidden = nn.functional.silu(self.norm(self.into(x)) + told[:, :, None, None])
+            condition = condition + self.table(classes)
+        hidden = nn.functional.silu(self.norm(self.into(x)) + condition[:, :, None, None])
         return self.out(self.drop(hidden))
 
 
@@ -250,7 +250,7 @@ def test_times_are_ordered_pairs_and_the_rest_of_the_batch_keeps_one_time():
     assert draw.r[:2000].mean().item() == pytest.approx(1 / 3, abs=0.022)
 
 
-def test_flow_matching_comes_first_goes_on_where_it_was_saved_and_evaluation_sees_the_whole_rule(caplog):
+def test_flow_matching_comes_first_resumes_where_it_was_saved_and_evaluation_uses_the_complete_rule(caplog):
     def rows(objective):
         """Of a batch of 12: how many were differentiated."""
         objective.model.calls.clear()
@@ -271,7 +271,7 @@ def test_flow_matching_comes_first_goes_on_where_it_was_saved_and_evaluation_see
     resumed.float().sample((1, 2, 5, 7), steps=1)
     assert not caplog.text
     assert "flow_left" not in MeanFlow(network()).state_dict()
-    with pytest.raises(ValueError, match=r"flow_share 0\.3 is a part of batches"):
+    with pytest.raises(ValueError, match=r"flow_share 0\.3 is a share of batches"):
         MeanFlow(network(), config)(images(12))
 
 
@@ -393,11 +393,11 @@ def test_a_network_with_dropout_trains():
         (lambda: MeanFlowConfig(share=1.5), "share must be in"),
         (lambda: MeanFlowConfig(kappa=1.0), "kappa must be in"),
         (lambda: MeanFlowConfig(guidance_from=0.5, guidance_to=0.4), "guidance_to must be in"),
-        (lambda: MeanFlow(network(), MeanFlowConfig(omega=2.0)), "no classes to be guided to"),
+        (lambda: MeanFlow(network(), MeanFlowConfig(omega=2.0)), "ask for guidance, and the model has no classes"),
         (lambda: MeanFlow(network()).sample((1, 2, 5, 7), steps=1, guidance=2.0), "sampling takes none"),
         (lambda: MeanFlow(network()).sample((1, 2, 5, 7), steps=0), "steps must be"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, said):
+def test_invalid_arguments_raise(make, said):
     with pytest.raises(ValueError, match=said):
         make()

@@ -199,7 +199,7 @@ def test_every_loss_has_the_same_minimiser_on_images(loss):
 def test_sampling_with_the_exact_noise_draws_normal_images():
     class Exact(Linear):
         def forward(self, x, t, classes=None, r=None):
-            # Deviation 0.3, so that clipping touches one image in a thousand.
+            # Standard deviation 0.3, so that clipping changes one image in a thousand.
             a, b = (c.view(-1, 1, 1, 1) for c in Cosine(limit=15.0).coefficients(t))
             return b / (a**2 * 0.09 + b**2) * x
 
@@ -215,6 +215,6 @@ def test_sampling_with_the_exact_noise_draws_normal_images():
         (lambda: implicit_loss(wrong, torch.zeros(1, 2), probes=0), "probes must be"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, said):
+def test_invalid_arguments_raise(make, said):
     with pytest.raises(ValueError, match=said):
         make()

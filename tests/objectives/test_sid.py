@@ -184,15 +184,15 @@ class Net(nn.Module):
         super().__init__()
         self.num_classes = config.num_classes
         self.into = nn.Conv2d(1, config.width, 3, padding=1)
-        self.told = nn.Linear(1, config.width)
+        self.condition = nn.Linear(1, config.width)
         self.table = nn.Embedding(config.num_classes + 1, config.width)
         self.out = nn.Conv2d(config.width, 1, 3, padding=1)
 
     def forward(self, x, t, classes=None, r=None):
-        told = self.told(t[:, None])
+        condition = self.condition(t[:, None])
         if classes is not None:
-            told = told + self.table(classes)
-        return self.out(torch.tanh(self.into(x) + told[:, :, None, None]))
+            condition = condition + self.table(classes)
+        return self.out(torch.tanh(self.into(x) + condition[:, :, None, None]))
 
 
 EDM_TEACHER = DenoisingConfig(
@@ -245,7 +245,7 @@ def test_no_gradient_of_one_player_reaches_the_other():
     objective.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     objective(batch()).backward()
-    whole = objective.student.out.weight.grad.clone()
+    complete = objective.student.out.weight.grad.clone()
     objective.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     from danlu.objectives.denoising import prediction_error
@@ -253,7 +253,7 @@ def test_no_gradient_of_one_player_reaches_the_other():
     with torch.no_grad():
         made = objective.generate(objective._noise(batch(), None), classes)
     prediction_error(objective.student, EDM_TEACHER, made, classes).square().mean((1, 2, 3)).sum().backward()
-    assert torch.allclose(objective.student.out.weight.grad, whole, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(objective.student.out.weight.grad, complete, rtol=1e-5, atol=1e-7)
     assert objective.model.out.weight.grad is None
 
 
@@ -311,13 +311,13 @@ def test_sampling_takes_one_step_and_no_guidance_and_needs_no_teacher():
     assert torch.equal(draws[0], draws[1][-1])
     with pytest.raises(ValueError, match="steps must be 1, got 2"):
         objective.sample((3, 1, 5, 7), steps=2)
-    with pytest.raises(ValueError, match="guidance is no part of SiD"):
+    with pytest.raises(ValueError, match="guidance must be None for SiD"):
         objective.sample((3, 1, 5, 7), guidance=2.0)
     with pytest.raises(RuntimeError, match="has no teacher"):
         objective(batch())
 
 
-def test_a_teacher_of_another_kind_is_refused():
+def test_a_teacher_of_another_kind_raises():
     teacher = Denoising(Net(NetConfig()), EDM_TEACHER)
     config = SiDConfig(teacher=Pretrained(run="there"), denoising=EDM_TEACHER)
     with pytest.raises(ValueError, match=r"into\.weight is \(8, 1, 3, 3\) there and \(9, 1, 3, 3\) here"):

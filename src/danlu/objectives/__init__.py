@@ -1,4 +1,4 @@
-"""What is minimised: each objective holds its network and turns a batch into a summed loss."""
+"""Training objectives: each holds its network and turns a batch into a summed loss."""
 
 from danlu.objectives.captioning import Captioning, CaptioningConfig
 from danlu.objectives.causal_lm import CausalLM, CausalLMConfig

@@ -1,4 +1,4 @@
-"""What the objectives on images share: a validation that repeats, and the classes a network is told."""
+"""What the objectives on images share: a reproducible validation loss, and the class labels given to a network."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -11,7 +11,7 @@ from danlu.protocols import Batch, Measure
 
 
 class ImageObjective(nn.Module):
-    """An objective on images whose one number is the mean over images of ``_loss``.
+    """Base of objectives on images whose only measure is the mean over images of ``_loss``.
 
     Args:
         model: the network, held as ``self.model``.
@@ -30,7 +30,7 @@ class ImageObjective(nn.Module):
         return self._loss(batch, None)
 
     def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """The sum over images, with everything random drawn from ``generator``."""
+        """Return the loss summed over images, with everything random drawn from ``generator``."""
         raise NotImplementedError
 
     def denominator(self, batch: Batch) -> Tensor:
@@ -38,7 +38,7 @@ class ImageObjective(nn.Module):
         return torch.tensor(len(batch["images"]), device=batch["images"].device)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
-        """Measure ``val_loss``, the mean over images of the loss, with the same noise every time."""
+        """Measure ``val_loss``, the loss averaged over images, with the same noise every time."""
         device = next(self.model.parameters()).device
         total, count = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         generator = torch.Generator(device).manual_seed(0)
@@ -48,16 +48,17 @@ class ImageObjective(nn.Module):
         return {"val_loss": Measure(total, count)}
 
     def metrics(self) -> dict[str, float]:
-        """Return what else there is to report of the last batch: nothing."""
+        """Return further metrics of the last batch: none."""
         return {}
 
 
 def class_labels(
     model: nn.Module, labels: Tensor | None, count: int, *, dropout: float = 0.0, generator: torch.Generator | None
 ) -> Tensor | None:
-    """Return the classes to tell ``model`` about ``count`` images, int64, or None if it has none.
+    """Return the class labels of ``count`` images to give to ``model``, int64, or None for a model without classes.
 
-    ``model.num_classes`` stands for "no class": without labels for all, with labels for a random share ``dropout``.
+    ``model.num_classes`` stands for "no class". Without labels all images get it, with labels a random share
+    ``dropout``.
     """
     none = int(getattr(model, "num_classes", 0))
     if not none:
@@ -74,9 +75,9 @@ def class_labels(
 def check_sampling(
     model: nn.Module, shape: tuple[int, ...], labels: Tensor | None, guidance: float | None, *, upsample: int = 1
 ) -> tuple[torch.device, Tensor | None]:
-    """Check what a ``sample`` method was asked for; return the device to draw on and the classes.
+    """Check the arguments of a ``sample`` method; return the device to draw on and the class labels.
 
-    ``upsample`` is passed on by objectives that have no use for it.
+    Objectives that do not support ``upsample`` pass it here, where any value but 1 raises.
     """
     if upsample != 1:
         raise ValueError(f"upsample must be 1 for an objective without a denoiser of larger images, got {upsample}")
@@ -101,12 +102,12 @@ def guided_call(
     classes: Tensor | None,
     guidance: float | None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``predict`` with its classes filled in, guided if that is asked for."""
+    """Return ``predict`` as a function of x and t for these class labels, with guidance if ``guidance`` is given."""
     if classes is None or guidance in (None, 1):
         return lambda x, t: predict(x, t, classes)
     return classifier_free(predict, classes, none=int(model.num_classes), scale=guidance)  # type: ignore
 
 
 def mean_square(error: Tensor) -> Tensor:
-    """Mean over everything but the first dimension of the squares, ``(b,)``, float32 or wider."""
+    """Return the squares averaged over all but the first dimension, ``(b,)``, float32 or wider."""
     return error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Next word and next patch of sequences of text and images."""
+"""Prediction of the next word and the next patch of sequences of text and images."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from danlu.protocols import IGNORE, Batch, Measure
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningConfig:
-    """How words and patches are weighed."""
+    """How words and patches are weighted."""
 
     patch_weight: float = 10.0
-    """a patch's mean squared error counts so many times what a nat of a word does"""
+    """weight of a patch's mean squared error relative to a word's cross-entropy in nats"""
 
     def build(self, model: TextImage, **others: Any) -> "Captioning":
         """Make the objective around a network of text and images."""
@@ -26,7 +26,7 @@ class CaptioningConfig:
 
 
 class Captioning(nn.Module):
-    """Cross-entropy of the next word plus squared error of the next patch, summed over where they are asked for.
+    """Cross-entropy of the next word plus weighted squared error of the next patch, summed over the targets.
 
     A batch is what `danlu.data.captions` yields: ``tokens``, ``patches``, ``grid``, ``targets``, ``draws``.
 
@@ -53,22 +53,22 @@ class Captioning(nn.Module):
         return words + self.config.patch_weight * self._squares(x_btd, batch).mean(-1).sum()
 
     def _squares(self, x_btd: Tensor, batch: Batch) -> Tensor:
-        """Squared errors of the next patches, zero where none is asked for, ``(batch, time, values)``."""
+        """Return squared errors of the next patches ``(batch, time, values)``, zero where there is no patch target."""
         wanted = batch["patches"].roll(-1, 1)
         found: Tensor = self.model.patch_out(x_btd)
         return (found.float() - wanted).square() * batch["draws"][..., None]
 
     def denominator(self, batch: Batch) -> Tensor:
-        """Number of words and patches that are asked for, int64."""
+        """Number of target words and patches, int64."""
         return (batch["targets"] != IGNORE).sum() + batch["draws"].sum()
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
-        """Measure what there are examples of in the batches.
+        """Measure the loss and accuracies; a measure without examples in the batches is left out.
 
-        ``val_loss`` is the loss per word or patch; ``val_caption_accuracy`` the share of captions whose every word is
-        the likeliest one, which is what greedy decoding writes; ``val_word_accuracy`` the share of their words;
-        ``val_patch_error`` the squared error of patches over that of predicting each pixel's mean: 1 is to know nothing
-        of the image.
+        ``val_loss`` is the loss per target word or patch; ``val_caption_accuracy`` the share of captions in which every
+        word is the most likely one, as in greedy decoding; ``val_word_accuracy`` the share of their words that are;
+        ``val_patch_error`` the squared error of patches over that of predicting each pixel's mean: 1 means that
+        nothing about the image is predicted.
         """
         device = self.model.embedding.device
         sums = torch.zeros(7, dtype=torch.float64, device=device)
@@ -96,21 +96,21 @@ class Captioning(nn.Module):
             moments[0] += draws.sum()
             moments[1] += wanted.sum((0, 1))
             moments[2] += wanted.square().sum((0, 1))
-        loss, units, captions, complete, words, right, error = sums.unbind()
+        loss, targets, captions, complete, words, right, error = sums.unbind()
         return {
-            "val_loss": Measure(loss, units),
+            "val_loss": Measure(loss, targets),
             "val_caption_accuracy": Measure(complete, captions),
             "val_word_accuracy": Measure(right, words),
             "val_patch_error": Measure(error, moments, _over_spread),
         }
 
     def metrics(self) -> dict[str, float]:
-        """Nothing beside the loss."""
+        """Return further metrics of the last batch: none."""
         return {}
 
 
 def _over_spread(error: Tensor, moments_3p: Tensor) -> Tensor | None:
-    """The squared error over that of predicting the mean of each of the values; None for values all alike."""
+    """Return the squared error over that of predicting each value's mean; None if all values are equal."""
     count, first, second = moments_3p
     spread = (second - first.square() / count.clamp_min(1)).sum()
     return error / spread if spread > 0 else None

@@ -21,11 +21,11 @@ class CausalLMConfig:
     """How the next-token loss is computed."""
 
     chunk: int = 512
-    """tokens whose logits are held at one time"""
+    """number of tokens whose logits are in memory at a time"""
     drop_tokens: float = 0.0
     """share of each sequence left out of a training step, see `danlu.objectives.drop_token`"""
     z_loss: float = 0.0
-    """factor on ``log^2 Z``, added in training to keep logits from drifting (PaLM, arXiv 2204.02311, has 1e-4)"""
+    """factor of ``log^2 Z``, added in training to keep logits from drifting (PaLM, arXiv 2204.02311, uses 1e-4)"""
 
     def __post_init__(self) -> None:
         integer("chunk", self.chunk)
@@ -36,7 +36,7 @@ class CausalLMConfig:
         """Make the objective around a network that has ``hidden`` and ``head_weight``.
 
         Raises:
-            TypeError: ``data`` do not say how many bytes a token stands for.
+            TypeError: ``data`` has no attribute ``byte_lengths``.
         """
         return CausalLM(model, self, byte_lengths=byte_lengths_of(data))
 
@@ -49,12 +49,12 @@ class CausalLM(nn.Module):
         config: see `CausalLMConfig`.
         byte_lengths: int64 ``(vocab,)``, bytes of text each token stands for; with it `evaluate` gives bits per byte.
 
-    A batch is a mapping with ``tokens`` and ``targets`` ``(batch, time)`` int64 and, where packed documents are to be
-    masked apart, ``documents``. Where tokens are dropped, the mean over the targets that stay stands for all: the sum
-    is scaled by how many there were, so that a unit weighs the same at every rate.
+    A batch is a mapping with ``tokens`` and ``targets`` ``(batch, time)`` int64 and, for packed documents that must not
+    attend to each other, ``documents``. Where tokens are dropped, the loss is the mean over the remaining targets times
+    the number of all targets, so that a target has the same weight at every drop rate.
 
     Raises:
-        ValueError: tokens are to be dropped from a model with state spaces, which count time by the tokens they read.
+        ValueError: ``drop_tokens`` with a model with state spaces, whose time is the number of tokens read.
 
     >>> from danlu.models import TransformerConfig
     >>> objective = CausalLM(Transformer(TransformerConfig(vocab_size=7, dim=16, layers=1, hidden=8)))
@@ -88,7 +88,7 @@ class CausalLM(nn.Module):
 
     def _loss(self, batch: Batch) -> Tensor:
         x_btd = self.model.hidden(batch["tokens"], documents=batch.get("documents"), positions=batch.get("positions"))
-        z_loss = self.config.z_loss if self.training else 0.0  # what is evaluated stays the loss alone
+        z_loss = self.config.z_loss if self.training else 0.0  # evaluation measures the cross-entropy alone
         return linear_cross_entropy(
             x_btd, self.model.head_weight, batch["targets"], chunk=self.config.chunk, z_loss=z_loss
         )
@@ -100,8 +100,8 @@ class CausalLM(nn.Module):
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
         """Measure the loss over ``batches``.
 
-        ``val_loss`` in nats per token, ``val_bpb`` in bits per byte of text, and for experts ``val_max_vio``, the
-        MaxVio of the load over all of ``batches``, averaged over layers.
+        ``val_loss`` is in nats per token, ``val_bpb`` in bits per byte of text, and ``val_max_vio`` of a model with
+        experts is the MaxVio of the load over all of ``batches``, averaged over layers.
         """
         device = self.model.embedding.device
         nats, tokens, size = torch.zeros(3, dtype=torch.float64, device=device).unbind()
@@ -123,10 +123,10 @@ class CausalLM(nn.Module):
 
 
 def byte_lengths_of(data: Data | None) -> Tensor | None:
-    """Bytes that each token of ``data`` stands for, int64 ``(vocab,)``; None without data, or where they are not text.
+    """Return the bytes that each token of ``data`` stands for, int64 ``(vocab,)``; None without data or text.
 
     Raises:
-        TypeError: ``data`` do not say.
+        TypeError: ``data`` has no attribute ``byte_lengths``.
     """
     if data is None:
         return None
@@ -145,8 +145,8 @@ def _mean_violation(loads_le: Tensor, tokens: Tensor) -> Tensor:
 
 
 def check_drops(model: Transformer | GPT) -> None:
-    """Raise unless leaving a token out of ``model``'s input is masking its column in every layer."""
+    """Raise unless leaving a token out of ``model``'s input is the same as masking its column in every layer."""
     for mixer in model.mixers:
         if mixer.mask is None:
             kind = type(mixer).__name__
-            raise ValueError(f"drop_tokens must be 0 for a model with {kind}, which counts time by the tokens it reads")
+            raise ValueError(f"drop_tokens must be 0 for a model with {kind}, whose time is the number of tokens read")

@@ -17,7 +17,7 @@ class ClassificationConfig:
     """How the cross-entropy is computed."""
 
     smoothing: float = 0.0
-    """share of the target's probability that is spread evenly over all classes, in training"""
+    """label smoothing: share of the target's probability spread evenly over all classes, in training only"""
 
     def __post_init__(self) -> None:
         number("smoothing", self.smoothing, low=0, high=1, high_open=True)
@@ -31,7 +31,7 @@ class Classification(nn.Module):
     """Cross-entropy of the classes of images, summed over images.
 
     Args:
-        model: logits ``(b, classes)`` of images; held as ``self.model``.
+        model: a network that returns logits ``(b, classes)`` of images; held as ``self.model``.
         config: see `ClassificationConfig`.
 
     A batch is a mapping with ``images`` ``(b, c, h, w)`` and ``labels`` ``(b,)``, int64.
@@ -61,7 +61,7 @@ class Classification(nn.Module):
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
-        """Measure ``val_loss`` in nats per image and ``val_accuracy``, the share that is classified right."""
+        """Measure ``val_loss`` in nats per image and ``val_accuracy``, the share classified correctly."""
         device = next(self.model.parameters()).device
         loss, right, count = torch.zeros(3, dtype=torch.float64, device=device).unbind()
         for batch in batches:
@@ -72,5 +72,5 @@ class Classification(nn.Module):
         return {"val_loss": Measure(loss, count), "val_accuracy": Measure(right, count)}
 
     def metrics(self) -> dict[str, float]:
-        """Nothing beyond the loss."""
+        """Return further metrics of the last batch: none."""
         return {}

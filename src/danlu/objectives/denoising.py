@@ -1,8 +1,8 @@
-r"""Denoising: predict the noise, the data, or a mixture of both from noisy images, on any schedule.
+r"""Denoising: predict the noise, the data, or a combination of both from noisy images, on any schedule.
 
 Whatever the network predicts (:mod:`danlu.diffusion.prediction`), its minimiser is the mean of that quantity given
-the noisy image, so all predictions describe the same denoiser ``E[x_0 | x_t]``; they differ in how errors at
-different noise levels are weighed, and in what is easy for a network.
+the noisy image, so all predictions describe the same denoiser ``E[x_0 | x_t]``. They differ in how errors at different
+noise levels are weighted, and in what is easy for a network to represent.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,21 +40,21 @@ __all__ = ["Denoising", "DenoisingConfig", "multiscale_loss", "predict", "predic
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingConfig:
-    """What is predicted from what.
+    """What the network predicts, and on which noise it is trained.
 
     Attributes:
         schedule: how much noise there is at each time.
-        prediction: what the network's output stands for. Its mean square error is the loss: of ``edm`` that is EDM's
-            weighted loss, of ``eps`` DDPM's simple one.
-        times: law of the training times.
-        data_std: deviation of the data, for ``edm``.
-        resolutions: heights at which the error is compared, the image's own last: the sum over them of the error of
-            averages, divided by the height (simple diffusion, section 3.2). Pays above about 256 pixels, harms a
-            little below. Empty: the plain loss.
-        label_dropout: share of images whose class the network is not told, so that it can be guided.
-        sampler: ``ddim``, ``ddpm`` (ancestral) or ``heun`` (second order, two evaluations a step).
+        prediction: the quantity that the network predicts. Its mean squared error is the loss: for ``edm`` EDM's
+            weighted loss, for ``eps`` DDPM's simple loss.
+        times: distribution of the training times.
+        data_std: standard deviation of the data, for ``edm``.
+        resolutions: heights at which the error is compared, the image's own last: the loss is the sum over heights of
+            the mean squared error of the averaged images, divided by the height (simple diffusion, section 3.2). It
+            helps above about 256 pixels and harms a little below. Empty: the plain loss.
+        label_dropout: share of images whose class label is hidden from the network, so that it can be guided.
+        sampler: ``ddim``, ``ddpm`` (ancestral) or ``heun`` (second order, two evaluations per step).
         eta: share of the ancestral noise that ``ddim`` adds.
-        clip: keep what the sampler takes for the image in [-1, 1].
+        clip: clip the sampler's denoised images to [-1, 1].
     """
 
     schedule: ScheduleConfig = field(default_factory=lambda: Cosine(limit=15.0))
@@ -76,18 +76,18 @@ class DenoisingConfig:
         number("eta", self.eta, low=0, high=1)
 
     def build(self, model: nn.Module, **others: Any) -> "Denoising":
-        """Make the objective around a network; see :class:`Denoising` for what it must take."""
+        """Make the objective around a network; see :class:`Denoising` for its arguments."""
         return Denoising(model, self)
 
 
 class Denoising(ImageObjective):
-    """Mean square error of a prediction, summed over images.
+    """Mean squared error of a prediction, summed over images.
 
     Sources: Ho et al., arXiv:2006.11239; Salimans and Ho, arXiv:2202.00512; Karras et al., arXiv:2206.00364;
     Hoogeboom et al., arXiv:2301.11093.
 
     Args:
-        model: a network ``net(x, t, classes)``, held as ``self.model``; t is ``schedule.condition`` of the time.
+        model: a network ``net(x, t, classes)``, held as ``self.model``; its t is ``schedule.condition`` of the time.
             ``num_classes`` as in :class:`danlu.objectives.FlowMatching`.
         config: see :class:`DenoisingConfig`.
 
@@ -119,7 +119,7 @@ class Denoising(ImageObjective):
         """Return the model as a function ``(x, t) -> x0`` of images ``shape``; arguments as in :meth:`sample`."""
         config = self.config
         _, classes = check_sampling(self.model, tuple(shape), labels, guidance)
-        output = guided_call(lambda x, t, told: predict(self.model, config, x, t, told), self.model, classes, guidance)
+        output = guided_call(lambda x, t, some: predict(self.model, config, x, t, some), self.model, classes, guidance)
 
         def unbounded(x: Tensor, t: Tensor) -> Tensor:
             return to_x0_eps(output(x, t), x, t, config.schedule, config.prediction, data_std=config.data_std)[0]
@@ -173,7 +173,7 @@ def predict(
 ) -> Tensor:
     """Return the network's prediction for noisy images ``x`` ``(b, c, h, w)`` at times ``t`` ``(b,)``.
 
-    Its input is scaled and its time translated as the schedule and the prediction ask.
+    Its input is scaled as the prediction requires, and its time is the schedule's ``condition``.
     """
     given = input_scale(x, t, config.schedule, config.prediction, data_std=config.data_std)
     output: Tensor = model(given, config.schedule.condition(t), classes)
@@ -188,7 +188,7 @@ def prediction_error(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return prediction less target, like ``x0``, at times and with noise drawn as ``config`` says."""
+    """Return prediction minus target, like ``x0``, at times and with noise drawn as ``config`` says."""
     t = config.times.draw(len(x0), config.schedule, device=x0.device, generator=generator).to(x0.dtype)
     eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
     target = from_x0_eps(x0, eps, t, config.schedule, config.prediction, data_std=config.data_std)
@@ -196,10 +196,10 @@ def prediction_error(
 
 
 def multiscale_loss(error: Tensor, resolutions: Sequence[int]) -> Tensor:
-    """Return ``sum over d of mean square (error averaged down to d x d) / d`` of each image, ``(b,)``.
+    """Return the sum over d of ``mean square of (error averaged down to d x d) / d``, for each image, ``(b,)``.
 
-    Averaging s x s pixels divides the variance of independent errors by ``s^2``, so that what is left at low
-    resolutions is the error of the coarse structure. Source: Hoogeboom et al., arXiv:2301.11093, section 3.2.
+    Averaging s x s pixels divides the variance of independent errors by ``s^2``, so that at low resolutions the error
+    of the coarse structure remains. Source: Hoogeboom et al., arXiv:2301.11093, section 3.2.
 
     Args:
         error: ``(b, c, h, w)`` with h = w.

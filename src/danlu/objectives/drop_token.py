@@ -1,9 +1,9 @@
-r"""DropToken: train on a random part of each sequence, its tokens standing where they stood (kexue.fm 8770).
+r"""DropToken: train on a random part of each sequence, whose tokens keep their positions (kexue.fm 8770).
 
-Leaving token ``j`` out and keeping the others' positions is to zero column ``j`` of every attention matrix in every
-layer and to renormalise the rows: a dropout of attention with one mask for all layers. The mean of that mask is a
-constant ``p``, and renormalising ``p A`` gives ``A``, so nothing is rescaled when the dropping ends. This holds to
-first order only: the mean over masks of the renormalised matrix is flatter than ``A``.
+Leaving token ``j`` out while the others keep their positions is the same as setting column ``j`` of every attention
+matrix in every layer to zero and renormalising the rows: attention dropout with one mask for all layers. The mean of
+that mask is a constant ``p``, and renormalising ``p A`` gives ``A``, so nothing is rescaled when all tokens are used
+again. This holds to first order only: the mean over masks of the renormalised matrix is flatter than ``A``.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ def kept_tokens(
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw which tokens of each sequence stay: numbers in rising order, int64 ``(batch, kept)``.
+    """Draw which tokens of each sequence are kept: ascending indices, int64 ``(batch, kept)``.
 
     Every sequence keeps ``tokens - round(rate * tokens)`` tokens, at least one, so that a batch stays rectangular.
 
     Args:
-        batch: sequences.
-        tokens: tokens of a sequence.
+        batch: number of sequences.
+        tokens: number of tokens of a sequence.
         rate: share to leave out, in [0, 1).
-        protected: True for tokens that go last, ``(batch, tokens)``.
+        protected: ``(batch, tokens)``, True for tokens that are dropped only if no others are left to drop.
         device: of the result.
         generator: on that device.
 
@@ -56,13 +56,13 @@ def kept_tokens(
 def drop_tokens(
     batch: Mapping[str, Tensor], rate: float, *, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Leave a share of the tokens of a batch out; the others bring their ``positions``, ``(batch, kept, 1)``.
+    """Return a batch without a share of its tokens and with the ``positions`` of the others, ``(batch, kept, 1)``.
 
-    Everything of the shape of ``batch["tokens"]`` is cut with it: targets, document numbers. The first token of a
-    document (the separator that opens it) stays.
+    All tensors of the shape of ``batch["tokens"]``, such as targets and document numbers, lose the same tokens. The
+    first token of a document (the separator that opens it) is kept.
 
     Args:
-        batch: ``tokens`` ``(batch, time)`` and what goes with them.
+        batch: ``tokens`` ``(batch, time)`` and the other tensors of the batch.
         rate: share to leave out, in [0, 1); 0 keeps all.
         generator: on the batch's device.
 

@@ -33,9 +33,9 @@ class FlowMatchingConfig:
     """How the velocity is learned.
 
     Attributes:
-        times: law of the training times.
-        label_dropout: share of images whose class the network is not told, so that it can be guided.
-        sampler: ``euler`` or ``heun`` (two evaluations a step).
+        times: distribution of the training times.
+        label_dropout: share of images whose class label is hidden from the network, so that it can be guided.
+        sampler: ``euler`` or ``heun`` (two evaluations per step).
     """
 
     times: TimesConfig = field(default_factory=UniformTimes)
@@ -47,7 +47,7 @@ class FlowMatchingConfig:
         literals(self)
 
     def build(self, model: nn.Module, **others: Any) -> "FlowMatching":
-        """Make the objective around a network; see :class:`FlowMatching` for what it must take."""
+        """Make the objective around a network; see :class:`FlowMatching` for its arguments."""
         return FlowMatching(model, self)
 
 
@@ -110,12 +110,12 @@ class FlowMatching(ImageObjective):
             shape: ``(n, c, h, w)``.
             steps: of the sampler.
             generator: on the model's device; the same seed draws the same images.
-            labels: int64 ``(n,)``; None draws without classes.
+            labels: class labels, int64 ``(n,)``; None draws without classes.
             guidance: scale of classifier-free guidance; None and 1 are the conditional model itself.
-            upsample: ``shape`` is this many times as high and wide as the images trained on
+            upsample: ``shape`` is this many times as high and wide as the training images
                 (:func:`danlu.diffusion.upsample_guidance`).
             trajectory: return all states, ``(steps + 1, n, c, h, w)``, the images last.
-            progress: called with the steps done and their number.
+            progress: called with the number of steps done and their total.
 
         Raises:
             ValueError: an argument is out of range, or the labels do not fit the model.

@@ -1,4 +1,4 @@
-"""Masked autoencoding: the pixels of hidden patches from those that are seen."""
+"""Masked autoencoding: predict the pixels of hidden patches from the visible ones."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,28 +15,28 @@ from danlu.protocols import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedImageConfig:
-    """What is hidden, and what is asked about it."""
+    """Which patches are hidden, and what is predicted for them."""
 
     mask: float = 0.75
     """share of the patches that are hidden"""
     normalise: bool = True
-    """ask for the pixels of a patch less their mean and over their standard deviation"""
+    """predict each patch normalised by its own mean and standard deviation"""
 
     def __post_init__(self) -> None:
         number("mask", self.mask, low=0, high=1, low_open=True, high_open=True)
 
     def build(self, model: MAE, **others: Any) -> "MaskedImage":
-        """Make the objective around a network; see :class:`MaskedImage` for what it must take."""
+        """Make the objective around a network; see :class:`MaskedImage` for its arguments."""
         return MaskedImage(model, self)
 
 
 class MaskedImage(ImageObjective):
-    """Mean square of the error in the pixels of the hidden patches, summed over images.
+    """Mean squared error of the pixels of the hidden patches, summed over images.
 
-    Patches are hidden at random, the same number in each image; visible ones cost nothing and count for nothing.
-    With ``normalise`` each patch is asked for as ``(pixels - mean) / sqrt(variance + 1e-6)``: a mean square of 1 is to
-    know nothing about patches that are not blank (a blank one is zero, and known). Source: He et al., arXiv 2111.06377,
-    sections 3 and 4.1.
+    Patches are hidden at random, the same number in each image; visible patches do not enter the loss. With
+    ``normalise`` the target of a patch is ``(pixels - mean) / sqrt(variance + 1e-6)``: then predicting zero costs 1 per
+    image without blank patches (the target of a blank patch is zero). Source: He et al., arXiv 2111.06377, sections 3
+    and 4.1.
 
     Args:
         model: the network; held as ``self.model``.
@@ -71,7 +71,7 @@ class MaskedImage(ImageObjective):
         return loss
 
     def targets(self, images: Tensor) -> Tensor:
-        """What is asked for, ``(b, tokens, values)``, float32 or wider."""
+        """Return the targets of all patches, ``(b, tokens, values)``, float32 or wider."""
         x = self.model.patches(images)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if not self.config.normalise:

@@ -1,8 +1,8 @@
 r"""Masked language modelling, seen as a dropout of the embeddings (Devlin et al., arXiv 1810.04805; kexue.fm 8770).
 
-A token's embedding ``e`` is replaced by the mask's ``m`` at random: ``eps e + (1 - eps) m``. Switching a dropout off
-puts its mean in the place of the noise, ``p e + (1 - p) m``; a masked language model that is used without masks is fed
-``e`` instead. `expected_embedding` is the table that makes up for the difference.
+A token's embedding ``e`` is randomly replaced by the mask embedding ``m``: ``eps e + (1 - eps) m``. When dropout is
+switched off, its mean ``p e + (1 - p) m`` takes the place of the noise; a masked language model used without masks gets
+``e`` instead. `expected_embedding` returns the embedding table that corrects the difference.
 """
 
 from collections.abc import Iterable
@@ -25,16 +25,16 @@ from danlu.protocols import IGNORE, Batch, Measure
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLMConfig:
-    """Which tokens are asked for, and what is shown in their place."""
+    """Which tokens are predicted, and what the network reads in their place."""
 
     rate: float = 0.15
-    """share of the tokens of a sequence that are asked for"""
+    """share of the tokens of a sequence that are predicted"""
     masked: float = 0.8
-    """share of these that the mask stands for"""
+    """share of these that are replaced by the mask"""
     random: float = 0.1
-    """share of these that a random token stands for; the rest are shown as they are"""
+    """share of these that are replaced by a random token; the rest are left unchanged"""
     chunk: int = 512
-    """tokens whose logits are held at one time"""
+    """number of tokens whose logits are in memory at a time"""
     drop_tokens: float = 0.0
     """share of each sequence left out of a training step, see `danlu.objectives.drop_token`"""
 
@@ -53,21 +53,21 @@ class MaskedLMConfig:
 
 
 class MaskedLM(nn.Module):
-    """Cross-entropy of tokens that are hidden, summed over them.
+    """Cross-entropy of masked tokens, summed over them.
 
-    A share ``rate`` of the tokens of each sequence is asked for: the same number every time, at least one, and never
-    the first token, which opens the sequence. The mask's embedding is the objective's own ``mask_token``, so the
-    vocabulary needs no place for it, and a random token is drawn evenly from the vocabulary.
+    A share ``rate`` of the tokens of each sequence is predicted: the same number every time, at least one, and never
+    the first token, which opens the sequence. The mask embedding is the objective's own parameter ``mask_token``, so
+    the vocabulary needs no mask token; random tokens are drawn uniformly from the vocabulary.
 
     Args:
         model: the network, usually with ``mask="bidirectional"`` in its attention; held as ``self.model``.
         config: see `MaskedLMConfig`.
 
-    A batch is that of `CausalLM`: ``tokens``, ``targets`` (which tell padding) and, where packed documents are to be
-    masked apart, ``documents``.
+    A batch is that of `CausalLM`: ``tokens``, ``targets`` (which mark padding) and, for packed documents that must not
+    attend to each other, ``documents``.
 
     Raises:
-        ValueError: tokens are to be dropped from a model with state spaces.
+        ValueError: ``drop_tokens`` with a model with state spaces.
 
     >>> from danlu.models import TransformerConfig
     >>> from danlu.nn import GQAConfig
@@ -93,7 +93,7 @@ class MaskedLM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the mask's embedding like one of the table's."""
+        """Initialise the mask embedding as a row of the embedding table is."""
         nn.init.normal_(self.mask_token, std=self.model.config.dim**-0.5 if self.model.config.tied else 1.0)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -101,23 +101,23 @@ class MaskedLM(nn.Module):
         if not (self.training and self.config.drop_tokens):
             x_nd, wanted_n = self._predict(batch, None)
             return linear_cross_entropy(x_nd, self.model.head_weight, wanted_n, chunk=self.config.chunk)
-        # What is asked for is chosen among the tokens that stay; a unit weighs the same at every rate.
+        # The targets are chosen among the tokens that are kept; a target has the same weight at every drop rate.
         short = drop_tokens({**batch, "asked": askable(batch)}, self.config.drop_tokens)
         x_nd, wanted_n = self._predict(short, None)
         loss = linear_cross_entropy(x_nd, self.model.head_weight, wanted_n, chunk=self.config.chunk)
         return loss * (self.denominator(batch) / self.denominator(short).clamp_min(1))
 
     def denominator(self, batch: Batch) -> Tensor:
-        """Number of tokens that are asked for, int64."""
+        """Number of target tokens, int64."""
         return self._share(askable(batch)).sum()
 
     def _share(self, askable_bt: Tensor) -> Tensor:
-        """How many tokens of each sequence are asked for, ``(b,)``."""
+        """Return how many tokens of each sequence are predicted, ``(b,)``."""
         there = askable_bt.sum(1)
         return torch.where(there > 0, (self.config.rate * there).round().long().clamp_min(1), 0)
 
     def _predict(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Hidden states where tokens are asked for, ``(n, dim)``, and these tokens, -100 where a row has fewer."""
+        """Return hidden states at the target tokens, ``(n, dim)``, and these tokens, -100 where a row has fewer."""
         tokens_bt, askable_bt, config = batch["tokens"], askable(batch), self.config
         device, table = tokens_bt.device, self.model.embedding
         draw_bt = torch.rand(tokens_bt.shape, device=device, generator=generator).masked_fill(~askable_bt, 2.0)
@@ -136,8 +136,8 @@ class MaskedLM(nn.Module):
         return x_bkd.flatten(0, 1), wanted_bk.masked_fill(beyond_bk, IGNORE).flatten()
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
-        """Measure with the same masks every time: ``val_loss`` in nats per token that is asked for, and
-        ``val_accuracy``, the share of these whose likeliest token is right.
+        """Measure with the same masks every time: ``val_loss`` in nats per target token, and ``val_accuracy``, the
+        share of the targets whose most likely token is right.
         """
         device = self.model.embedding.device
         nats, right, asked = torch.zeros(3, dtype=torch.float64, device=device).unbind()
@@ -157,7 +157,7 @@ class MaskedLM(nn.Module):
 
 
 def askable(batch: Batch) -> Tensor:
-    """Booleans ``(batch, time)``: tokens that may be asked for, all but the first of a sequence and padding.
+    """Return booleans ``(batch, time)``: tokens that may be targets, all but the first of a sequence and padding.
 
     >>> askable({"tokens": torch.tensor([[0, 5, 6, 1]]), "targets": torch.tensor([[5, 6, -100, -100]])}).int().tolist()
     [[0, 1, 1, 0]]
@@ -170,15 +170,15 @@ def askable(batch: Batch) -> Tensor:
 def expected_embedding(
     table_vd: Tensor, mask_d: Tensor, *, rate: float = 0.15, masked: float = 0.8, random: float = 0.1
 ) -> Tensor:
-    r"""Mean of what a masked language model is shown for each token in training, ``(vocab, dim)``.
+    r"""Return the mean embedding that a masked language model reads for each token in training, ``(vocab, dim)``.
 
     ``(1 - r + r b) E_i + r a m + r c mean(E)`` with rate ``r``, shares ``a`` masked, ``c`` random and ``b = 1 - a - c``
-    left: for BERT ``0.865 E_i + 0.12 m + 0.015 mean(E)``. It takes the place of the table once, before a fine-tuning
-    without masks. A head that is tied to the table changes too. Source: kexue.fm 8770, which reports no significant
-    change on CLUE for BERT and RoBERTa.
+    unchanged: for BERT ``0.865 E_i + 0.12 m + 0.015 mean(E)``. Replace the embedding table by it once, before
+    fine-tuning without masks; a head that is tied to the table changes too. Source: kexue.fm 8770, which reports no
+    significant change on CLUE for BERT and RoBERTa.
 
     Args:
-        table_vd: embeddings E; where the mask is one of the tokens its row is changed like the others.
+        table_vd: embeddings E; if the mask is one of the tokens, its row is changed like the others.
         mask_d: embedding m of the mask.
         rate, masked, random: as in `MaskedLMConfig`.
 

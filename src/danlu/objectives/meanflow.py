@@ -1,11 +1,11 @@
 r"""MeanFlow: learn the average velocity, so that one step leads from noise to data.
 
 With the velocity v of flow matching, ``u(x_t, t, r) = 1/(t - r) \int_r^t v dtau`` along the flow takes x_t to x_r in
-one step: ``x_r = x_t - (t - r) u``. Differentiating ``(t - r) u`` along the flow gives the identity that is trained,
+one step: ``x_r = x_t - (t - r) u``. Differentiating ``(t - r) u`` along the flow gives the identity used in training,
 
     u = v - (t - r) du/dt,      du/dt = the derivative of u(x, t, r) along (v, 1, 0),
 
-which forward-mode differentiation evaluates beside u itself. Where r = t it says ``u = v``: plain flow matching.
+which forward-mode differentiation evaluates together with u. Where r = t it says ``u = v``: plain flow matching.
 Source: Geng et al., arXiv:2505.13447; the three objectives: kexue.fm 10958; networks whose output is an image: Lu et
 al., arXiv:2601.22158.
 """
@@ -26,7 +26,7 @@ from danlu.protocols import Batch
 
 __all__ = ["MeanFlow", "MeanFlowConfig", "total_derivative"]
 
-_SHORTEST = 0.05  # below this time an error of the image would weigh beyond measure as one of the velocity
+_SHORTEST = 0.05  # at smaller times dividing by t would give errors of the image too much weight
 
 _log = logging.getLogger(__name__)
 
@@ -38,23 +38,23 @@ class MeanFlowConfig:
     """How the average velocity is learned.
 
     Attributes:
-        prediction: what the network gives. ``velocity``: u itself. ``x0``: the image that a straight step would end
-            in, ``u = (x - output) / t`` with t of at least 0.05 below; one step from noise is the output.
+        prediction: what the network predicts. ``velocity``: u itself. ``x0``: the image in which a straight step would
+            end, ``u = (x - output) / max(t, 0.05)``; one step from noise gives the output.
         form: ``meanflow``, the paper's: the derivative is taken along ``eps - x_0`` and held constant. ``marginal``
             takes it along the model's own velocity ``u(x, t, t)`` and holds it constant (one more evaluation).
-            ``full`` does so too and differentiates through it: second derivatives, about twice the time.
-        share: part of each batch with r != t; the rest is flow matching. Only this part pays for the derivative.
+            ``full`` does the same but differentiates through it: second derivatives, about twice the time.
+        share: part of each batch with r != t; the rest is flow matching. The derivative is computed for this part only.
         flow_share: part of the training, at its start, that is flow matching alone. The derivative of an untrained
-            network is noise: velocities first are cheaper, and better in a short run.
-        times: law from which t and r are drawn; the larger is t, also where r is then set to t. The default rarely
-            visits t near 1 with r near 0, where one step starts: in low dimensions take UniformTimes.
+            network is noise: learning velocities first is cheaper, and better in a short run.
+        times: distribution from which t and r are drawn; the larger is t, also where r is then set to t. The default
+            rarely draws t near 1 with r near 0, where one step starts: in low dimensions use UniformTimes.
         power: p of the adaptive weight ``1 / (loss + offset)^p`` of each image; 0 for none.
         offset: see power.
         omega: weight of the conditional velocity in the guided velocity that is learned.
         kappa: weight of the model's own conditional velocity in it. The two act as a guidance scale of
-            ``omega / (1 - kappa)``, and sampling needs no further guidance. 1 and 0: none.
+            ``omega / (1 - kappa)``, and sampling needs no further guidance. 1 and 0: no guidance.
         guidance_from, guidance_to: times between which guidance is learned.
-        label_dropout: share of images whose class the network is not told; they learn the plain velocity.
+        label_dropout: share of images whose class label is hidden from the network; they learn the plain velocity.
     """
 
     prediction: Literal["velocity", "x0"] = "velocity"
@@ -93,7 +93,7 @@ class MeanFlowConfig:
 
 
 class _Draw(NamedTuple):
-    """Noisy images and what is known of them; the first ``apart`` rows have r != t."""
+    """Noisy images with their times, class labels and velocities; the first ``apart`` rows have r != t."""
 
     x: Tensor
     t: Tensor
@@ -106,18 +106,19 @@ class _Draw(NamedTuple):
 class MeanFlow(ImageObjective):
     """The MeanFlow objective, summed over images.
 
-    ``sum of squares of (u - target)`` over an image's components, times the adaptive weight. With ``power = 1`` every
-    image's loss is near 1 whatever the error, by design: watch ``velocity_mse`` (flow matching's error, where r = t)
-    and ``average_mse`` (where r != t), both unweighted and a component's.
+    The loss of an image is the sum of squares of ``u - target`` over its components, times the adaptive weight. With
+    ``power = 1`` every image's loss is near 1 whatever the error, by design: watch ``velocity_mse`` (flow matching's
+    error, where r = t) and ``average_mse`` (where r != t), which are unweighted and averaged over components.
 
-    The forward-mode derivative is evaluated for the rows with r != t alone, where it has an effect; the result is that
-    of the whole batch for a network that treats images independently.
+    The forward-mode derivative is evaluated only for the rows with r != t, where it has an effect; for a network that
+    treats images independently the result equals that of the full batch.
 
     Args:
-        model: a network ``net(x, t, classes, r)``, held as ``self.model``; for derivatives of forward mode its
-            attention has to be written out. ``num_classes`` as in :class:`danlu.objectives.FlowMatching`.
+        model: a network ``net(x, t, classes, r)``, held as ``self.model``; it must support forward-mode
+        differentiation,
+            which fused attention kernels do not. ``num_classes`` as in :class:`danlu.objectives.FlowMatching`.
         config: see :class:`MeanFlowConfig`.
-        batches: training batches that there will be, of which ``config.flow_share`` is a part.
+        batches: total number of training batches, to which ``config.flow_share`` refers.
     """
 
     sampling_steps = 1
@@ -126,12 +127,12 @@ class MeanFlow(ImageObjective):
         super().__init__(model)
         self.config = MeanFlowConfig() if config is None else config
         if self.config.guided and not int(getattr(model, "num_classes", 0)):
-            raise ValueError("omega and kappa ask for guidance, and the model has no classes to be guided to")
+            raise ValueError("omega and kappa ask for guidance, and the model has no classes")
         self._last: dict[str, Tensor] = {}
         if batches is not None:
             integer("batches", batches)
         self.batches = batches
-        self.flow_left: Tensor  # batches of flow matching still to come; saved only where there are any
+        self.flow_left: Tensor  # batches of flow matching still to come; saved only if flow_share is used
         left = torch.tensor(round(self.config.flow_share * (batches or 0)))
         self.register_buffer("flow_left", left, persistent=self.config.flow_share > 0)
 
@@ -139,13 +140,13 @@ class MeanFlow(ImageObjective):
         """Return the weighted loss summed over images, float32.
 
         Raises:
-            ValueError: in training, ``config.flow_share`` is a part of ``batches``, which were not given.
+            ValueError: in training, ``config.flow_share`` is above 0 and ``batches`` was not given.
         """
         share = self.config.share
         if self.training and self.config.flow_share:
             if self.batches is None:
                 raise ValueError(
-                    f"flow_share {self.config.flow_share} is a part of batches, which MeanFlow was not given"
+                    f"flow_share {self.config.flow_share} is a share of batches, which MeanFlow was not given"
                 )
             if self.flow_left > 0:
                 share = 0.0
@@ -185,7 +186,10 @@ class MeanFlow(ImageObjective):
 
     @torch.no_grad()
     def _guided(self, x: Tensor, t: Tensor, classes: Tensor, velocity: Tensor) -> Tensor:
-        """``omega v + kappa u(x, t, t | c) + (1 - omega - kappa) u(x, t, t)``; v without a class or out of time."""
+        """Return ``omega v + kappa u(x, t, t | c) + (1 - omega - kappa) u(x, t, t)``; v where guidance is off.
+
+        Guidance is off for images without a class and at times outside guidance_from to guidance_to.
+        """
         config, none = self.config, int(self.model.num_classes)  # type: ignore[arg-type]
         mixed = config.omega * velocity
         if config.kappa:
@@ -197,7 +201,7 @@ class MeanFlow(ImageObjective):
         return torch.where(applies.view(-1, 1, 1, 1), mixed, velocity)
 
     def _error(self, draw: _Draw) -> Tensor:
-        """u less its target, ``(b, c, h, w)``: the derivative where r != t, flow matching where r = t."""
+        """Return u minus its target, ``(b, c, h, w)``: with the derivative where r != t, flow matching where r = t."""
         x, t, r, classes, velocity, apart = draw
         if not apart:
             return self.average(x, t, classes, r) - velocity
@@ -224,7 +228,7 @@ class MeanFlow(ImageObjective):
         return torch.cat([(value - velocity)[:apart] + correction, (value - velocity)[apart:]])
 
     def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """What validation reports: the mean square error of a component, without the adaptive weight."""
+        """Return the validation loss: the mean squared error per component, without the adaptive weight."""
         return mean_square(self._error(self._draw(batch, generator))).sum()
 
     def metrics(self) -> dict[str, float]:
@@ -247,7 +251,7 @@ class MeanFlow(ImageObjective):
         """Draw images in ``steps`` equal steps from t = 1 to 0; arguments as :meth:`FlowMatching.sample`.
 
         Raises:
-            ValueError: as there, or ``guidance`` is given: it is learned in training, by ``omega`` and ``kappa``.
+            ValueError: as there, or if ``guidance`` is given: it is learned in training, by ``omega`` and ``kappa``.
         """
         if guidance not in (None, 1):
             raise ValueError("guidance is learned in training by MeanFlow (omega and kappa); sampling takes none")

@@ -8,9 +8,9 @@ With ``x_t = a x_0 + b eps`` and a model s of the score,
 * sliced: ``E [(v.s)^2 + 2 v.(grad s) v]`` along random directions v (Song et al., arXiv:1905.07088).
 
 ``CSM - SM`` does not depend on s: it is ``d / b^2 - E |grad ln p_t|^2 = a^2 E tr Cov(x_0 | x_t) / b^4``, so that the
-minimum of CSM is not zero, and grows without bound as b goes to 0: losses here are weighed by ``b^2``. As estimators
-they differ: CSM is unbiased whatever the batch, while the marginal score written as a ratio of means over the same
-x_0 (:func:`ratio_score`) is biased with any finite number of them. Source: kexue.fm 9509.
+minimum of CSM is not zero, and grows without bound as b goes to 0: losses here are weighted by ``b^2``. As estimators
+they differ: CSM is unbiased for every batch size, while the marginal score written as a ratio of means over the same
+x_0 (:func:`ratio_score`) is biased for any finite number of them. Source: kexue.fm 9509.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ def conditional_loss(score: Tensor, eps: Tensor, b: Tensor) -> Tensor:
     Args:
         score: of ``x_t = a x_0 + b eps``, ``(b, ...)``.
         eps: the noise, like ``score``.
-        b: its deviation, ``(b,)`` or ``()``.
+        b: its standard deviation, ``(b,)`` or ``()``.
 
     >>> conditional_loss(torch.zeros(1, 3), torch.ones(1, 3), torch.tensor(0.5))
     tensor([12.])
@@ -71,14 +71,14 @@ def conditional_loss(score: Tensor, eps: Tensor, b: Tensor) -> Tensor:
 def implicit_loss(
     score: Score, x: Tensor, *, probes: int | None = 1, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return ``|s|^2 + 2 tr grad s`` of each row, ``(b,)``, without knowing the score that s models.
+    """Return ``|s|^2 + 2 tr grad s`` of each row, ``(b,)``; the true score is not needed.
 
     Args:
         score: s, a function of ``x`` that treats rows independently.
         x: ``(b, ...)``.
-        probes: vectors of random signs whose ``v.(grad s) v`` estimates the trace without bias (Hutchinson); None for
-            the exact trace, one derivative for each component.
-        generator: draws the probes.
+        probes: number of random sign vectors v; ``v.(grad s) v`` estimates the trace without bias (Hutchinson). None:
+            the exact trace, with one derivative per component.
+        generator: source of the probes.
 
     >>> x = torch.randn(5, 3)
     >>> torch.allclose(implicit_loss(lambda x: -x, x), x.square().sum(1) - 6)
@@ -116,10 +116,11 @@ def sliced_loss(score: Score, x: Tensor, *, probes: int = 1, generator: torch.Ge
 
 
 def ratio_score(x: Tensor, x0: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
-    """Return ``sum_i grad p(x | x0_i) / sum_i p(x | x0_i)``: the score of a finite sample, biased as one of the data.
+    """Return ``sum_i grad p(x | x0_i) / sum_i p(x | x0_i)``: the score of a finite sample.
 
-    With one x_0 it is the conditional score ``-(x - a x_0) / b^2``; the bias falls as one over their number. It has to
-    be fresh x_0 that did not make x: the score of a batch at its own noisy members hides the bias.
+    It is a biased estimate of the score of the data. With one x_0 it is the conditional score ``-(x - a x_0) / b^2``;
+    the bias falls as one over their number. The x_0 must be independent of those that made x: the score of a batch at
+    its own noisy members hides the bias.
 
     Args:
         x: noisy points ``(n, d)``.
@@ -142,9 +143,10 @@ class ScoreMatchingConfig:
         loss: ``conditional``, ``implicit`` or ``sliced``. The last two see only noisy images, never the clean ones,
             and cost a second derivative.
         schedule: how much noise there is at each time.
-        times: law of the training times. Without noise to speak of the implicit losses have no lower bound: keep off 0.
-        probes: random directions an image, for ``implicit`` and ``sliced``.
-        label_dropout: share of images whose class the network is not told.
+        times: distribution of the training times. At vanishing noise the implicit losses have no lower bound: avoid
+            times near 0.
+        probes: random directions per image, for ``implicit`` and ``sliced``.
+        label_dropout: share of images whose class label is hidden from the network.
     """
 
     loss: Literal["conditional", "implicit", "sliced"] = "conditional"
@@ -159,15 +161,15 @@ class ScoreMatchingConfig:
         number("label_dropout", self.label_dropout, low=0, high=1)
 
     def build(self, model: nn.Module, **others: Any) -> "ScoreMatching":
-        """Make the objective around a network; see :class:`ScoreMatching` for what it must take."""
+        """Make the objective around a network; see :class:`ScoreMatching` for its arguments."""
         return ScoreMatching(model, self)
 
 
 class ScoreMatching(ImageObjective):
-    """Score matching on noisy images: ``b^2`` times the chosen loss, a component's mean, summed over images.
+    """Score matching on noisy images: ``b^2`` times the chosen loss, averaged over components, summed over images.
 
-    The network's output stands for the noise, ``s = -output / b``, so that with ``conditional`` this is DDPM's loss.
-    The implicit losses are lower by a constant: they are usually negative.
+    The network predicts the noise, ``s = -output / b``, so that with ``conditional`` this is DDPM's loss. The implicit
+    losses are lower by a constant and usually negative.
 
     Args:
         model: a network ``net(x, t, classes)``, held as ``self.model``; the implicit losses differentiate it with
@@ -222,7 +224,7 @@ class ScoreMatching(ImageObjective):
         schedule = self.config.schedule
         device, classes = check_sampling(self.model, tuple(shape), labels, guidance, upsample=upsample)
         output = guided_call(
-            lambda x, t, told: self.model(x, schedule.condition(t), told), self.model, classes, guidance
+            lambda x, t, some: self.model(x, schedule.condition(t), some), self.model, classes, guidance
         )
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -233,7 +235,7 @@ class ScoreMatching(ImageObjective):
 
 
 def _curvature(score: Score, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """``s(x)`` and ``v.(grad s) v`` of each row."""
+    """Return ``s(x)`` and ``v.(grad s) v`` of each row."""
     value, slope, *_ = torch.func.jvp(score, (x,), (direction,))
     return value, (direction * slope).flatten(1).sum(1)
 

@@ -1,7 +1,7 @@
-r"""SiD: distil a denoiser into a generator of one step, by the scores of what it generates.
+r"""SiD: distil a denoiser into a one-step generator, by comparing scores on the generated images.
 
-Three networks of one shape: the teacher phi, which denoises data and stays as it is; the generator theta, which makes
-``x_g = G(z)`` in one evaluation; the student score psi, which learns to denoise what the generator makes. With
+There are three networks of one shape: the teacher phi, which denoises data and stays fixed; the generator theta, which
+makes ``x_g = G(z)`` in one evaluation; the student score psi, which learns to denoise the generated images. With
 ``x_t = a x_g + b eps`` and the denoised images ``f_phi(x_t)``, ``f_psi(x_t)`` the generator minimises
 
     L2 - alpha L1 = E <f_phi - f_psi, (f_phi - x_g) - alpha (f_phi - f_psi)>,
@@ -42,10 +42,10 @@ class SiDConfig:
     """How a generator is distilled.
 
     Attributes:
-        teacher: a finished run with the objective ``Denoising``; its weights start all three networks.
+        teacher: a finished run with the objective ``Denoising``; its weights initialise all three networks.
         denoising: the teacher's own configuration, which generator and student score share.
-        alpha: weight of L1; 1 to 1.2 are the paper's, from 0.75 on it works.
-        sigma_init: noise over signal that the generator is told and given, in training as in sampling.
+        alpha: weight of L1; the paper uses 1 to 1.2, and values from 0.75 work.
+        sigma_init: noise over signal of the generator's input, which also gives the time on which it is conditioned.
         t_max: largest noise at which the scores are compared, as a time of EDM's schedule: 0.8 is sigma = 24.4.
     """
 
@@ -64,17 +64,17 @@ class SiDConfig:
         """Make the objective around a network of the teacher's shape.
 
         Args:
-            model: as of :class:`SiD`.
-            pretrained: gives the teacher's trained objective; None to sample only.
+            model: as in :class:`SiD`.
+            pretrained: function that returns the teacher's trained objective; None to sample only.
         """
         return SiD(model, self, teacher=None if pretrained is None else pretrained(self.teacher))
 
 
 class SiD(ImageObjective):
-    """The losses of generator and student score in one sum, each without gradient into the other's parameters.
+    """The sum of the losses of generator and student score, each without a gradient into the other's parameters.
 
-    One step of the optimizer moves both players, from fresh noise each. The batch gives the number of images, their
-    shape and their classes; its images are not looked at. The generator is ``self.model``.
+    One optimizer step updates both networks, each on fresh noise. The batch determines the number of images, their
+    shape and their class labels; its pixels are not used. The generator is ``self.model``.
 
     Args:
         model: a network of the teacher's shape; its weights are replaced by the teacher's.
@@ -104,7 +104,7 @@ class SiD(ImageObjective):
         """The teacher's network.
 
         Raises:
-            RuntimeError: there is none: the objective was made to sample.
+            RuntimeError: there is none, because the objective was made to sample only.
         """
         if self._teacher is None:
             raise RuntimeError("this SiD has no teacher: it can sample, but neither train nor be evaluated")
@@ -122,7 +122,7 @@ class SiD(ImageObjective):
         return student + generator_loss(f_phi, f_psi, x_g, self.config.alpha).sum()
 
     def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """What validation reports: L4 = E |f_phi - x|^2 - |f_psi - x|^2, which estimates the distance of the scores."""
+        """Return the validation loss, L4 = E |f_phi - x|^2 - |f_psi - x|^2: an estimate of the scores' distance."""
         classes = self._classes(batch)
         x_g = self.generate(self._noise(batch, generator), classes)
         f_phi, f_psi = self._denoised(x_g, classes, generator)
@@ -131,8 +131,8 @@ class SiD(ImageObjective):
     def metrics(self) -> dict[str, float]:
         """Return ``score_gap``: the share by which the student denoises generated images better than the teacher.
 
-        It falls to 0 as the generated images become what the teacher was trained on; the loss itself says little, for
-        the generator's part of it may have either sign.
+        It falls to 0 as the generated images approach the teacher's training data. The loss itself says little, because
+        the generator's part may have either sign.
         """
         if self._last is None:
             return {}
@@ -161,7 +161,7 @@ class SiD(ImageObjective):
     def _denoised(
         self, x_g: Tensor, classes: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """The images as teacher and student see them through noise; gradients go to x_g and to no other parameter."""
+        """Return the images as teacher and student denoise them from noise; gradients flow to x_g only."""
         schedule = self.config.denoising.schedule
         level = self.config.t_max * torch.rand(len(x_g), device=x_g.device, generator=generator)
         t = schedule.time(_LEVELS.logsnr(level.to(x_g.dtype)))
@@ -191,13 +191,13 @@ class SiD(ImageObjective):
         """Draw images in one step; arguments as :meth:`danlu.objectives.FlowMatching.sample`.
 
         Raises:
-            ValueError: as there; ``steps`` is not 1, or ``guidance`` is given.
+            ValueError: as there; or ``steps`` is not 1, or ``guidance`` is given.
         """
         integer("steps", steps)
         if steps != 1:
             raise ValueError(f"steps must be 1, got {steps}: a generator made by SiD takes one step")
         if guidance not in (None, 1):
-            raise ValueError(f"guidance is no part of SiD: a guided teacher has to be distilled; got {guidance}")
+            raise ValueError(f"guidance must be None for SiD, which takes it from a guided teacher; got {guidance}")
         device, classes = check_sampling(self.model, tuple(shape), labels, None, upsample=upsample)
         z = torch.randn(tuple(shape), generator=generator, device=device)
         images = self.generate(z, classes)
@@ -207,15 +207,17 @@ class SiD(ImageObjective):
 
 
 def generator_loss(f_phi: Tensor, f_psi: Tensor, x_g: Tensor, alpha: float, *, normalise: bool = True) -> Tensor:
-    """Return ``<f_phi - f_psi, (f_phi - x_g) - alpha (f_phi - f_psi)>``, a component's mean, of each image, ``(b,)``.
+    """Return ``<f_phi - f_psi, (f_phi - x_g) - alpha (f_phi - f_psi)>`` of each image, ``(b,)``.
+
+    It is averaged over components.
 
     Args:
         f_phi: the images as the teacher denoises them, ``(b, ...)``.
-        f_psi: as the student score does, its parameters held constant.
+        f_psi: the images as the student score denoises them, its parameters held constant.
         x_g: the generated images themselves.
-        alpha: weight of L1: 0 is L2.
-        normalise: divide each image's by its mean of ``|x_g - f_phi|``, held constant and at least 1e-5, which brings
-            all noise levels to one scale (the official code).
+        alpha: weight of L1; 0 is L2 alone.
+        normalise: divide each image's loss by its mean of ``|x_g - f_phi|``, held constant and at least 1e-5, which
+            brings all noise levels to one scale (as the official code does).
 
     >>> generator_loss(torch.ones(1, 2), torch.zeros(1, 2), -torch.ones(1, 2), 0.5)
     tensor([0.7500])
@@ -228,7 +230,7 @@ def generator_loss(f_phi: Tensor, f_psi: Tensor, x_g: Tensor, alpha: float, *, n
 
 
 class _Borrowed:
-    """A module that is used and not owned: no part of the state, and copies of the owner share it."""
+    """Holds a module without registering it: it is not part of the state, and copies of the owner share it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

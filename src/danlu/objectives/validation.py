@@ -1,4 +1,4 @@
-"""Evaluation of an objective: the one place where modes are switched, gradients are off and processes are added up."""
+"""Evaluation of an objective: the one place that switches modes, disables gradients and reduces over processes."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,18 +15,18 @@ __all__ = ["evaluate"]
 def evaluate(objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
     """Measure an objective on batches, in evaluation mode and without gradients.
 
-    With several processes each brings its own batches and all get the numbers of all batches together; what was not
-    measured on any of them is left out. The module is left in the mode that it was in.
+    With several processes each passes its own batches, and all get the results over all batches together; a measure
+    without examples in any of them is left out. The module's training mode is restored.
 
     Args:
         objective: a module that fits :class:`danlu.protocols.Objective`.
         batches: read once, on the module's device.
 
     Returns:
-        The numbers by name, ``val_loss`` among them.
+        The measures by name, ``val_loss`` among them.
 
     Raises:
-        ValueError: the batches hold nothing that the loss could be measured on.
+        ValueError: the batches hold no targets.
 
     >>> from danlu.models import ConvNet, ConvNetConfig
     >>> from danlu.objectives import Classification
