@@ -79,7 +79,7 @@ def test_losses_that_are_not_finite_leave_a_gap_instead_of_an_empty_plot() -> No
         loss_figure(Metrics({"loss": Series(np.array([1]), np.array([np.inf]))}))
 
 
-def test_throughput_needs_a_rate_or_tokens_over_time() -> None:
+def test_throughput_needs_items_per_second_or_items_over_time() -> None:
     with pytest.raises(ValueError, match="neither"):
         throughput_figure(Metrics({"loss": Series(np.array([1]), np.array([3.0]))}))
 

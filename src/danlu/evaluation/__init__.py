@@ -1,8 +1,8 @@
-"""What a trained model is measured by, beyond its validation loss: the texts and images that it generates.
+"""Evaluation of a trained model beyond its validation loss: the texts and images that it generates.
 
-``measure_images`` compares the images that a run draws with those it has not seen; its distances between sets of
-feature vectors (``frechet_distance``, ``kernel_distance``, ``precision_recall``, ``copied_share``) work on vectors of
-your own. ``continuation`` writes text.
+``measure_images`` compares the images that a run draws with held-out ones; its distances between sets of feature
+vectors (``frechet_distance``, ``kernel_distance``, ``precision_recall``, ``copied_share``) also work on vectors of your
+own. ``continuation`` writes text.
 
 >>> import torch
 >>> from danlu.evaluation import frechet_distance

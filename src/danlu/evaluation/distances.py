@@ -1,7 +1,7 @@
-r"""How far generated examples are from real ones, by vectors of features: distances, coverage, and copies.
+r"""Measures of generated against real examples by feature vectors: distances, precision and recall, and copies.
 
-With the features of an Inception network the first is the FID and the second the KID that papers quote; with any other
-network they are other numbers, good for comparing models that were measured alike.
+With the features of an Inception network the Frechet distance is the FID and the kernel distance the KID of papers;
+with another network the values differ and only compare models that were measured with the same network.
 """
 
 import torch
@@ -14,8 +14,8 @@ def frechet_distance(first_nd: Tensor, second_md: Tensor) -> float:
     r"""Squared Frechet distance between the normal distributions fitted to two sets of vectors.
 
     ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))`` (Dowson and Landau 1982; Heusel et al.,
-    arXiv 1706.08500), in float64, exact also for singular covariances. It is biased upwards for small sets: compare at
-    equal sizes.
+    arXiv 1706.08500), in float64, exact also for singular covariances. It is biased upwards for small sets: compare
+    sets of equal sizes.
 
     Args:
         first_nd: ``(n, d)``.
@@ -39,10 +39,10 @@ def frechet_distance(first_nd: Tensor, second_md: Tensor) -> float:
 
 
 def kernel_distance(first_nd: Tensor, second_md: Tensor) -> float:
-    r"""Squared maximum mean discrepancy under the kernel ``(x . y / d + 1)^3``, by its unbiased estimate.
+    r"""Unbiased estimate of the squared maximum mean discrepancy under the kernel ``(x . y / d + 1)^3``.
 
-    Its expectation is 0 for two sets of one distribution, whatever their sizes, so it may be negative (Gretton et al.
-    2012, lemma 6; as the KID in Binkowski et al., arXiv 1801.01401).
+    Its expectation is 0 for two sets of one distribution, whatever their sizes, so it can be negative (Gretton et al.
+    2012, lemma 6; used as the KID in Binkowski et al., arXiv 1801.01401).
 
     Args:
         first_nd: ``(n, d)``.
@@ -66,13 +66,14 @@ def kernel_distance(first_nd: Tensor, second_md: Tensor) -> float:
 def precision_recall(generated_nd: Tensor, real_md: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
     """Share of generated vectors among the real ones, and of real vectors among the generated ones.
 
-    A vector is among a set if it is within the distance of some member to that member's ``neighbours``-th nearest
-    other member (Kynkaanniemi et al., arXiv 1904.06991). Precision falls with bad images, recall with missing kinds.
+    A vector is among a set if its distance to some member is at most that member's distance to its ``neighbours``-th
+    nearest other member (Kynkaanniemi et al., arXiv 1904.06991). Bad images lower precision, missing modes lower
+    recall.
 
     Args:
         generated_nd: ``(n, d)``.
         real_md: ``(m, d)``.
-        neighbours: at least 1 and fewer than either set has vectors.
+        neighbours: at least 1 and smaller than either set.
 
     Raises:
         ValueError: as :func:`frechet_distance`, or ``neighbours`` out of range.
@@ -99,7 +100,7 @@ def nearest_distances(points_nd: Tensor, members_md: Tensor) -> Tensor:
 def copied_share(generated_nd: Tensor, train_md: Tensor, held_out_kd: Tensor, *, quantile: float = 0.01) -> float:
     """Share of generated vectors nearer to a training vector than all but ``quantile`` of the held-out vectors are.
 
-    A generator that draws anew stays near ``quantile``, one that repeats its training set comes near 1.
+    It is near ``quantile`` for a generator of new examples and near 1 for one that repeats its training set.
 
     Args:
         generated_nd, train_md, held_out_kd: ``(., d)``, usually the pixels themselves.

@@ -1,7 +1,7 @@
-"""Draw images from a trained generator, and compare them with the images that it has not seen.
+"""Draw images from a trained generator, and compare them with held-out images.
 
-The comparison is by features: those of a classifier of the same images (:func:`feature_network` trains one and keeps
-it), or of any network of your own.
+The comparison uses the features of a classifier of the same images (:func:`feature_network` trains one and caches it),
+or of any network of your own.
 """
 
 import json
@@ -26,10 +26,10 @@ _BATCH = 128
 
 
 def sampling_steps(objective: Generator, steps: int | None = None) -> int:
-    """Return the number of steps to sample with: ``steps``, or the number that the objective is made for.
+    """Return the number of steps to sample with: ``steps``, or the objective's default if None.
 
     Raises:
-        ValueError, TypeError: ``steps`` is no positive integer.
+        ValueError, TypeError: ``steps`` is not a positive integer.
     """
     if steps is None:
         return objective.sampling_steps
@@ -38,7 +38,7 @@ def sampling_steps(objective: Generator, steps: int | None = None) -> int:
 
 
 def class_names(folder: str | Path, count: int) -> list[str]:
-    """Return the names of a run's classes, from its ``manifest.json``; numbers where it has none."""
+    """Return the names of a run's classes from its ``manifest.json``, or numbers if it has none."""
     path = Path(folder) / "manifest.json"
     found = json.loads(path.read_text()).get("classes") if path.is_file() else None
     return [str(name) for name in found] if found else [str(number) for number in range(count)]
@@ -54,17 +54,17 @@ def draw_classes(
     seed: int | None,
     **options: Any,
 ) -> Tensor:
-    """Draw images ``(count, c, h, w)`` of ``classes`` in turn, all together, for somebody to look at.
+    """Draw images ``(count, c, h, w)`` of ``classes`` in turn, in one batch, for display.
 
     Args:
-        objective: of a run that generates images, as :func:`danlu.train.load_objective` gives it.
+        objective: of a run that generates images, as :func:`danlu.train.load_objective` returns it.
         model: configuration of its network, with ``num_classes``, ``image_size`` and ``channels``.
         count: number of images.
-        classes: int64 ``(k,)``; None for all, ignored by a network without classes.
+        classes: class labels, int64 ``(k,)``; None for all, ignored by a network without classes.
         steps: of the sampler.
-        seed: of the draws; None takes another one each time.
-        options: of the objective's own ``sample``, such as ``guidance``, ``upsample`` (then h and w are so many times
-            larger) or ``trajectory`` (then the result is ``(steps, count, c, h, w)``).
+        seed: of the draws; None for a different seed each time.
+        options: of the objective's own ``sample``, such as ``guidance``, ``upsample`` (which multiplies h and w) or
+            ``trajectory`` (then the result is ``(steps, count, c, h, w)``).
 
     Raises:
         ValueError: the objective rejects an option.
@@ -96,7 +96,7 @@ def draw(
     generator: torch.Generator,
     guidance: float | None = None,
 ) -> Tensor:
-    """Draw many images ``(count, *shape)`` in portions, of classes spread over all of ``labels_n`` (or none).
+    """Draw many images ``(count, *shape)`` in batches, with class labels spread evenly over ``labels_n`` (or without).
 
     Args:
         objective: with ``sample``, as the objectives of :mod:`danlu.objectives` that generate images.
@@ -104,13 +104,13 @@ def draw(
         labels_n: int64 ``(n,)``, such as those of the held-out images; None for an objective without classes.
         count: number of images.
         steps: of the sampler.
-        generator: of everything drawn, on the objective's device.
+        generator: source of all randomness, on the objective's device.
         guidance: scale of classifier-free guidance; None for the objective's own.
     """
     integer("count", count)
     device = next(objective.parameters()).device
     if labels_n is not None:
-        # Labels may be sorted: the first of them would be of a few classes only.
+        # Labels may be sorted: the first ones alone would cover a few classes only.
         turns = torch.arange(count)
         labels_n = labels_n[turns * len(labels_n) // count if count < len(labels_n) else turns % len(labels_n)]
     parts = []
@@ -129,25 +129,25 @@ def measure(generated: Tensor, data: ImagesData, features: Features) -> dict[str
     Args:
         generated: ``(n, c, h, w)`` from -1 to 1.
         data: the images that the generator was trained on.
-        features: vectors ``(b, d)`` of images ``(b, c, h, w)`` from -1 to 1: the ``features`` of a classifier trained
-            on the same data, or any network of your own, such as an Inception network behind a resize.
+        features: function from images ``(b, c, h, w)`` from -1 to 1 to vectors ``(b, d)``: the ``features`` of a
+            classifier trained on the same data, or any network of your own, such as a resize and an Inception network.
 
     Returns:
-        ``frechet_distance`` and ``kernel_distance`` to the held-out images, ``frechet_floor`` (as many training images
-        to the held-out ones: what a perfect generator would be near), ``precision``, ``recall``, and ``copies``, the
-        share nearer in pixels to a training image than all but a hundredth of the held-out images are.
+        ``frechet_distance`` and ``kernel_distance`` to the held-out images, ``frechet_floor`` (the Frechet distance of
+        as many training images to the held-out ones, about that of a perfect generator), ``precision``, ``recall``, and
+        ``copies``, the share nearer in pixels to a training image than all but a hundredth of the held-out images are.
     """
     train, held_out = data.train.examples["images"], data.held_out["images"]
-    # Through bytes, as they would be stored: no distance for what no file could hold.
+    # Rounded to bytes, as they would be stored: differences that no file could hold do not count.
     drawn = to_bytes(generated)
     vectors = {name: _vectors(images, features) for name, images in (("drawn", drawn), ("held", held_out))}
     # Spread evenly: a data set may be sorted by class.
     chosen = torch.arange(min(len(drawn), len(train))) * len(train) // min(len(drawn), len(train))
-    floor = _vectors(train[chosen], features)
+    reference = _vectors(train[chosen], features)
     precision, recall = precision_recall(vectors["drawn"], vectors["held"])
     return {
         "frechet_distance": frechet_distance(vectors["drawn"], vectors["held"]),
-        "frechet_floor": frechet_distance(floor, vectors["held"]),
+        "frechet_floor": frechet_distance(reference, vectors["held"]),
         "kernel_distance": kernel_distance(vectors["drawn"], vectors["held"]),
         "precision": precision,
         "recall": recall,
@@ -175,8 +175,8 @@ def measure_images(
     Args:
         objective: with ``sample``, on the device to draw on.
         data: the images that it was trained on.
-        network: with ``features``, as :func:`feature_network` gives it, on the objective's device.
-        count: number of images, at least 16: distances of fewer say nothing.
+        network: with ``features``, as :func:`feature_network` returns it, on the objective's device.
+        count: number of images, at least 16: distances of fewer are meaningless.
         steps: of the sampler.
         seed: of the draws.
         guidance: as in :func:`draw`.
@@ -200,14 +200,14 @@ def measure_images(
 
 
 def feature_network(classifier: RunConfig, images: ImagesConfig | None = None, *, sha256: str = "") -> nn.Module:
-    """Return the network that a classifier's run trains: from the cache, or trained now and kept there.
+    """Return the network that a classifier's run trains: from the cache, or trained now and cached.
 
     Args:
         classifier: configuration of the run, such as the recipe ``digits-classifier``; an interrupted training is
             resumed.
-        images: what to train it on, without their augmentation and in the classifier's own batches, so that it is one
-            network whatever the batches in which a generator saw them; None for the classifier's own data.
-        sha256: of the data, so that another set under the same path is another entry of the cache.
+        images: data to train it on, without their augmentation and in the classifier's own batch size, so that all
+            generators of the same images share one network; None for the classifier's own data.
+        sha256: of the data, so that different data under the same path have different cache entries.
 
     Raises:
         ValueError, OSError: as :func:`danlu.train.train`.

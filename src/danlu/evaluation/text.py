@@ -22,18 +22,18 @@ def continuation(
     """Yield the continuation of ``prompt`` piece by piece, until the document ends or ``tokens`` tokens are written.
 
     Args:
-        model, tokenizer: of a run on text, as :func:`danlu.train.load` gives them.
+        model, tokenizer: of a run on text, as :func:`danlu.train.load` returns them.
         prompt: the text to continue; "" begins a new document.
-        tokens: at most so many are written.
+        tokens: largest number of tokens to write.
         temperature, top_k, top_p: as in :func:`danlu.models.generate.generate`.
-        seed: of the draws; None takes another one each time.
+        seed: of the draws; None for a different seed each time.
     """
     generator = torch.Generator(next(model.parameters()).device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    # In training a document begins after the token that ended the one before.
+    # In training a document begins after the token that ended the previous one.
     ids = [tokenizer.end, *tokenizer.encode(prompt)]
     drawn = generate(
         model,

@@ -1,7 +1,7 @@
-"""What a run did, drawn: loss and throughput as PNG and a page that needs no other file.
+"""Reports of a run: plots of loss and throughput as PNG, and one self-contained HTML page.
 
-``write(run)`` does it all; the parts are ``read_metrics`` (``metrics.jsonl`` as series), ``loss_figure`` and
-``throughput_figure`` (matplotlib figures). ``write_images`` draws a generator's images; `danlu.report.generation`
+``write(run)`` writes all of it; the parts are ``read_metrics`` (``metrics.jsonl`` as series), ``loss_figure`` and
+``throughput_figure`` (matplotlib figures). ``write_images`` writes the images of a generator; `danlu.evaluation`
 measures them.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures of images: a grid as PNG, and how it came about as an animated GIF or WebP."""
+"""Grids of images: a still picture, or the sampling steps as an animated GIF or WebP."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from danlu.data import to_bytes
 from danlu.data.pictures import to_pillow
 
 _MARGIN = 2
-_SHOWN = 56  # smaller images are enlarged to about this many pixels, for the eye
+_SHOWN = 56  # smaller images are enlarged to about this many pixels, so that they can be seen
 _STILL = ".png", ".webp", ".jpg"
 _MOVING = ".gif", ".webp"
 
@@ -21,8 +21,8 @@ def grid(images_bchw: Tensor, *, columns: int | None = None) -> Any:
     """Return a picture (``PIL.Image``) of images ``(b, 1 or 3, h, w)`` from -1 to 1, row by row with white margins.
 
     Args:
-        images_bchw: what lies outside -1 to 1 is cut off.
-        columns: images in a row; None for a square.
+        images_bchw: values outside -1 to 1 are clipped.
+        columns: images per row; None for a square grid.
 
     Raises:
         ValueError: another shape.
@@ -47,13 +47,13 @@ def grid(images_bchw: Tensor, *, columns: int | None = None) -> Any:
 
 
 def write_images(path: Path | str, images: Tensor, *, columns: int | None = None, seconds: float = 3.0) -> Path:
-    """Write a grid of images ``(b, c, h, w)``, or of their states ``(steps, b, c, h, w)`` an animation.
+    """Write images ``(b, c, h, w)`` as a grid, or their states ``(steps, b, c, h, w)`` as an animated grid.
 
     Args:
         path: ``.png``, ``.jpg`` or ``.webp`` for images, ``.gif`` or ``.webp`` for an animation.
         images: from -1 to 1.
         columns: as in :func:`grid`.
-        seconds: length of an animation; its last state then stays for as long again.
+        seconds: length of an animation; its last state is then shown for the same time again.
 
     Raises:
         ValueError: another suffix or shape.

@@ -44,8 +44,8 @@ class Metrics:
 def read_metrics(run: str | os.PathLike[str]) -> Metrics:
     """Read the metrics of a run folder.
 
-    A step that stands in the file twice (a run that was resumed from an earlier checkpoint) counts as it was last
-    logged. A last line that was cut off while being written is left out.
+    For a step that is in the file twice (because the run was resumed from an earlier checkpoint) the last values count.
+    An incomplete last line, from a write that was interrupted, is left out.
 
     Args:
         run: a run folder.

@@ -1,4 +1,4 @@
-"""The page of one run: a single HTML file with the plots inside, and the plots as PNG beside it."""
+"""The page of one run: a self-contained HTML file with the plots, and the plots as PNG files."""
 
 import base64
 import html
@@ -27,19 +27,19 @@ pre { background: #f6f7f8; padding: 1rem; overflow-x: auto; white-space: pre-wra
 def write(run: str | os.PathLike[str]) -> Path:
     """Draw a run folder's plots and write its page.
 
-    Writes ``report.html``, ``plots/loss.png`` and, where the run logged it, ``plots/throughput.png`` into the run
-    folder. The page needs no other file and no network.
+    Writes ``report.html``, ``plots/loss.png`` and, if the run logged throughput, ``plots/throughput.png`` into the run
+    folder. The page needs no other file and no network connection.
 
     Args:
-        run: a run folder with ``metrics.jsonl``; ``config.json``, ``samples.txt`` and ``samples.png`` are shown where
-            they are there.
+        run: a run folder with ``metrics.jsonl``; ``config.json``, ``samples.txt`` and ``samples.png`` are shown if they
+            exist.
 
     Returns:
         The page's path.
 
     Raises:
-        FileNotFoundError: not a run folder.
-        ValueError: metrics that cannot be read, or none.
+        FileNotFoundError: ``run`` is not a run folder.
+        ValueError: the metrics cannot be read, or there are none.
     """
     folder = Path(run)
     metrics = read_metrics(folder)
@@ -77,7 +77,7 @@ def write(run: str | os.PathLike[str]) -> Path:
 
 
 def summary(metrics: Metrics, *, unit: str = "tokens") -> dict[str, str]:
-    """Return a run's figures for a reader: last and best losses, items, time and the median throughput.
+    """Return a run's main results as text: last and best losses, items, time and the median throughput.
 
     >>> import numpy as np
     >>> from danlu.report.metrics import Series
@@ -86,7 +86,7 @@ def summary(metrics: Metrics, *, unit: str = "tokens") -> dict[str, str]:
     {'steps': '2', 'last training loss': '2.0000', 'tokens': '18'}
     """
     found: dict[str, str] = {}
-    loss, rate = metrics["loss"], metrics["items_per_second"]
+    loss, speed = metrics["loss"], metrics["items_per_second"]
     if len(loss):
         found["steps"] = f"{loss.steps[-1]:,}"
         found["last training loss"] = f"{loss.values[-1]:.4f}"
@@ -99,19 +99,19 @@ def summary(metrics: Metrics, *, unit: str = "tokens") -> dict[str, str]:
         found[unit] = f"{metrics['items'].values[-1]:,.0f}"
     if len(metrics["time"]):
         found["training time"] = f"{metrics['time'].values[-1] / 60:.1f} minutes"
-    if len(rate):
-        found[f"median {unit} per second"] = f"{sorted(rate.values)[len(rate) // 2]:,.0f}"
+    if len(speed):
+        found[f"median {unit} per second"] = f"{sorted(speed.values)[len(speed) // 2]:,.0f}"
     return found
 
 
 def _unit(folder: Path) -> str:
-    """What the items of the run are: tokens, unless the manifest says otherwise."""
+    """Return what the items of the run are: tokens, unless the manifest says otherwise."""
     manifest = folder / "manifest.json"
     return str(json.loads(manifest.read_text()).get("unit", "tokens")) if manifest.is_file() else "tokens"
 
 
 def _budget(config: Path) -> dict[str, str]:
-    """The time that the run was given, if it was."""
+    """Return the run's time budget, if it had one."""
     loop = json.loads(config.read_text(encoding="utf-8")).get("train", {}) if config.is_file() else {}
     return {"time budget": f"{loop['minutes']:g} minutes"} if loop.get("minutes") else {}
 

@@ -12,7 +12,7 @@ from danlu.report.metrics import Metrics, Series
 
 __all__ = ["loss_figure", "throughput_figure"]
 
-# Colours of Okabe and Ito's palette, told apart by colour-blind readers too.
+# Colours of Okabe and Ito's palette, which colour-blind readers can distinguish too.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#9AA0A6"
 
 
@@ -20,12 +20,12 @@ def loss_figure(metrics: Metrics, *, title: str = "") -> Figure:
     """Draw the training loss with the validation points, on linear and on logarithmic axes.
 
     Args:
-        metrics: a run's metrics with ``loss`` and perhaps ``val_loss``, in nats a unit.
+        metrics: a run's metrics with ``loss`` and optionally ``val_loss``, in nats per target.
         title: the figure's heading.
 
     Returns:
-        A figure of two panels: the linear one shows where the run stands, the logarithmic one whether it follows a
-        power law. The thick line is a running median over a fortieth of the run.
+        A figure of two panels: the linear one shows the loss, the logarithmic one whether it follows a power law. The
+        thick line is a running median over a fortieth of the run.
 
     Raises:
         ValueError: the run logged no finite loss.
@@ -36,7 +36,7 @@ def loss_figure(metrics: Metrics, *, title: str = "") -> Figure:
     figure = _figure(title)
     for position, scale in ((1, "linear"), (2, "log")):
         axes = figure.add_subplot(1, 2, position)
-        # The first step is no power law's business, and step 0 has no logarithm.
+        # The first steps do not follow a power law, and step 0 has no logarithm.
         drawn, checked = (loss, validation) if scale == "linear" else (_after(loss, 1), _after(validation, 1))
         if len(drawn):
             axes.plot(drawn.steps, drawn.values, color=_GREY, linewidth=0.7, alpha=0.6, label="each step")
@@ -47,7 +47,7 @@ def loss_figure(metrics: Metrics, *, title: str = "") -> Figure:
         axes.set_yscale(scale)
         _label(axes, "loss (nats)", scale)
         if scale == "linear":
-            # The first steps' fall would press everything after it flat.
+            # The large losses of the first steps would compress all later ones into a flat line.
             top = float(np.quantile(np.concatenate([loss.values, validation.values]), 0.98)) if len(loss) > 50 else None
             axes.set_ylim(top=top)
             axes.legend(frameon=False)
@@ -55,7 +55,7 @@ def loss_figure(metrics: Metrics, *, title: str = "") -> Figure:
 
 
 def throughput_figure(metrics: Metrics, *, title: str = "", unit: str = "tokens") -> Figure:
-    """Draw how many tokens or images were trained per second over the run, and how many in all over the time.
+    """Draw the tokens or images trained per second over the steps, and their total number over time.
 
     Args:
         metrics: a run's metrics with ``items_per_second``, ``items`` and ``time``.
@@ -63,16 +63,16 @@ def throughput_figure(metrics: Metrics, *, title: str = "", unit: str = "tokens"
         unit: what the items are, in the plural.
 
     Raises:
-        ValueError: the run logged neither.
+        ValueError: the run logged neither ``items_per_second`` nor ``items`` and ``time``.
     """
-    rate, items, time = _finite(metrics["items_per_second"]), metrics["items"], metrics["time"]
-    if not len(rate) and not (len(items) and len(time)):
+    speed, items, time = _finite(metrics["items_per_second"]), metrics["items"], metrics["time"]
+    if not len(speed) and not (len(items) and len(time)):
         raise ValueError("the run has neither items_per_second nor items and time to draw")
     figure = _figure(title)
     axes = figure.add_subplot(1, 2, 1)
-    if len(rate):
-        axes.plot(rate.steps, rate.values, color=_GREY, linewidth=0.7, alpha=0.6, label="each step")
-        axes.plot(rate.steps, _running_median(rate.values), color=_BLUE, linewidth=1.6, label="running median")
+    if len(speed):
+        axes.plot(speed.steps, speed.values, color=_GREY, linewidth=0.7, alpha=0.6, label="each step")
+        axes.plot(speed.steps, _running_median(speed.values), color=_BLUE, linewidth=1.6, label="running median")
         axes.legend(frameon=False, loc="lower right")
     axes.set_ylim(bottom=0)
     _label(axes, f"{unit} per second", "linear")
@@ -87,7 +87,7 @@ def throughput_figure(metrics: Metrics, *, title: str = "", unit: str = "tokens"
 
 def _figure(title: str) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    # A canvas of its own keeps pyplot, and with it any display, out of the matter.
+    # With its own canvas the figure needs neither pyplot nor a display.
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title)
@@ -102,7 +102,7 @@ def _label(axes: Any, quantity: str, scale: str) -> None:
     if scale == "linear":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     else:
-        # A loss spans less than a decade, where powers of ten say little.
+        # A loss spans less than a decade, where labels at powers of ten alone are too few.
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
 
@@ -120,7 +120,7 @@ def _after(series: Series, step: int) -> Series:
 def _running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the median of a centred window a fortieth of the series wide.
 
-    At the ends the window shrinks from both sides: cut off on one side only, it would lag behind a falling loss.
+    At the ends the window shrinks on both sides: an asymmetric window would lag behind a falling loss.
     """
     half, last = max(1, len(values) // 80), len(values) - 1
     reach = [min(half, i, last - i) for i in range(len(values))]
