@@ -425,3 +425,23 @@ def test_a_length_in_steps_replaces_the_recipe_s_minutes_and_the_other_way_round
 
     changed = apply(load("lm"), words)
     assert (changed.train.steps, changed.train.minutes) == (steps, minutes)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "dit"], "model must be a language model"),
+        (
+            ["--objective", "flow-matching"],
+            "FlowMatching needs 'images' in a batch, and TextData gives tokens, targets",
+        ),
+    ],
+)
+def test_components_that_do_not_fit_are_one_line_before_anything_is_written(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 40)
+    assert main(["train", "lm-dense", "--data", "text.txt", "--out", "run", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -65,3 +65,11 @@ def test_evaluation_restores_the_mode_and_needs_no_byte_lengths() -> None:
 def test_evaluating_nothing_is_rejected() -> None:
     with pytest.raises(ValueError, match="must hold tokens"):
         evaluate(build(), [])
+
+
+def test_a_network_that_is_no_language_model_is_rejected_by_name() -> None:
+    from danlu.models import ConvNet, ConvNetConfig
+
+    network = ConvNet(ConvNetConfig(image_size=8, widths=(4,)))
+    with pytest.raises(TypeError, match=r"model must be a language model \(.*\) for CausalLM, got ConvNet"):
+        CausalLMConfig().build(network)

@@ -13,7 +13,7 @@ from danlu.models import GPT, Transformer
 from danlu.nn.balance import expert_load, max_violation, watching
 from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.objectives.drop_token import drop_tokens
-from danlu.protocols import IGNORE, Batch, Data, Measure, TokenData
+from danlu.protocols import IGNORE, Batch, Data, LanguageModel, Measure, TokenData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         config = CausalLMConfig() if config is None else config
+        check_language_model(self, model)
         if config.drop_tokens:
             check_drops(model)
         self.model, self.config = model, config
@@ -142,6 +143,13 @@ def _bits(nats: Tensor, size: Tensor) -> Tensor:
 
 def _mean_violation(loads_le: Tensor, tokens: Tensor) -> Tensor:
     return max_violation(loads_le).mean()
+
+
+def check_language_model(objective: nn.Module, model: object) -> None:
+    """Raise TypeError unless ``model`` gives hidden states of tokens."""
+    if not isinstance(model, LanguageModel):
+        kind, found = type(objective).__name__, type(model).__name__
+        raise TypeError(f"model must be a language model (hidden, head_weight, embedding) for {kind}, got {found}")
 
 
 def check_drops(model: Transformer | GPT) -> None:

@@ -18,7 +18,7 @@ from danlu.models import Transformer
 from danlu.nn import declare
 from danlu.nn.balance import expert_load
 from danlu.nn.cross_entropy import linear_cross_entropy
-from danlu.objectives.causal_lm import check_drops
+from danlu.objectives.causal_lm import check_drops, check_language_model
 from danlu.objectives.drop_token import drop_tokens
 from danlu.protocols import IGNORE, Batch, Measure
 
@@ -85,6 +85,7 @@ class MaskedLM(nn.Module):
 
     def __init__(self, model: Transformer, config: MaskedLMConfig | None = None) -> None:
         super().__init__()
+        check_language_model(self, model)
         self.model, self.config = model, MaskedLMConfig() if config is None else config
         if self.config.drop_tokens:
             check_drops(model)

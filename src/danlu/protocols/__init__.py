@@ -17,6 +17,7 @@ from danlu.protocols.reporting import Record, Reporter
 from danlu.protocols.training import (
     CountsOperations,
     CountsParameters,
+    LanguageModel,
     Model,
     ModelConfig,
     OptimizerConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "ExpectsSizes",
     "Generator",
     "KeepsFiles",
+    "LanguageModel",
     "Loader",
     "Measure",
     "Mixer",

@@ -3,7 +3,7 @@
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danlu.protocols.config import Config
@@ -11,6 +11,7 @@ from danlu.protocols.config import Config
 __all__ = [
     "CountsOperations",
     "CountsParameters",
+    "LanguageModel",
     "Model",
     "ModelConfig",
     "OptimizerConfig",
@@ -32,6 +33,25 @@ class Model(Protocol):
     """
 
     compute_dtype: torch.dtype | None
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A model of tokens whose hidden states a loss can be computed from, without storing logits.
+
+    Attributes:
+        embedding: ``(vocab, dim)``.
+        head_weight: ``(vocab, dim)``, what turns hidden states into logits.
+    """
+
+    embedding: Tensor
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(vocab, dim)``."""
+
+    def hidden(self, tokens_bt: Tensor, *, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Hidden states ``(batch, time, dim)`` of tokens ``(batch, time)``; arguments as `danlu.models.Transformer`."""
 
 
 @runtime_checkable

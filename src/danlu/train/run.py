@@ -52,11 +52,15 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
         _check_new(out, world)
         with stop.at_once():
             parts = assemble(config, world)
+            # It tries the first batch: a model that does not fit the data is an error before anything is written.
+            sentences = _plan(parts) if world.main and not quiet else []
         if world.main:
             out.mkdir(parents=True, exist_ok=True)
             _write_once(out, parts)
             if code is not None:
                 code.write(out)
+            for line in sentences:
+                console.print(line, soft_wrap=True, highlight=False)
         barrier()
         return _fit(parts, out, console, stop, None)
 
@@ -123,9 +127,6 @@ def evaluate(run: Path | str | Assembly, *, batches: int | None = None) -> dict[
 
 def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkpoint.Checkpoint | None) -> int:
     config, main = parts.config.train, parts.world.main
-    flops = plan.training_flops(parts.model, parts.data)
-    if main and saved is None and not console.quiet:
-        _print_plan(console, parts, flops)
     trainer = Trainer(
         parts.objective,
         parts.optimizer,
@@ -137,7 +138,7 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
         folder=out / "checkpoints",
         described=configs.to_document(parts.config),
         ema=None if config.ema is None else averaged(parts.objective, config.ema),
-        flops=flops,
+        flops=plan.training_flops(parts.model, parts.data),
     )
     if saved is not None:
         trainer.load_state_dict(saved.state)
@@ -216,20 +217,26 @@ def _write_once(out: Path, parts: Assembly) -> None:
         parts.data.save(out)
 
 
-def _print_plan(console: Console, parts: Assembly, flops: float | None) -> None:
+def _plan(parts: Assembly) -> list[str]:
+    """What the run is going to do, in sentences."""
     loader, device = parts.data.train, parts.policy.device
     position = loader.state_dict()
     batch = {key: value.to(device) for key, value in next(loader).items()}
     loader.load_state_dict(position)
-    for line in plan.sentences(
-        parts.config.train,
-        model=parts.model,
-        objective=parts.objective,
-        optimizer=parts.optimizer,
-        batch=batch,
-        policy=parts.policy,
-        processes=parts.world.size,
-        flops=flops,
-        manifest=parts.data.manifest,
-    ):
-        console.print(line, soft_wrap=True, highlight=False)
+    try:
+        return plan.sentences(
+            parts.config.train,
+            model=parts.model,
+            objective=parts.objective,
+            optimizer=parts.optimizer,
+            batch=batch,
+            policy=parts.policy,
+            processes=parts.world.size,
+            flops=plan.training_flops(parts.model, parts.data),
+            manifest=parts.data.manifest,
+        )
+    except KeyError as error:
+        if error.args[:1] and error.args[0] not in batch:
+            kind, data = type(parts.objective).__name__, type(parts.data).__name__
+            raise ValueError(f"{kind} needs {error} in a batch, and {data} gives {', '.join(batch)}") from error
+        raise
