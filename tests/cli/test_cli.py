@@ -433,7 +433,7 @@ def test_a_length_in_steps_replaces_the_recipe_s_minutes_and_the_other_way_round
         (["--model", "dit"], "model must be a language model"),
         (
             ["--objective", "flow-matching"],
-            "FlowMatching needs 'images' in a batch, and TextData gives tokens, targets",
+            "needs 'images' in a batch, and TextData gives tokens, targets",
         ),
     ],
 )
