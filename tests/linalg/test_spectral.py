@@ -1,4 +1,4 @@
-"""The spectral norm, its gradient, and the falling water level of spectral decay."""
+"""The spectral norm by power iteration, its gradient, and starts that fail."""
 
 import math
 

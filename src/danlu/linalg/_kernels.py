@@ -1,4 +1,4 @@
-"""Whether bfloat16 multiplies matrices faster than float32 on a device: one question, asked once."""
+"""Whether a device multiplies matrices faster in bfloat16 than in float32, measured once per process."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BFLOAT16_GAIN = 1.25
-"""How much faster the bfloat16 product must be before it is chosen: it also costs accuracy and casts."""
+"""Least speed-up at which the bfloat16 product is chosen, because it also costs accuracy and casts."""
 
 _SIZE = 384
 _ROUNDS = 5
@@ -25,7 +25,7 @@ def seconds(left: Tensor, right: Tensor) -> float:
 
 
 def remember(device: torch.device, dtype: torch.dtype) -> None:
-    """Let :func:`fast_matmul_dtype` answer ``dtype`` for a CPU in this process, instead of measuring."""
+    """Make :func:`fast_matmul_dtype` return ``dtype`` for a CPU in this process without measuring."""
     _KNOWN[device.type] = dtype
 
 
@@ -38,7 +38,7 @@ def _measure(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if best[torch.bfloat16] * BFLOAT16_GAIN < best[torch.float32] else torch.float32
 
 
-# A compiler takes the answer for a constant instead of tracing the clock (and ignores functools.cache).
+# torch.compile takes the result as a constant instead of tracing the timer (it ignores functools.cache).
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _known(kind: str) -> torch.dtype:
     if kind not in _KNOWN:
@@ -49,9 +49,9 @@ def _known(kind: str) -> torch.dtype:
 def fast_matmul_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """Return the faster of float32 and bfloat16 for matrix products on ``device``.
 
-    Accelerators answer bfloat16 at once. A CPU is measured (a few milliseconds, once per process): where bfloat16 is
-    native it is 2 to 8 times as fast, where it is emulated 4 times as slow, so two processes of one job agree. What a
-    run of `danlu.train` has measured on this machine is taken instead, see :func:`remember`.
+    For accelerators it is bfloat16. A CPU is measured (a few milliseconds, once per process): bfloat16 is 2 to 8 times
+    as fast where it is native and 4 times as slow where it is emulated, so two processes of one job agree. A result
+    that `danlu.train` measured on this machine before is used instead, see :func:`remember`.
 
     >>> fast_matmul_dtype("cpu") in (torch.float32, torch.bfloat16)
     True

@@ -1,4 +1,4 @@
-"""What every function of a matrix asks of its argument."""
+"""The check that every function of a matrix makes on its argument."""
 
 import torch
 from torch import Tensor

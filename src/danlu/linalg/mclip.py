@@ -1,8 +1,8 @@
-"""Clipping of singular values, ``mclip(M) = U clip(S, low, high) V^T``, and its relatives.
+"""Clipping of singular values, ``mclip(M) = U clip(S, low, high) V^T``, and related functions.
 
-The default needs one eigendecomposition of the small Gram matrix and is right on every spectrum. The forms that are
-products of matrix signs (no decomposition at all) are here too, each by its name in the literature. Each of them fails
-somewhere: `mclip` says where.
+The default needs eigendecompositions of the small Gram matrix and is accurate on every spectrum. The forms that consist
+of products and matrix signs (without any decomposition) are here too, each under its name in the literature. Each of
+them fails on some spectra, which `mclip` lists.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ Method = Literal["auto", "svd", "gram", "v1", "v2", "v3", "block", "general", "h
 
 METHODS = ("auto", "svd", "gram", "v1", "v2", "v3", "block", "general", "hard_cap")
 
-# A Gram matrix in precision eps knows a singular value s only to eps * s_1^2 / s. Values are brought down by at most
-# this factor at a time, so that an error stays below about 16 eps of the largest value.
+# A Gram matrix in precision eps resolves a singular value s only to eps * s_1^2 / s. Values are lowered by at most this
+# factor at a time, so that the error stays below about 16 eps of the largest value.
 _REACH = 32.0
 
 
@@ -36,31 +36,32 @@ def mclip(M: Tensor, low: float = -1.0, high: float = 1.0, *, method: Method = "
 
     Args:
         M: ``(…, m, n)``, real floating, without NaN or infinity. It is left unchanged.
-        low, high: the interval, in the units of the singular values.
+        low, high: the interval for the singular values.
         method:
             ``"auto"`` is ``"gram"`` where ``low <= 0 <= high`` and ``"svd"`` otherwise.
 
-            ``"gram"``: removes the part above ``high`` with the eigenvectors of the small Gram matrix, in stages where
-            the spectrum is wide. Error below 2e-5 of the largest singular value in float32 and 1e-13 in float64 on
-            every spectrum; bfloat16 and float16 are computed in float32, so that only the result is rounded.
+            ``"gram"``: removes the part above ``high`` with the eigenvectors of the small Gram matrix, in several
+            stages if the spectrum is wide. The error is below 2e-5 of the largest singular value in float32 and 1e-13
+            in float64 on every spectrum; bfloat16 and float16 are computed in float32, so that only the result is
+            rounded.
 
-            ``"svd"``: by the singular value decomposition. Where a positive ``low`` lifts the others, zero means below
-            ``eps * max(m, n) * sigma_1``.
+            ``"svd"``: by the singular value decomposition. A positive ``low`` raises only singular values above
+            ``eps * max(m, n) * sigma_1``; smaller ones count as zero.
 
             The rest are built from ``sign`` and inherit its error. ``"v1"`` (2 signs, nested) is wrong by up to 1/2 in
-            the direction of a zero singular value. ``"v2"`` (2 signs) leaves an error proportional to sigma where the
-            sign is inexact. ``"v3"`` (3 signs) cancels that error, but with sigma_1 of 100 or more it sets the singular
+            the direction of a zero singular value. ``"v2"`` (2 signs) has an error proportional to sigma where the sign
+            is inexact. ``"v3"`` (3 signs) cancels that error, but with sigma_1 of 100 or more it sets the singular
             values below 1 to zero. ``"block"`` is one sign of size m + n. ``"hard_cap"`` is 2 signs, ``"general"`` 3
-            signs, nested, and the only one of these that takes a positive ``low``.
-        sign: the matrix sign that the latter forms are built from.
+            signs, nested, and the only one of these that accepts a positive ``low``.
+        sign: the matrix sign from which these forms are built.
 
     Returns:
         ``(…, m, n)`` in the dtype of ``M``. No gradient is recorded.
 
     Raises:
         TypeError: ``M`` is not a real floating tensor.
-        ValueError: ``low > high``; ``M`` not finite; a positive ``low`` or a ``high <= 0`` with a form that cannot take
-            it.
+        ValueError: ``low > high``; ``M`` not finite; a positive ``low`` or a ``high <= 0`` with a form that does not
+            support it.
 
     Sources: Su, "Singular value clipping by msign" parts 1 and 2 (v1, v2, v3); Cesista, "Numerically stable spectral
     clipping via Newton-Schulz" (block form, hard cap, spectral ReLU); Higham, Functions of Matrices, ch. 5.
@@ -91,7 +92,7 @@ def mclip(M: Tensor, low: float = -1.0, high: float = 1.0, *, method: Method = "
     with torch.no_grad():
         if method == "svd":
             return _map_singular_values(M, lambda S: S.clamp(low, high), keep_zero=not capping)
-        # Every form commutes with transposition; the wide one keeps the square factors on the small side.
+        # Every form commutes with transposition; a wide matrix keeps the square factors on the small side.
         wide = M if M.shape[-2] <= M.shape[-1] else M.mT
         if method == "gram":
             X = _cap(wide, high)
@@ -103,7 +104,7 @@ def mclip(M: Tensor, low: float = -1.0, high: float = 1.0, *, method: Method = "
 
 
 def spectral_relu(M: Tensor, threshold: float, *, method: Literal["svd", "sign"] = "svd", sign: Sign = msign) -> Tensor:
-    """Return ``U max(S, threshold) V^T``: every non-zero singular value is lifted to at least ``threshold``.
+    """Return ``U max(S, threshold) V^T``: every non-zero singular value is raised to at least ``threshold``.
 
     ``method="sign"`` evaluates ``(a s + M + (a s - M) msign(a s - M)^T s) / 2`` with ``s = msign(M)``.
 
@@ -124,7 +125,7 @@ def spectral_relu(M: Tensor, threshold: float, *, method: Literal["svd", "sign"]
 
 
 def mstep(M: Tensor, threshold: float = 1.0, *, method: Literal["svd", "sign"] = "svd", sign: Sign = msign) -> Tensor:
-    """Return ``U step(S - threshold) V^T``: those above ``threshold`` become 1, those below 0, equal ones 1/2.
+    """Return ``U step(S - threshold) V^T``: values above ``threshold`` become 1, values below 0, equal ones 1/2.
 
     ``method="sign"`` evaluates ``(msign(M) + msign(M - threshold msign(M))) / 2``.
 
@@ -145,7 +146,7 @@ def mstep(M: Tensor, threshold: float = 1.0, *, method: Literal["svd", "sign"] =
 
 
 def singular_power(M: Tensor, exponent: int, *, sign: Sign = msign) -> Tensor:
-    """Return ``U S**exponent V^T`` from products alone: ``M (M^T M)^k`` if odd, ``msign(M) (M^T M)^k`` if even.
+    """Return ``U S**exponent V^T`` by products: ``M (M^T M)^k`` if odd, ``msign(M) (M^T M)^k`` if even.
 
     Zero singular values stay zero, also at ``exponent=0``, which is ``msign``. Differentiable.
 

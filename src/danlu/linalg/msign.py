@@ -1,8 +1,8 @@
 """The matrix sign ``msign(M) = U V^T`` of ``M = U S V^T``: every non-zero singular value becomes 1.
 
-`msign` is the validated, differentiable entry. Code that orthogonalises stacks of equal shapes in a loop, such as an
-optimizer step, calls the bare engine instead: ``orthogonalize(stack_bmn, composition, *, short=None, gram_steps=None,
-chunk_bytes=None)``, with compositions from `default_compositions` or :mod:`danlu.approx`.
+`msign` validates its arguments and is differentiable. Code that orthogonalises stacks of equal shapes in a loop, such
+as an optimizer step, calls the iteration itself: ``orthogonalize(stack_bmn, composition, *, short=None,
+gram_steps=None, chunk_bytes=None)``, with compositions from `default_compositions` or :mod:`danlu.approx`.
 """
 
 import functools
@@ -24,11 +24,11 @@ METHODS = ("auto", "svd", "designed", *sorted(TABLES))
 
 @functools.lru_cache
 def default_compositions(dtype: torch.dtype) -> tuple[Composition, Composition | None]:
-    """Return what `msign` iterates in ``dtype``: the composition, and a shorter one for flat spectra or None.
+    """Return the composition that `msign` iterates in ``dtype``, and a shorter one for flat spectra or None.
 
-    In 16-bit dtypes five designed steps (values down to 2e-3 of the Schatten-8 norm) and four for flat spectra,
-    with a cushion and a safety factor because rounded values leave [0, 1]; in float32 seven steps down to 1e-3 and in
-    float64 ten down to 1e-5, to the last digits.
+    In 16-bit dtypes there are five designed steps (for values down to 2e-3 of the Schatten-8 norm) and four for flat
+    spectra, with a cushion and a safety factor because rounded values leave [0, 1]. In float32 there are seven steps
+    for values down to 1e-3, in float64 ten for values down to 1e-5, both accurate to the last digits.
     """
     if dtype.itemsize < 4:
         robust = functools.partial(optimal_composition, cushion=0.04, safety=1.01)
@@ -39,7 +39,7 @@ def default_compositions(dtype: torch.dtype) -> tuple[Composition, Composition |
 
 
 def rank_tolerance(M: Tensor) -> float:
-    """Return the fraction of the largest singular value below which one counts as zero: ``eps * max(m, n)``."""
+    """Return ``eps * max(m, n)``: singular values below this fraction of the largest one count as zero."""
     return torch.finfo(M.dtype).eps * max(M.shape[-2:])
 
 
@@ -60,23 +60,23 @@ def msign(
     Args:
         M: ``(…, m, n)``, float64, float32, bfloat16 or float16, without NaN or infinity. It is left unchanged.
         method: ``"svd"`` is exact, with singular values below ``eps * max(m, n) * sigma_1`` counted as zero.
-            ``"designed"`` is the composition of minimax polynomials made for the interval [lower, 1] of singular values
-            relative to the Schatten-8 norm; it is what ``"auto"`` takes in float32 and 16-bit dtypes (``"auto"`` is
-            ``"svd"`` in float64). A `Composition` is applied as it is. Another name in `METHODS` is a published set of
-            coefficients, applied as published: to the matrix divided by its Frobenius norm.
-        steps: number of steps; ``"auto"`` takes the set's own, or for designed coefficients 7 in float32 (reaching
-            1e-3) and in 16-bit dtypes 4 or 5 by the flatness of the spectrum; with ``lower`` given, as many as it
-            needs.
+            ``"designed"`` is the composition of minimax polynomials for the interval [lower, 1] of singular values
+            relative to the Schatten-8 norm; ``"auto"`` is ``"designed"`` in float32 and 16-bit dtypes and ``"svd"`` in
+            float64. A `Composition` is applied unchanged. Another name in `METHODS` is a published set of coefficients,
+            applied as published: to the matrix divided by its Frobenius norm.
+        steps: number of steps; by default that of the published set, or for designed coefficients 7 in float32
+            (reaching 1e-3) and 4 or 5 in 16-bit dtypes, by the flatness of the spectrum; with ``lower`` given, as many
+            as it needs.
         lower: smallest relative singular value that designed coefficients bring to 1.
-        dtype: in which the products run; by default that of ``M``. float16 is iterated in float32, because the square
-            of a Gram matrix leaves its range.
+        dtype: dtype of the products; by default that of ``M``. float16 is iterated in float32, because the square of a
+            Gram matrix overflows it.
 
     Returns:
         ``(…, m, n)`` in the dtype of ``M``. Frobenius error over sqrt(rank), for relative singular values in [1e-3, 1]:
         at most 1e-3 in float32; 0.03 to 0.17 in bfloat16, where five steps do not bring values below 2e-3 to 1.
 
-    Gradients flow through the polar factor's Sylvester equation, whatever the method. They are undefined where the rank
-    changes; directions with a zero singular value on both sides get none.
+    Gradients are computed from the polar factor's Sylvester equation, whatever the method. They are undefined where the
+    rank changes; directions with a zero singular value on both sides get none.
 
     Raises:
         TypeError: ``M`` is not a real floating tensor.
@@ -168,7 +168,7 @@ def _designed(steps: int | None, lower: float | None, dtype: torch.dtype) -> tup
     design = functools.partial(optimal_composition, lower or (2e-3 if half else 1e-3), cushion=cushion, safety=safety)
     if steps is not None:
         return design(steps), None
-    # The unit roundoff bounds what more steps could improve; a 16-bit dtype cannot show an error below 1 %.
+    # More steps cannot reduce the error below the unit roundoff; a 16-bit dtype cannot show an error below 1 %.
     target = 1e-2 if half else 4 * torch.finfo(dtype).eps
     for count in range(1, 60):
         composition = design(count)
@@ -192,7 +192,7 @@ class _MSign(torch.autograd.Function):
         elif composition is None:
             X = _svd_msign(M.to(at_least_float32(dtype))).to(M.dtype)
         else:
-            # The scale comes before the cast, which could overflow or underflow.
+            # Scale before the cast, which could overflow or underflow.
             scaled = M if dtype == M.dtype else (M * power_of_two_scale(M)).to(dtype)
             stack = scaled.reshape(-1, *M.shape[-2:])
             X = orthogonalize(stack, composition, short=short, scale=scale).reshape(M.shape).to(M.dtype)

@@ -19,7 +19,7 @@ class TopSingular(NamedTuple):
         value: ``(…)``, differentiable; the gradient is ``left right^T``.
         left: ``(…, m)``, a unit vector.
         right: ``(…, n)``, a unit vector.
-        start: ``(…, n)`` or ``(…, n, block)``: pass it as ``start`` the next time.
+        start: ``(…, n)`` or ``(…, n, block)``: pass it as ``start`` to the next call.
     """
 
     value: Tensor
@@ -31,16 +31,18 @@ class TopSingular(NamedTuple):
 def spectral_norm(M: Tensor, *, start: Tensor | None = None, iterations: int = 10, block: int = 1) -> TopSingular:
     """Return the largest singular value of ``M`` by power iteration, from below.
 
-    One iteration is two products with ``M`` and gains a factor ``(sigma_2 / sigma_1)^2`` in the error. Gaussian-like
-    spectra, flat at the top, gain slowly: there ``block > 1`` iterates on a subspace of so many vectors, which gains
-    ``(sigma_{block + 1} / sigma_1)^2``. From one call to the next, ``start`` warm-starts the iteration.
+    One iteration is two products with ``M`` and multiplies the error by ``(sigma_2 / sigma_1)^2``. Spectra that are
+    flat at the top, such as Gaussian ones, converge slowly: there ``block > 1`` iterates on a subspace of that many
+    vectors, with the factor ``(sigma_{block + 1} / sigma_1)^2``. ``start`` warm-starts the iteration from the last
+    call.
 
     Args:
         M: ``(…, m, n)``, real floating, finite. Reshape a convolution kernel to (out, in * k * k) first.
-        start: the ``start`` of an earlier call, of shape ``(…, n)`` or ``(…, n, block)``; a fixed pseudo-random one by
-            default (the vector of ones, which is often chosen, is annihilated by any matrix whose rows sum to zero).
-            Where ``M`` annihilates it, it is replaced.
-        iterations: at least 1. Ten give 97 % of the norm of a square Gaussian matrix from a cold start.
+        start: the ``start`` of an earlier call, of shape ``(…, n)`` or ``(…, n, block)``; by default a fixed
+        pseudo-random
+            vector (the vector of ones, a common choice, is in the null space of any matrix whose rows sum to zero). A
+            start in the null space of ``M`` is replaced.
+        iterations: at least 1. Ten reach 97 % of the norm of a square Gaussian matrix from a cold start.
         block: number of vectors, at most min(m, n).
 
     Raises:
@@ -70,13 +72,13 @@ def spectral_norm(M: Tensor, *, start: Tensor | None = None, iterations: int = 1
         if block == 1:
             right = V[..., 0]
         else:
-            # The best combination of the block's vectors (Rayleigh-Ritz).
+            # The best linear combination of the block's vectors (Rayleigh-Ritz).
             _, _, Zh = torch.linalg.svd(A @ V, full_matrices=False)
             V = V @ Zh.mT
             right = V[..., 0]
         image = (A @ right.unsqueeze(-1)).squeeze(-1)
         norm = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
-        # A zero matrix has no left vector; any unit vector serves.
+        # A zero matrix has no left singular vector; any unit vector will do.
         left = torch.where(norm > 0, image / norm, torch.eye(m, 1, dtype=A.dtype, device=A.device)[:, 0])
         left, right, V = left.to(M.dtype), right.to(M.dtype), V.to(M.dtype)
     value = ((M * scale * right.unsqueeze(-2)).sum(-1) * left).sum(-1) / scale[..., 0, 0]

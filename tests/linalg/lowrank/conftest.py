@@ -1,4 +1,4 @@
-"""Matrices with known spectra, shared by the tests of this room."""
+"""Matrices with known spectra, shared by the tests of low-rank approximation."""
 
 from collections.abc import Callable
 

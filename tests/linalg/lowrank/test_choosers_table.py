@@ -66,7 +66,7 @@ def test_the_published_ratios_come_out_again(ratios, method, spectrum):
             assert float(here[:, kind].median()) == pytest.approx(published, rel=0.12)
         else:
             # One draw of the matrix there, printed to three digits: within the 99 % prediction interval that 12 draws
-            # give for a 13th, which is 3.1 sqrt(13 / 12) deviations by Student's t (three are asked).
+            # give for a 13th, which is 3.1 sqrt(13 / 12) standard deviations by Student's t (three are required).
             spread = float(here[:, kind].std())
             assert abs(float(here[:, kind].mean()) - published) < 3 * spread + 0.005
             assert spread < 0.25 * published

@@ -1,6 +1,6 @@
 """Low-rank approximation: from the pseudo-inverse and the SVD to decompositions in a matrix's own columns and rows.
 
-Every function returns a small frozen result with ``reconstruct()``, an error estimate and the chosen indices.
+Every decomposition returns a frozen dataclass with ``reconstruct()``, an error estimate and the chosen indices.
 
 >>> import torch
 >>> from danlu.linalg.lowrank import cur

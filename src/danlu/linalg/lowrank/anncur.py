@@ -18,7 +18,7 @@ class Anncur:
     Attributes:
         items: (a,) indices of the anchor items, the only ones a new query is scored against.
         weights: (a, items) matrix G S[V, :] with G = S[V, U]⁺, from the scores S[V, :] of the anchor queries.
-        error: () estimated Frobenius norm of what completion misses on the anchor queries themselves.
+        error: () estimated Frobenius norm of the error of completion on the anchor queries themselves.
     """
 
     items: Tensor
@@ -26,7 +26,7 @@ class Anncur:
     error: Tensor
 
     def complete(self, scores: Tensor) -> Tensor:
-        """Approximate scores (…, items) of queries whose scores against the anchor items, in order, are (…, a)."""
+        """Return approximate scores (…, items) of queries from their scores (…, a) against the anchors, in order."""
         if scores.shape[-1] != self.items.shape[-1]:
             raise ValueError(f"scores must be (…, {self.items.shape[-1]}), got shape {tuple(scores.shape)}")
         return scores @ self.weights
@@ -34,14 +34,14 @@ class Anncur:
     def search(
         self, score: Callable[[Tensor], Tensor], *, top: int = 10, candidates: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The best items for one query and their exact scores: (top,), (top,), descending.
+        """Return the best items for one query and their exact scores: (top,), (top,), descending.
 
         Args:
             score: maps item indices (k,) to the query's exact scores (k,); called with the anchors, then with the
                 ``candidates`` items of highest completed score.
             top: how many to return.
-            candidates: how many to score exactly in the second call; default 4 ``top``. The anchors' scores are exact
-                already and take part.
+            candidates: how many to score exactly in the second call; default 4 ``top``. The anchors, whose scores are
+                exact already, compete too.
 
         Raises:
             ValueError: more asked for than there are items.

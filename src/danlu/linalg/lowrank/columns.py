@@ -1,4 +1,4 @@
-"""The choosers of columns: which r columns of a matrix should stand for all of them."""
+"""Column selection: rules that choose the r columns by which all columns of a matrix are represented."""
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def choose_columns(
     dominant: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Indices (…, r) of the r columns of ``M`` that the named rule picks, distinct, in the order of the picking.
+    """Return indices (…, r) of the r distinct columns of ``M`` that a rule chooses, in the order of the choice.
 
     Args:
         M: (…, m, n) tensor in float32 or float64, or a 2-D array, memory map or :class:`ImplicitMatrix`.
@@ -67,7 +67,7 @@ def choose_columns(
 
     Raises:
         TypeError: a dtype other than float32 and float64.
-        ValueError: rank above min(m, n), NaN or Inf, an unknown method or one that needs the whole matrix.
+        ValueError: rank above min(m, n), NaN or Inf, an unknown method or one that needs the full matrix.
 
     >>> M = torch.tensor([[1.0, 0.0, 5.0], [0.0, 2.0, 0.0]])
     >>> choose_columns(M, 2, method="cpqr")
@@ -112,9 +112,9 @@ def choose_columns(
 def sketch(
     M: Matrix, rank: int, rows: int | None, power: int, probes: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Ω M)ᵀ (…, n, d), and Gaussian probes P (…, m, p) with Mᵀ P (…, n, p), from the same pass over M.
+    """Return (Ω M)ᵀ (…, n, d), and Gaussian probes P (…, m, p) with Mᵀ P (…, n, p), from the same pass over M.
 
-    A sketch with as many rows as M would only blur it: M itself is the sketch then.
+    A sketch with as many rows as M would only lose accuracy: then M itself is the sketch.
     """
     m = M.shape[-2]
     size = 2 * rank + 10 if rows is None else rows
@@ -160,10 +160,10 @@ def _batch(M: Matrix) -> tuple[int, ...]:
 
 
 def _draw(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Indices (…, count) drawn one after the other in proportion to ``weights`` without replacement.
+    """Return indices (…, count) drawn one after the other in proportion to ``weights`` without replacement.
 
-    The largest of log w + Gumbel noise are such a draw (Efraimidis and Spirakis), in any number of batch dimensions; an
-    intersection block with a repeated index would be singular.
+    The largest of log w + Gumbel noise are such a draw (Efraimidis and Spirakis), in any number of batch dimensions.
+    Without replacement, because an intersection block with a repeated index would be singular.
     """
     uniform = torch.rand(weights.shape, dtype=torch.float64, device=weights.device, generator=generator)
     return (weights.double().log() - (-uniform.log()).log()).topk(count, dim=-1).indices

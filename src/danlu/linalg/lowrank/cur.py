@@ -30,7 +30,7 @@ class CUR:
     """M ≈ C U R with C = M[…, :, columns] and R = M[…, rows, :].
 
     The product is kept as ``left @ core @ right``, whose factors are well conditioned where U itself is not (for a
-    smooth kernel U holds numbers beyond 1e12, and C U R evaluated as written loses everything).
+    smooth kernel U has entries beyond 1e12, and C U R evaluated as written loses all accuracy).
 
     Attributes:
         columns: (…, c) indices of the columns.
@@ -85,8 +85,8 @@ def cur(
             ``"sketch"`` chooses the rows by pivoting on the orthonormal basis of the chosen columns, which needs no
             second sketch.
         core: ``"optimal"``: U = C⁺ M R⁺, the best in Frobenius norm, (QQᵀ)M(PPᵀ) by two QRs. ``"intersection"``:
-            U = M[rows, columns]⁺ (skeleton, cross): reproduces the chosen rows and columns and never looks at the rest
-            of M, but its error follows the condition of the block.
+            U = M[rows, columns]⁺ (skeleton, cross): reproduces the chosen rows and columns and never reads the rest of
+            M, but its error grows with the condition number of the block.
         columns, rows: indices (…, c), (…, r) to use in place of the chooser; their numbers may differ.
 
     Raises:

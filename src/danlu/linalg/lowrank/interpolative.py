@@ -27,7 +27,7 @@ class Interpolative:
     """M ≈ C Z with C = M[…, :, columns].
 
     Attributes:
-        columns: (…, r) indices of the chosen columns, in the order of the choosing.
+        columns: (…, r) indices of the chosen columns, in the order of the choice.
         C: (…, m, r) those columns.
         Z: (…, r, n) coefficients C⁺ M, exactly the identity on the chosen columns.
         error: (…) estimate of the Frobenius norm of M − C Z from 8 random probes (its square is unbiased).
@@ -110,7 +110,7 @@ def columns_and_probes(
     dominant: int | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Column indices, and probes P with Mᵀ P for the error estimate: one pass where a sketch is made anyway."""
+    """Return column indices, and probes P with Mᵀ P for the error estimate, from one pass if a sketch is made."""
     if columns is None and method == "sketch":
         T, probe, seen = sketch(M, rank, oversample, power, PROBES, generator)
         return pivots(T, rank)[0], probe, seen

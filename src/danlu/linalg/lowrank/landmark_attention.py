@@ -22,11 +22,12 @@ def landmark_attention(
 ) -> Tensor:
     """softmax(q k̃ᵀ) [softmax(q̃ k̃ᵀ)]⁺ softmax(q̃ kᵀ) v with q̃, k̃ the means over ``landmarks`` segments.
 
-    The intersection CUR of the attention matrix, at O(length · landmarks) time and memory; equal to exact attention at
-    ``landmarks`` = length. Not causal: every position sees the segment means of all. Differentiable.
+    This is the intersection CUR of the attention matrix, in O(length · landmarks) time and memory; it equals exact
+    attention at ``landmarks`` = length. It is not causal: every position attends to the segment means of all. It is
+    differentiable.
 
-    The sequence is cut into segments whose lengths differ by at most one, which equals the segments of the paper where
-    the length is a multiple of ``landmarks``, and needs no padding elsewhere.
+    The sequence is divided into segments whose lengths differ by at most one. They equal the paper's segments if the
+    length is a multiple of ``landmarks``; other lengths need no padding.
 
     Args:
         q: (…, n, d), float32 or float64.

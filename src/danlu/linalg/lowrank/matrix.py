@@ -1,4 +1,4 @@
-"""What a low-rank method may be given: a tensor, an array (also memory-mapped), or a matrix known only by callables."""
+"""Inputs of low-rank methods: a tensor, an array (also memory-mapped), or a matrix given by callables."""
 
 import mmap
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class ImplicitMatrix:
     """An m x n matrix that need not exist in memory: four callables that act on tensors.
 
     Build one with :meth:`from_products`, :meth:`from_entries` or :meth:`from_array`; every low-rank method that can
-    work without the whole matrix takes it in the place of a tensor.
+    work without the full matrix accepts it in the place of a tensor.
 
     Attributes:
         shape: (m, n).
@@ -76,7 +76,7 @@ class ImplicitMatrix:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> "ImplicitMatrix":
-        """A matrix known by its products with blocks of vectors; its columns are products with unit vectors."""
+        """Make a matrix from its products with blocks of vectors; its columns are products with unit vectors."""
         place = torch.device(device)
 
         def unit(index: Tensor, size: int) -> Tensor:
@@ -103,9 +103,9 @@ class ImplicitMatrix:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> "ImplicitMatrix":
-        """A matrix known by its entries: ``entries(i, j)`` returns the block M[i][:, j] for index vectors i and j.
+        """Make a matrix from its entries: ``entries(i, j)`` returns the block M[i][:, j] for index vectors i and j.
 
-        Products walk over blocks of rows of about 64 MiB, so no more than one such block exists at a time.
+        Products iterate over blocks of rows of about 64 MiB, so only one such block exists at a time.
         """
         place = torch.device(device)
         rows, columns = (torch.arange(side, device=place) for side in shape)
@@ -124,10 +124,10 @@ class ImplicitMatrix:
 
     @classmethod
     def from_array(cls, array: np.ndarray) -> "ImplicitMatrix":
-        """A NumPy array, read in blocks of rows of about 64 MiB, so that a memory map larger than memory can be used.
+        """Make a matrix from a NumPy array, read in blocks of rows of about 64 MiB: it may be larger than memory.
 
-        The pages of a memory map are handed back to the system after each block; only the block counts as used memory.
-        Best for row-major files, whose blocks are contiguous.
+        The pages of a memory map are released after each block, so only one block is resident. Row-major files are
+        fastest, because their blocks are contiguous.
         """
         if not isinstance(array, np.ndarray):
             raise TypeError(f"array must be a numpy array, got {type(array).__name__}")
@@ -195,14 +195,14 @@ def _row_blocks(shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[int, i
 
 
 def _release(array: np.ndarray) -> None:
-    """Give a file mapping's pages back; a private (copy-on-write) map would lose its changes and is left alone."""
+    """Release the pages of a file mapping, except of a private (copy-on-write) one, which would lose its changes."""
     mapping = getattr(array, "_mmap", None)
     if isinstance(mapping, mmap.mmap) and getattr(array, "mode", None) in ("r", "r+"):
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def as_matrix(name: str, M: MatrixLike) -> Matrix:
-    """Check that ``M`` is a real matrix (a tensor with any leading dimensions) and turn an array into an implicit one.
+    """Check that ``M`` is a real matrix (a tensor with any leading dimensions); turn an array into an implicit one.
 
     Raises:
         TypeError: not a tensor, array or implicit matrix, or a dtype other than float32 and float64.
@@ -229,9 +229,9 @@ def as_tensor(name: str, M: Tensor, *, ndim: int = 2) -> Tensor:
 
 
 def check_finite(name: str, witness: Tensor, M: Matrix) -> None:
-    """Raise if ``witness``, a small quantity into which every entry of ``M`` went, is not finite.
+    """Raise if ``witness``, a small quantity computed from every entry of ``M``, is not finite.
 
-    Looking at the witness costs nothing beside a pass over the matrix, which is only read to say what is wrong.
+    Checking the witness is far cheaper than a pass over the matrix, which is read only to find out what is wrong.
     """
     if bool(torch.isfinite(witness).all()):
         return
@@ -295,14 +295,14 @@ def transposed_times(M: Matrix, X: Tensor) -> Tensor:
 def gaussian(M: Matrix, rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
     """A (…, rows, columns) matrix of N(0, 1) entries of ``M``'s dtype and device, one for each matrix of its batch."""
     batch = () if isinstance(M, ImplicitMatrix) else M.shape[:-2]
-    # Drawn in float32 whatever the dtype: seven digits of a random direction are plenty and cost a quarter of the time.
+    # Drawn in float32 whatever the dtype: seven digits of a random direction suffice, in a quarter of the time.
     return torch.randn(*batch, rows, columns, device=M.device, generator=generator).to(M.dtype)
 
 
 def solve_triangular(R: Tensor, B: Tensor, size: int) -> Tensor:
-    """R⁺ B for an upper triangular R (…, r, r), the factor of a matrix whose larger side is ``size``.
+    """Return R⁺ B for an upper triangular R (…, r, r), the factor of a matrix whose larger side is ``size``.
 
-    Back substitution where R is regular to its precision; where it is not, the minimum-norm solution by a truncated
+    It uses back substitution where R is numerically regular, and elsewhere the minimum-norm solution by a truncated
     SVD, so that dependent columns give finite coefficients.
     """
     diagonal = R.diagonal(dim1=-2, dim2=-1).abs()

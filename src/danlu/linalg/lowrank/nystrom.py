@@ -25,7 +25,7 @@ class Nystrom:
     """K ≈ C W⁺ Cᵀ with C = K[:, landmarks] and W = K[landmarks, landmarks], held as factor @ factorᵀ.
 
     Attributes:
-        landmarks: (…, r) indices, in the order in which they were eliminated.
+        landmarks: (…, r) indices, in the order of elimination.
         factor: (…, n, r) F with F Fᵀ = C W⁺ Cᵀ; a landmark that depends on earlier ones has a zero column.
         error: (…) trace of K − F Fᵀ, which is its nuclear norm and at least its Frobenius norm: exact, not an estimate.
     """
@@ -69,8 +69,8 @@ def nystrom(
 
     Raises:
         TypeError: a dtype other than float32 and float64.
-        ValueError: not square, not symmetric or not positive semi-definite as far as was seen, rank above n, NaN or
-            Inf.
+        ValueError: not square, not symmetric or not positive semi-definite (as far as the entries read show), rank
+            above n, NaN or Inf.
 
     >>> x = torch.linspace(-1, 1, 20, dtype=torch.float64)
     >>> K = torch.exp(-((x[:, None] - x) ** 2))
@@ -116,7 +116,7 @@ def _partial_cholesky(
     for j in range(rank):
         score = d.clamp(min=0).masked_fill(~allowed, -1.0)
         if random and landmarks is None:
-            # The largest of d/E, E exponential, is a draw in proportion to d; spent candidates keep their -1.
+            # The largest of d/E, E exponential, is a draw in proportion to d; used candidates keep their -1.
             draw = torch.rand(d.shape, dtype=torch.float64, device=d.device, generator=generator)
             score = torch.where(score > 0, score / -draw.log().clamp(max=-1e-300), score.double())
         p = score.argmax(-1, keepdim=True)

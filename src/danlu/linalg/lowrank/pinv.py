@@ -1,4 +1,4 @@
-"""Pseudo-inverse: by SVD, applied without being formed, and by an iteration of matrix products alone."""
+"""Pseudo-inverse: by SVD, applied without being formed, and by an iteration of matrix products."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from danlu.linalg.lowrank.matrix import as_tensor, check_finite, solve_triangula
 def pinv(A: Tensor, *, rtol: float | None = None) -> Tensor:
     """Moore–Penrose inverse A⁺ (…, n, m), the minimiser of ‖AB − I‖_F with the smallest norm; differentiable.
 
-    From the SVD, V Σ⁺ Uᵀ; going through AᵀA would square the condition number.
+    It is computed from the SVD as V Σ⁺ Uᵀ; using AᵀA would square the condition number.
 
     Args:
         A: (…, m, n), float32 or float64.
@@ -76,22 +76,22 @@ def least_squares(A: Tensor, M: Tensor) -> Tensor:
 
 
 def iterative_pinv(A: Tensor, *, method: str = "chebyshev", condition: float = 1e3, steps: int | None = None) -> Tensor:
-    """Pseudo-inverse (…, n, m) by matrix products alone, four of the small side a step: for accelerators and autograd.
+    """Pseudo-inverse (…, n, m) by matrix products, four of the small side per step: for accelerators and autograd.
 
     Every step maps the eigenvalues x of A V by a quartic with x = 0 fixed:
 
     * ``"nystromformer"``: x(13 − 15x + 7x² − x³)/4 (Xiong et al., arXiv 2102.03902, equation 11). It multiplies a small
-      eigenvalue by 3.25, and the eigenvalues are *squared* singular values: its customary six steps reach a condition
-      number of about 30 and no further.
-    * ``"chebyshev"``: the quartic that is closest to 1 on the whole interval that still holds eigenvalues,
-      1 − T₄(t)/T₄(t₀), rescaled after each step. It multiplies a small eigenvalue by nearly 16: at condition 539 six
-      steps leave a relative error of 6e-4 and seven 1e-11, where six of the former leave 0.98.
+      eigenvalue by 3.25, and the eigenvalues are *squared* singular values: the usual six steps suffice up to a
+      condition number of about 30 only.
+    * ``"chebyshev"``: the quartic that is closest to 1 on the interval that still contains eigenvalues,
+      1 − T₄(t)/T₄(t₀), rescaled after each step. It multiplies a small eigenvalue by nearly 16: at condition number 539
+      the relative error is 6e-4 after six steps and 1e-11 after seven, where six Nyströmformer steps leave 0.98.
 
     Args:
         A: (…, m, n), float32 or float64.
         method: as above.
-        condition: the ratio σ_max/σ_min up to which ``"chebyshev"`` is designed; smaller singular values are inverted
-            only in part (they act as if regularised). Ignored by ``"nystromformer"``.
+        condition: the ratio σ_max/σ_min for which ``"chebyshev"`` is designed; smaller singular values are inverted
+            only in part, as with regularisation. Ignored by ``"nystromformer"``.
         steps: number of steps; None means as many as ``condition`` needs (``"chebyshev"``), six (``"nystromformer"``).
 
     Raises:
@@ -120,7 +120,7 @@ def iterative_pinv(A: Tensor, *, method: str = "chebyshev", condition: float = 1
         for _ in range(steps or 6):
             V = _quartic(A @ V, V, (13 / 4, -15 / 4, 7 / 4, -1 / 4))
         return V
-    # The bound is loose by up to the ratio of norms; the spectral norm from a few power steps makes the start tight.
+    # This bound can be loose by the ratio of the norms; an estimate from a few power steps is tight.
     V = A.mT / _spectral_bound(A, bound)
     for coefficients in _chebyshev_steps(condition**-2 / A.shape[-2] ** 0.125, steps, eps):
         V = _quartic(A @ V, V, coefficients)

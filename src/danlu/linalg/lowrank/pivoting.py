@@ -5,18 +5,18 @@ from torch import Tensor
 
 
 def pivots(T: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Rows of T in the order in which column-pivoted QR of Tᵀ takes them: always the one with the largest residual.
+    """Return rows of T in the order of column-pivoted QR of Tᵀ: each time the row with the largest residual.
 
-    Left-looking: T is only read (one matrix-vector product a step) and the squared residual norms are downdated; once
-    the largest has lost half its digits, T is deflated and the norms are computed anew, as LAPACK's geqp3 does per
-    column.
+    The algorithm is left-looking: T is only read (one matrix-vector product per step) and the squared residual norms
+    are downdated. Once the largest has lost half its digits, T is deflated and the norms are recomputed, as LAPACK's
+    geqp3 does per column.
 
     Args:
         T: (…, n, d), the n candidates as rows.
         count: number of pivots, at most n.
 
     Returns:
-        Indices (…, count), distinct also where T's rank is smaller, and the Frobenius norm (…) of what they leave of T.
+        Indices (…, count), distinct also if the rank of T is smaller, and the Frobenius norm (…) of the residual of T.
     """
     eps = torch.finfo(T.dtype).eps
     scale = T.abs().amax((-2, -1), keepdim=True)
@@ -35,7 +35,7 @@ def pivots(T: Tensor, count: int) -> tuple[Tensor, Tensor]:
             reference, p = norms.max(-1, keepdim=True)
         chosen[..., j] = p[..., 0]
         v = torch.take_along_dim(T, p.unsqueeze(-1), dim=-2)
-        # Twice is enough: one pass of Gram-Schmidt leaves a part of the size of the cancellation.
+        # Two passes of Gram-Schmidt are enough: the first leaves an error of the size of the cancellation.
         for _ in range(2 if j else 0):
             v = v - (v @ Q[..., :j, :].mT) @ Q[..., :j, :]
         length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
@@ -49,11 +49,11 @@ def pivots(T: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def deim(V: Tensor) -> Tensor:
-    """Rows of V (…, n, r) by the discrete empirical interpolation method: indices (…, r).
+    """Return rows of V (…, n, r) chosen by the discrete empirical interpolation method: indices (…, r).
 
-    DEIM takes, for each basis vector, the largest entry of what interpolation at the rows chosen so far leaves of it
-    (Sorensen and Embree, arXiv 1407.5516, algorithm 1): these are exactly the pivots of Gaussian elimination with
-    partial pivoting on V, which LAPACK does in one call.
+    For each basis vector DEIM takes the largest entry of its residual after interpolation at the rows chosen so far
+    (Sorensen and Embree, arXiv 1407.5516, algorithm 1). These are exactly the pivots of Gaussian elimination with
+    partial pivoting on V, which LAPACK computes in one call.
     """
     n, r = V.shape[-2:]
     swaps = torch.linalg.lu_factor(V)[1].long() - 1
@@ -67,10 +67,10 @@ def deim(V: Tensor) -> Tensor:
 
 
 def residual_greedy(M: Tensor, count: int) -> Tensor:
-    """Columns of M (…, m, n) that each bring the *total* residual down the most: indices (…, count).
+    """Return columns of M (…, m, n), each of which lowers the *total* residual the most: indices (…, count).
 
-    Step: the column with the largest Σ_j ⟨e_i, e_j⟩²/‖e_i‖² over the current residual E, then deflation. The Gram
-    matrix of the residual is updated in O(n²); it is formed anew from a deflated E once half its digits are gone.
+    Each step takes the column with the largest Σ_j ⟨e_i, e_j⟩²/‖e_i‖² over the current residual E and deflates. The
+    Gram matrix of the residual is updated in O(n²); it is recomputed from a deflated E once half its digits are lost.
     """
     eps = torch.finfo(M.dtype).eps
     scale = M.abs().amax((-2, -1), keepdim=True)
@@ -88,7 +88,7 @@ def residual_greedy(M: Tensor, count: int) -> Tensor:
             G = E.mT @ E
             norms = G.diagonal(dim1=-2, dim2=-1)
             reference = norms.amax(-1)
-        # A column that is down to the rounding of the Gram matrix has a gain made of noise.
+        # For a column whose residual is at the rounding level of the Gram matrix the gain is noise.
         usable = norms > 8 * eps * reference.unsqueeze(-1)
         gain = torch.where(usable, G.square().sum(-1) / norms.clamp(min=torch.finfo(M.dtype).tiny), norms.clamp(min=0))
         p = gain.masked_fill(taken, -1.0).argmax(-1, keepdim=True)

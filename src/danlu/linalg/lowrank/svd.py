@@ -52,7 +52,7 @@ def svd(
     power: int = 2,
     generator: torch.Generator | None = None,
 ) -> TruncatedSVD:
-    """Best approximation of ``M`` of the given rank in every unitarily invariant norm (Eckart–Young–Mirsky).
+    """Return the best approximation of ``M`` of the given rank in every unitarily invariant norm (Eckart–Young–Mirsky).
 
     Args:
         M: (…, m, n) tensor in float32 or float64, or a 2-D array, memory map or :class:`ImplicitMatrix`.
@@ -106,9 +106,9 @@ def svd(
 
 
 def probe_error(seen: Tensor, probe: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Frobenius norm of M − left right estimated from ``seen`` = Mᵀ probe, for N(0, 1) probes (…, m, p).
+    """Estimate the Frobenius norm of M − left right from ``seen`` = Mᵀ probe, for N(0, 1) probes (…, m, p).
 
-    E‖(M − LR)ᵀ ω‖² = ‖M − LR‖²_F for each probe ω that the approximation has not seen.
+    E‖(M − LR)ᵀ ω‖² = ‖M − LR‖²_F for each probe ω that is independent of the approximation.
     """
     residual = seen - (right.mT @ (left.mT @ probe))
     error: Tensor = torch.linalg.vector_norm(residual, dim=(-2, -1)) / probe.shape[-1] ** 0.5
