@@ -70,9 +70,9 @@ def test_tasks_are_asked_by_their_shares_and_bits_and_labels_are_fair():
     expected = 40_000 * tasks.shares
     chi_squared = ((samples.task.bincount(minlength=10) - expected) ** 2 / expected).sum()
     assert chi_squared < 27.9  # 99.9 % of a chi-squared of nine degrees
-    deviation = 4.5 / math.sqrt(40_000) / 2
-    assert samples.bits.mean(0).tolist() == pytest.approx([0.5] * 12, abs=deviation)
-    assert samples.label.double().mean().item() == pytest.approx(0.5, abs=deviation)
+    tolerance = 4.5 / math.sqrt(40_000) / 2
+    assert samples.bits.mean(0).tolist() == pytest.approx([0.5] * 12, abs=tolerance)
+    assert samples.label.double().mean().item() == pytest.approx(0.5, abs=tolerance)
 
 
 def test_tasks_that_are_given_are_the_ones_sampled():

@@ -44,7 +44,7 @@ def denoiser(schedule, mean=MEAN, std=STD):
     return denoise
 
 
-def deviation(schedule, t):
+def spread(schedule, t):
     """Root of the variance of x_t."""
     a, b = schedule.coefficients(t)
     return torch.sqrt(a**2 * STD**2 + b**2)
@@ -57,7 +57,7 @@ def noise(schedule, shape=(13, 1, 2, 3), seed=0):
 def flow_end(schedule, x):
     """Where the exact probability flow takes x from t = 1 to clean data."""
     a, _ = schedule.coefficients(1.0)
-    return MEAN + STD / deviation(schedule, 1.0) * (x - a * MEAN)
+    return MEAN + STD / spread(schedule, 1.0) * (x - a * MEAN)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=named)
@@ -66,7 +66,7 @@ def test_the_samplers_converge_to_the_flow_at_their_order(schedule, method, orde
     # Measured half-way, at t = 0.5: the step to clean data is one of Euler's rule, from wherever the grid ends.
     x = noise(schedule)
     a, a_half = schedule.coefficients(1.0)[0], schedule.coefficients(0.5)[0]
-    exact = a_half * MEAN + deviation(schedule, 0.5) / deviation(schedule, 1.0) * (x - a * MEAN)
+    exact = a_half * MEAN + spread(schedule, 0.5) / spread(schedule, 1.0) * (x - a * MEAN)
     errors = []
     for half in (32, 64, 128):
         grid = time_grid(schedule, 2 * half + bool(schedule.coefficients(0.0)[1] > 0))

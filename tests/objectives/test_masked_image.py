@@ -1,4 +1,4 @@
-"""Masked autoencoding: which patches count, what is asked for, and that it learns."""
+"""Masked autoencoding: which patches count, the targets, and that it learns."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Masked language modelling: what is asked for and shown, the table that makes up for it, and that it learns."""
+"""Masked language modelling: targets and inputs, the table that corrects the difference, and that it learns."""
 
 import pytest
 import torch

@@ -89,12 +89,12 @@ def test_the_closed_form_has_the_published_values():
     # Two steps make one: (t - r) u(t, r) = (s - r) u(s, r) + (t - s) u(t, s) along the flow.
     x, t, s, r = (value * one for value in (1.1, 0.9, 0.5, 0.1))
     x_s = x - (t - s) * average(x, t, s)
-    whole = (t - r) * average(x, t, r)
+    in_one = (t - r) * average(x, t, r)
     parts = (s - r) * average(x_s, s, r) + (t - s) * average(x, t, s)
     # Worked out by hand: 1.07 (s_t - s_r) / s_t - 0.24 with s_t^2 = 0.8149 and s_r^2 = 0.4069.
-    assert whole.item() == pytest.approx(1.07 * (1 - (0.4069 / 0.8149) ** 0.5) - 0.24, abs=1e-14)
-    assert whole.item() == pytest.approx(0.073906571, abs=1e-9)
-    assert parts.item() == pytest.approx(whole.item(), abs=1e-14)
+    assert in_one.item() == pytest.approx(1.07 * (1 - (0.4069 / 0.8149) ** 0.5) - 0.24, abs=1e-14)
+    assert in_one.item() == pytest.approx(0.073906571, abs=1e-9)
+    assert parts.item() == pytest.approx(in_one.item(), abs=1e-14)
 
 
 @pytest.mark.parametrize("tangent", [(1, 0, 0), (1, 0, 1), (1, 1, 1)])

@@ -35,7 +35,7 @@ def fit_composition(
 ) -> Composition:
     """Fit quintic steps that bring ``j / grid``, j = 1..grid, to 1; the loss is the mean of the ``largest`` errors.
 
-    The optimizer is Adam without bias correction, betas 0.9 and 0.999; half way the learning rate falls to a tenth. The
+    The optimizer is Adam without bias correction, betas 0.9 and 0.999; half way the learning lr falls to a tenth. The
     gradient is 0.6 times that at w plus 0.2 times those at w + tolerance / 2 and w - tolerance / 2, each clipped to
     norm 1. The defaults take some tens of seconds on one core and give a loss of 0.079.
 
@@ -84,8 +84,8 @@ def fit_composition(
             gradient += share * slope / max(float(np.linalg.norm(slope)), 1.0)
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.999 * square + 0.001 * gradient**2
-        rate = learning_rate if iteration < iterations / 2 else learning_rate / 10
-        w = w - rate * mean / np.sqrt(square + 1e-20)
+        lr = learning_rate if iteration < iterations / 2 else learning_rate / 10
+        w = w - lr * mean / np.sqrt(square + 1e-20)
     rows = tuple(tuple(best[0 if shared else t].tolist()) for t in range(steps))
     return _measured(rows, float(lower), 1.0, f"fitted {coefficients} x {steps}, {largest} largest")
 

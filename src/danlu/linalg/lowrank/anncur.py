@@ -44,7 +44,7 @@ class Anncur:
                 exact already, compete too.
 
         Raises:
-            ValueError: more asked for than there are items.
+            ValueError: ``top`` or ``candidates`` is larger than the number of items.
         """
         total = self.weights.shape[-1]
         integer("top", top, high=total)
