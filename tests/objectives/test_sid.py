@@ -136,7 +136,7 @@ def test_the_players_gradients_are_those_of_the_loss():
             loss = generator_loss(*rows, alpha, normalise=False)
         total = (weight.flatten() * loss / b.expand_as(x).flatten() ** 2).sum()
         slope = torch.autograd.grad(total, theta)[0].tolist()
-        mu, k = players(alpha, steps=1, lr=1e-3)
+        mu, k = players(alpha, steps=1, rate=1e-3)
         assert [(3.0 - mu) / 1e-3, (0.3 - k) / 1e-3] == pytest.approx(slope, rel=1e-8)
 
 

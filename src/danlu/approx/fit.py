@@ -35,7 +35,7 @@ def fit_composition(
 ) -> Composition:
     """Fit quintic steps that bring ``j / grid``, j = 1..grid, to 1; the loss is the mean of the ``largest`` errors.
 
-    The optimizer is Adam without bias correction, betas 0.9 and 0.999; half way the learning lr falls to a tenth. The
+    The optimizer is Adam without bias correction, betas 0.9 and 0.999; half way the learning rate falls to a tenth. The
     gradient is 0.6 times that at w plus 0.2 times those at w + tolerance / 2 and w - tolerance / 2, each clipped to
     norm 1. The defaults take some tens of seconds on one core and give a loss of 0.079.
 
