@@ -84,7 +84,7 @@ def test_declarations_survive_a_deep_copy_and_are_the_copys_own():
     twin = copy.deepcopy(model)
     assert routed_only(twin) == EXPECTED
     declare(twin.first, "weight", "head")
-    assert declaration(model.first, "weight") == ("matrix", (5, 3))
+    assert declaration(model.first, "weight") == ("matrix", (5, 3), False)
 
 
 def test_declarations_survive_torch_compile():

@@ -1,13 +1,13 @@
-"""What a parameter is: its role and the rows that belong apart, declared by the module that owns it.
+"""What a parameter is: its role, the rows that belong apart and its orientation, declared by the module that owns it.
 
 The declaration stands on the module, under the parameter's name, because parameters are replaced: by ``fully_shard``
 and ``parallelize_module``, by ``to_empty`` after building on the meta device, by a deep copy. It stands on the
 parameter as well, for an optimizer that is handed bare parameters. Where the two differ, the parameter's attributes
-``danlu_role`` and ``danlu_split`` hold, so that whoever uses a layer has the last word.
+``danlu_role``, ``danlu_split`` and ``danlu_transposed`` hold, so that whoever uses a layer has the last word.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
@@ -19,11 +19,23 @@ Split = int | tuple[int, ...] | None
 ROLES: tuple[str, ...] = get_args(Role)
 #: The roles whose parameters are linear maps, for optimizers that orthogonalise.
 MATRIX_ROLES = ("matrix", "experts", "conv")
-#: The attribute of a module that holds {parameter's name: (role, split)}.
+#: The roles of parameters that may be kept with inputs before outputs.
+TRANSPOSED_ROLES = ("matrix", "experts", "head")
+#: The attribute of a module that holds {parameter's name: declaration}.
 _DECLARED = "danlu_roles"
+#: The attributes of a parameter, in the order of a declaration.
+ATTRIBUTES = ("danlu_role", "danlu_split", "danlu_transposed")
 
 
-def declare(module: nn.Module, name: str, role: Role, split: Split = None) -> None:
+class Declaration(NamedTuple):
+    """What was said of a parameter; None where nothing was."""
+
+    role: str | None = None
+    split: Split = None
+    transposed: bool = False
+
+
+def declare(module: nn.Module, name: str, role: Role, split: Split = None, *, transposed: bool = False) -> None:
     """Say what a parameter of a module is, so that ``danlu.optim.param_groups`` need not guess.
 
     Args:
@@ -34,9 +46,11 @@ def declare(module: nn.Module, name: str, role: Role, split: Split = None) -> No
         split: rows of independent matrices that share one fused weight (query, key, value, or heads): a number of
             equal blocks, or a tuple of heights. An optimizer that acts on complete matrices treats each of them apart,
             as if they had been separate parameters.
+        transposed: whether the weight is kept as (inputs, outputs), as GPT-2's ``Conv1D`` and some stacks of experts
+            do. "Rows" are outputs all the same: ``split`` then counts columns of the tensor.
 
     Raises:
-        TypeError: ``module`` is no module, or ``split`` no integers.
+        TypeError: ``module`` is no module, ``split`` no integers or ``transposed`` no bool.
         ValueError: the module has no such parameter, the role is unknown or does not fit its shape, or the split does
             not cover its rows.
 
@@ -44,28 +58,31 @@ def declare(module: nn.Module, name: str, role: Role, split: Split = None) -> No
     >>> layer = nn.Linear(4, 6)
     >>> declare(layer, "weight", "matrix", split=(4, 2))
     >>> declaration(layer, "weight")
-    ('matrix', (4, 2))
+    Declaration(role='matrix', split=(4, 2), transposed=False)
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be the torch.nn.Module that holds the parameter, got {type(module).__name__}")
     parameter = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(name)
     if parameter is None:
         raise ValueError(f"name must be a parameter of the {type(module).__name__} itself, got {name!r}")
-    _check(name, role, split, parameter)
-    setattr(module, _DECLARED, {**getattr(module, _DECLARED, {}), name: (role, split)})
-    parameter.danlu_role, parameter.danlu_split = role, split  # type: ignore[attr-defined]
+    said = Declaration(role, split, transposed)
+    _check(name, said, parameter)
+    setattr(module, _DECLARED, {**getattr(module, _DECLARED, {}), name: said})
+    for attribute, value in zip(ATTRIBUTES, said):
+        setattr(parameter, attribute, value)
 
 
-def declaration(module: nn.Module, name: str) -> tuple[str | None, Split]:
-    """Return the role and the split that hold for a parameter of a module, None where nothing was declared."""
+def declaration(module: nn.Module, name: str) -> Declaration:
+    """Return what holds for a parameter of a module: what stands on itself, else on the module, else nothing."""
     parameter = getattr(module, name)
-    role, split = getattr(module, _DECLARED, {}).get(name, (None, None))
-    own_role, own_split = getattr(parameter, "danlu_role", None), getattr(parameter, "danlu_split", None)
-    return role if own_role is None else own_role, split if own_split is None else own_split
+    said = Declaration(*getattr(module, _DECLARED, {}).get(name, ()))
+    own = [getattr(parameter, attribute, None) for attribute in ATTRIBUTES]
+    held: list[Any] = [theirs if mine is None else mine for theirs, mine in zip(said, own)]
+    return Declaration(*held)
 
 
-def declared(name: str, parameter: Tensor, module: nn.Module | None = None) -> tuple[str | None, Split]:
-    """Return the role and the normal split declared for a parameter; raise if its shape contradicts them.
+def declared(name: str, parameter: Tensor, module: nn.Module | None = None) -> Declaration:
+    """Return what was declared of a parameter, its split normal; raise if its shape contradicts it.
 
     Args:
         name: what errors call the parameter.
@@ -73,22 +90,30 @@ def declared(name: str, parameter: Tensor, module: nn.Module | None = None) -> t
         module: what holds it under the last part of ``name``; None for a bare parameter.
     """
     if module is None:
-        role, split = getattr(parameter, "danlu_role", None), getattr(parameter, "danlu_split", None)
+        role, split, transposed = (getattr(parameter, attribute, None) for attribute in ATTRIBUTES)
+        said = Declaration(role, split, transposed or False)
     else:
-        role, split = declaration(module, name.rpartition(".")[2])
-    _check(name, role, split, parameter)
-    return role, normal_split(split)
+        said = declaration(module, name.rpartition(".")[2])
+    _check(name, said, parameter)
+    return said._replace(split=normal_split(said.split))
 
 
-def _check(name: str, role: str | None, split: Split, parameter: Tensor) -> None:
+def _check(name: str, said: Declaration, parameter: Tensor) -> None:
     """Raise unless a parameter of this shape can be what was declared."""
+    role, split, transposed = said
     if role is not None:
         choice(f"danlu_role of {name}", role, ROLES)
         needed = {"matrix": 2, "experts": 3, "conv": 2}.get(role, 0)
         if parameter.ndim < needed or (role == "matrix" and parameter.ndim > 2):
             raise ValueError(f"{name} is declared {role!r}, which its shape {tuple(parameter.shape)} cannot be")
+    if not isinstance(transposed, bool):
+        raise TypeError(f"transposed of {name} must be a bool, got {transposed!r}")
+    if transposed and (role not in (*TRANSPOSED_ROLES, None) or parameter.ndim < 2):
+        kind = f"a {role or 'parameter'} of shape {tuple(parameter.shape)}"
+        raise ValueError(f"{name} is {kind}, which cannot be transposed; accepted are {', '.join(TRANSPOSED_ROLES)}")
     if split is not None and parameter.ndim >= 2:
-        check_split(name, split, rows_of(role or ("experts" if parameter.ndim == 3 else "matrix"), parameter.shape))
+        kind = role or ("experts" if parameter.ndim == 3 else "matrix")
+        check_split(name, split, rows_of(kind, oriented(parameter.shape, transposed)))
 
 
 def check_split(name: str, split: Split, rows: int) -> None:
@@ -105,8 +130,17 @@ def check_split(name: str, split: Split, rows: int) -> None:
         raise ValueError(f"split of {name} must be positive block heights that sum to its {rows} rows, got {split!r}")
 
 
+def oriented(shape: Sequence[int], transposed: bool) -> tuple[int, ...]:
+    """Return the shape with outputs before inputs.
+
+    >>> oriented((8, 4, 6), True)
+    (8, 6, 4)
+    """
+    return (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
+
+
 def rows_of(role: str, shape: Sequence[int]) -> int:
-    """Return the number of rows of one matrix of a parameter: of one expert for a stack."""
+    """Return the number of rows of one matrix of a parameter of this oriented shape: of one expert for a stack."""
     return shape[-2] if role == "experts" else shape[0]
 
 

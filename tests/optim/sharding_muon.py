@@ -209,3 +209,21 @@ def check_a_decay_of_singular_values_takes_whole_experts_and_refuses_cut_matrice
         ValueError, match=r"parameter w of group 0 is placed as .*sharded; accepted is decay='decoupled' only"
     ):
         Muon([("w", nn.Parameter(cut_over(world.four)(gaussian(4, 5), 0)))], decay="spectral")
+
+
+def check_weights_kept_transposed_step_as_their_transposes_however_they_are_cut(world):
+    cases = [
+        (shape, dim, split)
+        for shape, splits in (((8, 12), (None, 3, (2, 7, 3))), ((6, 8, 12), (None, 2, (5, 7))))
+        for dim in range(len(shape))
+        for split in splits
+    ]
+    for index, (shape, dim, split) in enumerate(cases):
+        start, gradient = gaussian(*shape, seed=index), gaussian(*shape, seed=100 + index)
+        weight = nn.Parameter(placed(start, world.four, [Shard(dim)]))
+        upright = nn.Parameter(start.mT.contiguous())
+        weight.grad = placed(gradient, world.four, [Shard(dim)])
+        upright.grad = gradient.mT.contiguous()
+        Muon([{"params": [weight], "split": split, "transposed": True}], lr=1.0, scale="mup").step()
+        Muon([{"params": [upright], "split": split}], lr=1.0, scale="mup").step()
+        torch.testing.assert_close(full(weight).mT, upright.detach(), rtol=0, atol=1e-11)

@@ -6,7 +6,7 @@ from steps import one_step, step
 from tensors import gaussian
 from torch import nn
 
-from danlu.optim import Muon
+from danlu.optim import Muon, declare, param_groups
 
 
 def test_a_stack_steps_as_its_matrices_apart():
@@ -79,3 +79,61 @@ def test_a_declared_embedding_is_refused():
 def test_a_split_that_does_not_divide_is_named():
     with pytest.raises(ValueError, match="split of parameter 0 of group 0 must divide its 5 rows, got 2"):
         Muon([{"params": [nn.Parameter(torch.zeros(5, 2))], "split": 2}])
+
+
+class TestInputsBeforeOutputs:
+    """A weight kept as (inputs, outputs) steps as its transpose does, whatever its split and its scale."""
+
+    @pytest.mark.parametrize("scale", ["moonlight", "jordan", "mup"])
+    @pytest.mark.parametrize("split", [None, 3, (2, 7, 3)])
+    def test_a_matrix(self, split, scale):
+        gradient = gaussian(12, 5)
+        upright, transposed = (nn.Parameter(torch.zeros(shape).double()) for shape in ((12, 5), (5, 12)))
+        step(Muon([{"params": [upright], "split": split}], lr=1.0, scale=scale), gradient)
+        step(Muon([{"params": [transposed], "split": split, "transposed": True}], lr=1.0, scale=scale), gradient.mT)
+        assert upright.abs().sum() > 0
+        torch.testing.assert_close(transposed.mT, upright, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("scale", ["moonlight", "mup"])
+    @pytest.mark.parametrize("split", [None, 2, (2, 4)])
+    def test_a_stack(self, split, scale):
+        gradient = gaussian(4, 6, 5)
+        upright, transposed = (nn.Parameter(torch.zeros(shape).double()) for shape in ((4, 6, 5), (4, 5, 6)))
+        step(Muon([{"params": [upright], "split": split}], lr=1.0, scale=scale), gradient)
+        step(Muon([{"params": [transposed], "split": split, "transposed": True}], lr=1.0, scale=scale), gradient.mT)
+        assert upright.abs().sum() > 0
+        torch.testing.assert_close(transposed.mT, upright, rtol=0, atol=1e-12)
+
+    def test_it_may_be_declared_of_the_layer_or_stand_on_the_parameter(self):
+        gradient, found = gaussian(5, 12), []
+        for how in ("declared", "written", "group"):
+            layer = nn.Linear(12, 5, bias=False).double()
+            nn.init.zeros_(layer.weight)
+            if how == "declared":
+                declare(layer, "weight", "matrix", 3, transposed=True)
+                groups = param_groups(layer)
+                assert [(g["role"], g["split"], g["transposed"]) for g in groups] == [("matrix", 3, True)]
+            elif how == "written":
+                layer.weight.danlu_split, layer.weight.danlu_transposed = 3, True
+                groups = [layer.weight]
+            else:
+                groups = [{"params": [layer.weight], "split": 3, "transposed": True}]
+            step(Muon(groups, lr=1.0, scale="mup"), gradient)
+            found.append(layer.weight.detach())
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+    def test_a_split_counts_outputs(self):
+        with pytest.raises(ValueError, match="must divide its 6 rows, got 5"):
+            Muon([{"params": [nn.Parameter(torch.zeros(5, 6))], "split": 5, "transposed": True}])
+
+    @pytest.mark.parametrize("role", ["conv", "embedding"])
+    def test_a_kernel_or_a_table_is_refused(self, role):
+        with pytest.raises(ValueError, match=r"weight is a .*cannot be transposed; accepted are matrix, experts, head"):
+            declare(nn.Linear(4, 6), "weight", role, transposed=True)
+
+    def test_something_that_is_no_bool_is_named(self):
+        with pytest.raises(TypeError, match="transposed of weight must be a bool, got 'yes'"):
+            declare(nn.Linear(4, 6), "weight", "matrix", transposed="yes")
+        with pytest.raises(ValueError, match="transposed must be True, False or None, got 'yes'"):
+            Muon([{"params": [nn.Parameter(torch.zeros(5, 6))], "transposed": "yes"}])

@@ -1,21 +1,29 @@
-"""Which matrices a parameter consists of: its role, its split, its layout in memory and its place among processes."""
+"""Which matrices a parameter consists of: role, split, orientation, layout in memory and place among processes."""
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from danlu._roles import MATRIX_ROLES, Split, check_split, declared, normal_split, rows_of
+from danlu._roles import MATRIX_ROLES, TRANSPOSED_ROLES, Split, check_split, declared, normal_split, oriented, rows_of
 from danlu.optim._sharded import Part, Views, local, sharding
 
 
-def layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[str, Split]:
-    """Return the role and split that hold for a parameter; raise if it is nothing Muon can update."""
-    own_role, own_split = declared(name, parameter)
+class Layout(NamedTuple):
+    """How the matrices of a parameter lie in it."""
+
+    role: str
+    split: Split = None
+    transposed: bool = False  # inputs before outputs
+
+
+def layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> Layout:
+    """Return the layout that holds for a parameter; raise if it is nothing Muon can update."""
+    own_role, own_split, own_transposed = declared(name, parameter)
     shape = tuple(parameter.shape)
     role = options["role"] or own_role or {2: "matrix", 3: "experts"}.get(parameter.ndim)
     if role is None or role not in MATRIX_ROLES:
@@ -24,14 +32,18 @@ def layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> tuple[st
         raise ValueError(f"{name} of shape {shape} {kind}; Muon takes matrices and stacks of them: {hint}")
     if parameter.ndim < (3 if role == "experts" else 2) or (role == "matrix" and parameter.ndim > 2):
         raise ValueError(f"{name} of shape {shape} cannot have the role {role!r}")
+    transposed = own_transposed if options.get("transposed") is None else options["transposed"]
+    if transposed and role not in TRANSPOSED_ROLES:
+        raise ValueError(f"{name} of shape {shape} and role {role!r} cannot be transposed")
     split = options["split"] if options["split"] is not None else own_split
     split = tuple(split) if isinstance(split, list) else split
-    check_split(name, split, rows_of(role, shape))
-    return role, normal_split(split)
+    check_split(name, split, rows_of(role, oriented(shape, transposed)))
+    return Layout(role, normal_split(split), bool(transposed))
 
 
-def blocks(tensor: Tensor, role: str, split: Split, *, channels_last: bool) -> list[Tensor]:
+def blocks(tensor: Tensor, layout: Layout, *, channels_last: bool) -> list[Tensor]:
     """Return ``(b, m, n)`` views of the matrices in a parameter, one entry for each height that ``split`` asks for."""
+    role, split, transposed = layout
     if role == "conv":
         # The order of the columns is free (msign commutes with permutations), so any dense layout has its own view.
         order = tensor.movedim(1, -1) if channels_last else tensor
@@ -40,6 +52,10 @@ def blocks(tensor: Tensor, role: str, split: Split, *, channels_last: bool) -> l
         tensor = tensor.unsqueeze(0)
     elif tensor.ndim > 3:
         tensor = tensor.flatten(0, -3)
+    if transposed:
+        tensor = tensor.mT
+        if isinstance(split, int) and role == "experts":  # columns of one matrix after another have no common stride
+            split = split * (tensor.shape[1] // split,)
     if split is None:
         return [tensor]
     if isinstance(split, int):
@@ -47,33 +63,38 @@ def blocks(tensor: Tensor, role: str, split: Split, *, channels_last: bool) -> l
     return list(torch.split(tensor, list(split), dim=1))
 
 
-def parts(name: str, tensors: Views, role: str, split: Split, group: Any) -> Iterator[Part]:
+def parts(name: str, tensors: Views, layout: Layout, group: Any) -> Iterator[Part]:
     """Yield the matrices of a parameter and of the tensors shaped like it, as far as this process holds them.
 
     Args:
         name: what errors call the parameter.
         tensors: the parameter first, then its gradient, its momentum and what else is kept for it, plain or DTensors.
-        role, split: what :func:`layout` returned.
+        layout: what the function :func:`layout` returned.
         group: the processes that hold a replica of what is not sharded; None for none.
     """
+    role, split, transposed = layout
     whole = tensors[0]
     shard = sharding(name, whole)
     held = [local(tensor, whole) for tensor in tensors]
     last = role == "conv" and not held[0].is_contiguous()
-    rows_cut = shard is not None and shard[1] == (whole.ndim - 2 if role == "experts" else 0)
+    row_axis = (whole.ndim - 2 if role == "experts" else 0) + transposed
+    rows_cut = shard is not None and shard[1] == row_axis
     # What is left of the rows of a shard need not be a multiple of anything: its blocks are cut further below.
-    views = list(zip(*(blocks(t, role, None if rows_cut else split, channels_last=last) for t in held)))
+    seen = layout._replace(split=None) if rows_cut else layout
+    views = list(zip(*(blocks(t, seen, channels_last=last) for t in held)))
     if shard is None:
         yield from (Part(view, group) for view in views)
         return
     group, axis, lengths = shard
     if rows_cut:
-        yield from _cut_rows(views[0], group, lengths, _heights(split, rows_of(role, whole.shape)))
+        rows = rows_of(role, oriented(whole.shape, transposed))
+        yield from _cut_rows(views[0], group, lengths, _heights(split, rows))
     elif role == "experts" and axis < whole.ndim - 2:
-        inner = math.prod(whole.shape[:-2]) // whole.shape[axis] * (split if isinstance(split, int) else 1)
+        joined = split if isinstance(split, int) and len(views) == 1 else 1
+        inner = math.prod(whole.shape[:-2]) // whole.shape[axis] * joined
         yield from (Part(view, group, 0, tuple(inner * length for length in lengths)) for view in views)
     else:
-        inner = 1 if role == "experts" else math.prod(whole.shape[1:]) // whole.shape[axis]
+        inner = 1 if role != "conv" else math.prod(whole.shape[1:]) // whole.shape[axis]
         yield from (Part(view, group, 2, tuple(inner * length for length in lengths)) for view in views)
 
 

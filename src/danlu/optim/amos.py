@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danlu._roles import ROLES, declared
+from danlu._roles import ROLES, declared, oriented
 from danlu._validate import choice, integer, number, positive
 from danlu.optim._common import MomentumOptimizer, check_rate, fusable, is_dtensor, row_pieces
 from danlu.optim._config import probe
@@ -92,6 +92,7 @@ class Amos(MomentumOptimizer):
             "eps": eps,
             "maximize": maximize,
             "role": None,
+            "transposed": None,
             "eta": None,
         }
         self.check_options("", defaults)
@@ -135,7 +136,7 @@ class Amos(MomentumOptimizer):
             return
         roles = [_role(parameter, group) for parameter in params]
         kept = [_kept(role, parameter.ndim) for role, parameter in zip(roles, params)]
-        etas = [group["eta"] or amos_scale(role, parameter.shape) for role, parameter in zip(roles, params)]
+        etas = [group["eta"] or _scale(role, parameter, group) for role, parameter in zip(roles, params)]
         grads = [local(grad, parameter) for grad, parameter in zip(grads, params)]
         steps, second, decay, *averages = [[local(tensor) for tensor in tensors] for tensors in slots]
         if group["maximize"]:
@@ -177,6 +178,14 @@ def _role(parameter: Tensor, options: Mapping[str, Any]) -> str:
     """Return the role that holds for a parameter: its group's, its own, or what its shape suggests."""
     role: str | None = options["role"] or declared("the parameter", parameter)[0]
     return role or {0: "gain", 1: "gain", 2: "matrix", 3: "experts"}.get(parameter.ndim, "conv")
+
+
+def _scale(role: str, parameter: Tensor, options: Mapping[str, Any]) -> float:
+    """Return Amos' eta of a parameter, whichever way its weight is kept."""
+    transposed = options.get("transposed")
+    if transposed is None:
+        transposed = declared("the parameter", parameter).transposed
+    return amos_scale(role, oriented(parameter.shape, transposed))
 
 
 def _kept(role: str, ndim: int) -> int:

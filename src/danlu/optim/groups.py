@@ -4,7 +4,8 @@ A matrix that multiplies activations, a table of embeddings and a gain of a norm
 orthogonalised update is right for the first only. The role of a parameter follows from the module that owns it, its
 name and its shape; a layer that knows better says so with :func:`declare`, which also tells which rows of a fused
 matrix belong apart: a number of equal blocks (heads) or a tuple of block heights (query, key and value of one
-projection). A user's last word are the attributes ``danlu_role`` and ``danlu_split`` of the parameter itself.
+projection), and whether a weight is kept transposed. A user's last word are the attributes ``danlu_role``,
+``danlu_split`` and ``danlu_transposed`` of the parameter itself.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from danlu._roles import ROLES, Split, declaration, declared
+from danlu._roles import ATTRIBUTES, ROLES, Split, declaration, declared
 
 Group = dict[str, Any]
 
@@ -79,7 +80,7 @@ def _by_shape(path: str, name: str, module: nn.Module, parameter: Tensor) -> tup
 def _classify(path: str, name: str, module: nn.Module, parameter: Tensor, vocabularies: set[int]) -> tuple[str, Split]:
     """Return role and split of the parameter ``name`` that ``module`` at ``path`` owns."""
     full = f"{path}.{name}" if path else name
-    role, split = declared(full, parameter, module)
+    role, split, _ = declared(full, parameter, module)
     if role is not None:
         return role, split
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -125,7 +126,8 @@ def param_groups(model: nn.Module) -> list[Group]:
 
     Returns:
         Groups that any ``torch.optim`` optimizer accepts: dictionaries of ``params``, ``param_names``, ``role``
-        (one of :data:`ROLES`) and ``split`` (rows that belong apart, or None), in the order of :data:`ROLES`.
+        (one of :data:`ROLES`), ``split`` (rows that belong apart, or None) and ``transposed`` (whether inputs come
+        before outputs), in the order of :data:`ROLES`.
 
     Raises:
         TypeError: ``model`` is no module, or a parameter is complex or has not been materialised.
@@ -139,7 +141,7 @@ def param_groups(model: nn.Module) -> list[Group]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     vocabularies = _vocabularies(model)
-    found: dict[int, tuple[int, str, nn.Parameter, str, Split]] = {}
+    found: dict[int, tuple[int, str, nn.Parameter, str, Split, bool]] = {}
     for path, name, module, parameter in _owners(model):
         if not parameter.requires_grad:
             continue
@@ -151,20 +153,21 @@ def param_groups(model: nn.Module) -> list[Group]:
         if parameter.is_complex():
             raise TypeError(f"parameter {full} is complex ({parameter.dtype}); accepted are real dtypes")
         role, split = _classify(path, name, module, parameter, vocabularies)
-        said = declaration(module, name)[0] is not None
-        rank = 0 if said else {"embedding": 1, "head": 2}.get(role, 3)
+        said = declaration(module, name)
+        rank = 0 if said.role is not None else {"embedding": 1, "head": 2}.get(role, 3)
         if id(parameter) not in found or rank < found[id(parameter)][0]:
             first = found[id(parameter)][1] if id(parameter) in found else full
-            found[id(parameter)] = (rank, first, parameter, role, split)
+            found[id(parameter)] = (rank, first, parameter, role, split, said.transposed)
     if not found:
         raise ValueError("model has no parameter that requires a gradient")
 
-    buckets: dict[tuple[str, Split], Group] = {}
-    for _, name, parameter, role, split in found.values():
-        group = buckets.setdefault((role, split), {"params": [], "param_names": [], "role": role, "split": split})
+    buckets: dict[tuple[str, Split, bool], Group] = {}
+    for _, name, parameter, role, split, transposed in found.values():
+        fresh: Group = {"params": [], "param_names": [], "role": role, "split": split, "transposed": transposed}
+        group = buckets.setdefault((role, split, transposed), fresh)
         group["params"].append(parameter)
         group["param_names"].append(name)
-    groups = [group for (_, _), group in sorted(buckets.items(), key=lambda item: _order(*item[0]))]
+    groups = [group for _, group in sorted(buckets.items(), key=lambda item: _order(*item[0]))]
     check_partition(groups, model)
     return groups
 
@@ -173,8 +176,9 @@ def param_groups(model: nn.Module) -> list[Group]:
 def declarations_kept(model: nn.Module) -> Iterator[None]:
     """Give the parameters that replace those of ``model`` within a block what was written on the old ones.
 
-    ``fully_shard`` puts new parameters in place of a module's own, without the attributes ``danlu_role`` and
-    ``danlu_split`` that a user has set on them. What :func:`danlu.optim.declare` says needs no such care.
+    ``fully_shard`` puts new parameters in place of a module's own, without the attributes ``danlu_role``,
+    ``danlu_split`` and ``danlu_transposed`` that a user has set on them. What :func:`danlu.optim.declare` says needs
+    no such care.
 
     Raises:
         ValueError: a parameter that carried a declaration is no longer there under its name.
@@ -186,7 +190,7 @@ def declarations_kept(model: nn.Module) -> Iterator[None]:
         optimizer = MuonConfig().build(model)
     """
     notes = {
-        name: {key: getattr(parameter, key) for key in ("danlu_role", "danlu_split") if hasattr(parameter, key)}
+        name: {key: getattr(parameter, key) for key in ATTRIBUTES if hasattr(parameter, key)}
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     yield
@@ -199,8 +203,8 @@ def declarations_kept(model: nn.Module) -> Iterator[None]:
             setattr(new[name], key, value)
 
 
-def _order(role: str, split: Split) -> tuple[int, tuple[int, ...]]:
-    return ROLES.index(role), (split if isinstance(split, tuple) else (split or 0,))
+def _order(role: str, split: Split, transposed: bool) -> tuple[int, tuple[int, ...], bool]:
+    return ROLES.index(role), (split if isinstance(split, tuple) else (split or 0,)), transposed
 
 
 def check_partition(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> None:

@@ -45,9 +45,10 @@ class Muon(MomentumOptimizer):
     Args:
         params: parameters, named parameters or groups. A group may carry, besides every option below,
             ``role`` (``matrix``; ``experts``: leading dimensions count matrices; ``conv``: trailing dimensions are
-            flattened) and ``split`` (rows orthogonalised apart: a number of equal blocks or a tuple of heights).
-            Where it does not, the parameter's ``danlu_role`` and ``danlu_split`` hold, then its shape: 2-D is a
-            matrix, 3-D a stack.
+            flattened) and ``split`` (rows orthogonalised apart: a number of equal blocks or a tuple of heights) and
+            ``transposed`` (kept as inputs by outputs; rows are outputs all the same).
+            Where it does not, the parameter's ``danlu_role``, ``danlu_split`` and ``danlu_transposed`` hold, then its
+            shape: 2-D is a matrix, 3-D a stack.
         lr: learning rate, a number or a one-element tensor.
         momentum: decay of the momentum, in [0, 1).
         nesterov: look one step ahead.
@@ -135,6 +136,7 @@ class Muon(MomentumOptimizer):
             "maximize": maximize,
             "role": None,
             "split": None,
+            "transposed": None,
         }
         self._plans: dict[int, tuple[Any, Plan]] = {}
         self.check_options("", defaults)
@@ -153,13 +155,15 @@ class Muon(MomentumOptimizer):
         choice(f"{where}scale", options["scale"], SCALES)
         if options["role"] is not None:
             choice(f"{where}role", options["role"], MATRIX_ROLES)
+        if options["transposed"] not in (None, False, True):
+            raise ValueError(f"{where}transposed must be True, False or None, got {options['transposed']!r}")
 
     def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
         """Raise if a parameter is no linear map, or its memory has no view as a stack of matrices."""
-        role, split = layout(name, parameter, options)
+        laid = layout(name, parameter, options)
         whole = parameter.detach()
         storage = local(whole).untyped_storage().data_ptr()
-        found = list(parts(name, (whole, whole, whole), role, split, None))
+        found = list(parts(name, (whole, whole, whole), laid, None))
         if any(part.dim for part in found):
             placed = f"{name} is placed as {getattr(parameter, 'placements', None)}, its matrices sharded; accepted"
             if options.get("decay", "decoupled") != "decoupled":
@@ -195,14 +199,14 @@ class Muon(MomentumOptimizer):
     def _plan(self, group: dict[str, Any], params: list[Tensor], momenta: list[Tensor]) -> Plan:
         """Return the plan of a group, made anew only when something has changed that it depends on."""
         iteration = Iteration(self.composition, self.dtype, self.chunk_bytes, self.foreach, self.process_group)
-        role, split = group["role"], group["split"]
+        said = {name: group[name] for name in ("role", "split", "transposed")}
         if torch.compiler.is_compiling():  # the graph is the plan
-            return muon_plan(params, momenta, iteration, role=role, split=split)
+            return muon_plan(params, momenta, iteration, **said)
         seen = [(id(p), p.shape, p.dtype, p.device, m.dtype) for p, m in zip(params, momenta)]
-        signature = (role, split, seen, id(iteration.composition), iteration[1:])
+        signature = (said, seen, id(iteration.composition), iteration[1:])
         known = self._plans.get(id(group))
         if known is None or known[0] != signature:
-            known = signature, muon_plan(params, momenta, iteration, role=role, split=split)
+            known = signature, muon_plan(params, momenta, iteration, **said)
             self._plans[id(group)] = known
         return known[1]
 
@@ -228,7 +232,7 @@ class Muon(MomentumOptimizer):
         amount = float(group["lr"] * group["weight_decay"])
         for index, parameter in enumerate(params):
             name = f"parameter {index}"
-            for part in parts(name, (parameter,) * 3, *layout(name, parameter, group), None):
+            for part in parts(name, (parameter,) * 3, layout(name, parameter, group), None):
                 if part.size:
                     decay_(part.tensors[0], amount, group["decay"], group["decay_bound"])
 

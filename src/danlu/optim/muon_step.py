@@ -14,7 +14,7 @@ from danlu._roles import Split
 from danlu._validate import choice, integer
 from danlu.approx import Composition, optimal_composition, published
 from danlu.linalg._newton_schulz import chunk_length, multiplications, orthogonalize
-from danlu.optim._layout import layout, parts
+from danlu.optim._layout import Layout, layout, parts
 from danlu.optim._sharded import Bucket, Part, agreed_matmul_dtype, step_alone, step_together
 
 Hook = Callable[..., None] | None
@@ -128,7 +128,7 @@ class Plan(NamedTuple):
     """Which matrices are stepped together: a function of roles, shapes and dtypes, the same at every step."""
 
     iteration: Iteration
-    layouts: list[tuple[str, Split]]  # role and split of each parameter
+    layouts: list[Layout]  # of each parameter
     here: list[Stack]  # complete on this process, and nobody else's concern
     shared: list[Stack]
     loads: dict[Any, list[float]]  # of the processes of a group, by what each holds complete
@@ -141,6 +141,7 @@ def muon_plan(
     *,
     role: str | None = None,
     split: Split = None,
+    transposed: bool | None = None,
 ) -> Plan:
     """Classify parameters and sort their matrices into stacks.
 
@@ -148,12 +149,12 @@ def muon_plan(
         params: of one group.
         momenta: of the same parameters.
         iteration: how they will be iterated.
-        role, split: of all of them; None for what was declared of each, then what its shape suggests.
+        role, split, transposed: of all of them; None for what was declared of each, then what its shape suggests.
 
     Raises:
         ValueError: a parameter is nothing that Muon can update.
     """
-    options = {"role": role, "split": split}
+    options = {"role": role, "split": split, "transposed": transposed}
     layouts = [layout(f"parameter {index}", parameter, options) for index, parameter in enumerate(params)]
     here: dict[Key, list[int]] = {}
     shared: dict[Key, list[int]] = {}
@@ -192,12 +193,12 @@ def muon_plan(
     )
 
 
-def _parts(layouts: Sequence[tuple[str, Split]], group: Any, *tensors: Sequence[Tensor]) -> list[Part]:
+def _parts(layouts: Sequence[Layout], group: Any, *tensors: Sequence[Tensor]) -> list[Part]:
     """Return all matrices of parameters, of which the first of ``tensors`` are, in the order that a plan counts."""
     return [
         part
-        for index, ((role, split), views) in enumerate(zip(layouts, zip(*tensors)))
-        for part in parts(f"parameter {index}", views, role, split, group)
+        for index, (laid, views) in enumerate(zip(layouts, zip(*tensors)))
+        for part in parts(f"parameter {index}", views, laid, group)
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from danlu._roles import Split
+from danlu._roles import oriented
 from danlu._validate import choice, integer, number, positive
 from danlu.optim.groups import Group, param_groups
 from danlu.optim.muon_step import shape_scale
@@ -109,7 +109,7 @@ def mup_groups(
         weight_decay: decoupled decay of everything but gains and biases.
 
     Returns:
-        Groups with ``params``, ``param_names``, ``role``, ``split``, ``lr`` and ``weight_decay``.
+        Groups with ``params``, ``param_names``, ``role``, ``split``, ``transposed``, ``lr`` and ``weight_decay``.
 
     >>> model = nn.Sequential(nn.Embedding(11, 512), nn.Linear(512, 2048, bias=False), nn.Linear(2048, 512, bias=False))
     >>> [(group["param_names"], group["lr"]) for group in mup_groups(model, 1e-2, base_width=128)]
@@ -126,7 +126,7 @@ def mup_groups(
             if group["role"] in ("embedding", "gain", "bias"):
                 factor = 1.0 if rule == "adam" else max(parameter.shape[-1:], default=1) / base_width
             else:
-                (rows, *_), columns = _shapes(group["role"], group["split"], parameter)
+                (rows, *_), columns = _shapes(group, parameter)
                 factor = mup_factor(rows, columns, base_width, rule)
             fresh = {**group, "params": [], "param_names": [], "lr": lr * factor, "weight_decay": decay / factor}
             held = found.setdefault((index, factor), fresh)
@@ -158,22 +158,23 @@ def spectral_init_(
     tensor(2., grad_fn=<...>)
     """
     for group in _groups(model):
-        role, split = group["role"], group["split"]
+        role, transposed = group["role"], group["transposed"]
         for name, parameter in zip(group["param_names"], group["params"]):
             if role == "embedding":
                 nn.init.normal_(parameter, generator=generator)
             elif role not in ("gain", "bias"):
-                heights, columns = _shapes(role, split, parameter)
+                heights, columns = _shapes(group, parameter)
                 size = 1.0 if gain is None else gain(name)
                 rows_at = 0 if role != "experts" else -2
-                for block in torch.split(parameter, heights, dim=rows_at):
+                for block in torch.split(parameter.mT if transposed else parameter, heights, dim=rows_at):
                     nn.init.normal_(block, std=size * spectral_std(block.shape[rows_at], columns), generator=generator)
     return model
 
 
-def _shapes(role: str, split: Split, parameter: Tensor) -> tuple[list[int], int]:
+def _shapes(group: Group, parameter: Tensor) -> tuple[list[int], int]:
     """Return the heights of the maps stacked in a parameter's rows, and their number of columns."""
-    rows, columns = parameter.shape[-2:] if role == "experts" else (parameter.shape[0], parameter[0].numel())
+    split, shape = group["split"], oriented(parameter.shape, group["transposed"])
+    rows, columns = shape[-2:] if group["role"] == "experts" else (shape[0], math.prod(shape[1:]))
     if split is None:
         return [rows], columns
     return [rows // split] * split if isinstance(split, int) else list(split), columns

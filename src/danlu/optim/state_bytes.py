@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from danlu._roles import ATTRIBUTES
 from danlu.optim._common import MomentumOptimizer
 from danlu.optim._sharded import local
 from danlu.optim.combined import CombinedOptimizer
@@ -73,7 +74,7 @@ def _on_meta(parameter: Tensor) -> nn.Parameter:
     """Return what this process holds of a parameter, without memory."""
     here = local(parameter.detach())
     twin = nn.Parameter(torch.empty_like(here, device="meta"), requires_grad=parameter.requires_grad)
-    for note in ("danlu_role", "danlu_split"):
+    for note in ATTRIBUTES:
         if hasattr(parameter, note):
             setattr(twin, note, getattr(parameter, note))
     return twin
