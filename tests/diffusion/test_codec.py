@@ -26,6 +26,7 @@ from danlu.diffusion import (
     restore,
     unpack,
 )
+from danlu.diffusion.sampler import posterior, time_grid
 
 D = torch.float64
 SCHEDULE = Betas(start=2e-5)
@@ -51,6 +52,7 @@ def data(count, seed=0):
 
 
 IMAGES = data(24)
+GOLDEN = [[1, 3, 5, 4, 4, 3], [0, 1, 6, 5, 6, 3], [1, 0, 5, 1, 4, 6]]
 POWER = float(IMAGES.var(0).sum())
 
 
@@ -76,6 +78,39 @@ def test_the_decoder_draws_what_the_encoder_drew_to_the_last_bit_alone_or_among_
     torch.testing.assert_close(decode(denoise, one, SHAPE, SCHEDULE, config, like=IMAGES)[0], drawn[3])
     other = dataclasses.replace(config, seed=1)
     assert float((decode(denoise, codes, SHAPE, SCHEDULE, other, like=IMAGES) - drawn).abs().max()) > 0.5
+
+
+def test_stored_codes_mean_the_same_images_in_every_release():
+    # Encoder and decoder could change together and no round trip would tell: files on disk would.
+    indices = encode(denoise, IMAGES[:3], SCHEDULE, CodecConfig(steps=7, codewords=8))[0].indices
+    assert indices[:, :, 0].tolist() == GOLDEN
+
+
+def test_the_first_draw_by_posterior_weights_is_uniform_for_it_knows_nothing_of_the_image():
+    same = IMAGES[:1].expand(600, *SHAPE)
+    config = CodecConfig(steps=20, codewords=4)
+    drawn = encode(denoise, same, SCHEDULE, config, rule="posterior", generator=torch.Generator().manual_seed(0))[
+        0
+    ].indices[:, 0, 0]
+    assert drawn.bincount(minlength=4).tolist() == pytest.approx([150] * 4, abs=4 * (600 * 3 / 16) ** 0.5)
+
+
+def test_restoring_takes_the_codeword_after_which_the_measurement_fits_best():
+    config = CodecConfig(steps=2, codewords=64)
+    measured = IMAGES[:5, :, :, :3]
+    found = restore(denoise, measured, lambda x: x[..., :3], SHAPE, SCHEDULE, config)
+    book = Codebook(64, 35, seed=config.seed)
+    (a0, b0), (a1, b1) = (SCHEDULE.coefficients(t) for t in time_grid(SCHEDULE, 2))
+    times = time_grid(SCHEDULE, 2)
+    x = (b0 * book.start().to(D)).expand(5, -1).view(5, *SHAPE)
+    x0 = denoise(x, times[0].expand(5))
+    step = posterior((a0, b0), (a1, b1))
+    words = book(1).to(D).view(64, *SHAPE)
+    for image, wanted, start, clean in zip(found, measured, x, x0, strict=True):
+        tried = step.std * words / a1 + clean
+        best = (tried[..., :3] - wanted).square().flatten(1).sum(1).argmin()
+        noisy = step.x * start + step.x0 * clean + step.std * words[best]
+        torch.testing.assert_close(image, denoise(noisy[None], times[1:2])[0], rtol=1e-9, atol=1e-9)
 
 
 def test_several_atoms_say_more_in_as_many_steps():

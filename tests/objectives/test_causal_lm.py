@@ -73,3 +73,12 @@ def test_a_network_that_is_no_language_model_is_rejected_by_name() -> None:
     network = ConvNet(ConvNetConfig(image_size=8, widths=(4,)))
     with pytest.raises(TypeError, match=r"model must be a language model \(.*\) for CausalLM, got ConvNet"):
         CausalLMConfig().build(network)
+
+
+@pytest.mark.parametrize("mask", ["bidirectional", "anti-causal", "mixed-heads", "mixed-layers"])
+def test_a_mask_that_shows_the_token_to_be_predicted_is_rejected(mask: str) -> None:
+    from danlu.nn import GQAConfig
+
+    sizes = TransformerConfig(vocab_size=11, dim=16, layers=2, hidden=8, attention=GQAConfig(num_heads=2, mask=mask))
+    with pytest.raises(ValueError, match="mask must be 'causal' for next-token prediction"):
+        CausalLMConfig().build(sizes.build())

@@ -196,6 +196,14 @@ def test_every_loss_has_the_same_minimiser_on_images(loss):
     assert best == pytest.approx(math.sin(math.pi / 4), rel=0.02)
 
 
+def test_a_network_that_returns_nothing_has_a_conditional_loss_of_one_per_component():
+    objective = ScoreMatching(Linear(), ScoreMatchingConfig(schedule=Cosine()))
+    torch.manual_seed(0)
+    images = {"images": torch.randn(3000, 1, 4, 4)}
+    # The mean of 48,000 squares of standard normal numbers.
+    assert objective(images).item() / 3000 == pytest.approx(1, abs=4 * (2 / 48_000) ** 0.5)
+
+
 def test_sampling_with_the_exact_noise_draws_normal_images():
     class Exact(Linear):
         def forward(self, x, t, classes=None, r=None):

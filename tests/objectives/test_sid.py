@@ -257,6 +257,29 @@ def test_no_gradient_of_one_player_reaches_the_other():
     assert objective.model.out.weight.grad is None
 
 
+def test_the_generator_learns_from_its_own_loss_alone():
+    objective, _ = distilled()
+    with torch.no_grad():
+        objective.student.out.weight.add_(0.3)
+    torch.manual_seed(1)
+    objective(batch()).backward()
+    found = {name: p.grad.clone() for name, p in objective.model.named_parameters() if p.grad is not None}
+    objective.zero_grad(set_to_none=True)
+    torch.manual_seed(1)  # the same draws, in the same order: the student's, then the generator's
+    classes = objective._classes(batch())
+    from danlu.objectives.denoising import prediction_error
+
+    with torch.no_grad():
+        prediction_error(
+            objective.student, EDM_TEACHER, objective.generate(objective._noise(batch(), None), classes), classes
+        )
+    x_g = objective.generate(objective._noise(batch(), None), classes)
+    f_phi, f_psi = objective._denoised(x_g, classes, None)
+    generator_loss(f_phi, f_psi, x_g, objective.config.alpha).sum().backward()
+    for name, value in found.items():
+        torch.testing.assert_close(value, objective.model.get_parameter(name).grad, rtol=1e-5, atol=1e-7)
+
+
 def test_the_generators_gradient_goes_through_both_scores():
     # By hand on one draw: x_t depends on theta, and both networks pass it on.
     objective, _ = distilled()

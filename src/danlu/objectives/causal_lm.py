@@ -54,7 +54,8 @@ class CausalLM(nn.Module):
     the number of all targets, so that a target has the same weight at every drop rate.
 
     Raises:
-        ValueError: ``drop_tokens`` with a model with state spaces, whose time is the number of tokens read.
+        ValueError: a layer's mask shows the token to be predicted, or ``drop_tokens`` is asked of a model with layers
+            whose time is the number of tokens read.
 
     >>> from danlu.models import TransformerConfig
     >>> objective = CausalLM(Transformer(TransformerConfig(vocab_size=7, dim=16, layers=1, hidden=8)))
@@ -74,6 +75,7 @@ class CausalLM(nn.Module):
         super().__init__()
         config = CausalLMConfig() if config is None else config
         check_language_model(self, model)
+        _check_masks(model)
         if config.drop_tokens:
             check_drops(model)
         self.model, self.config = model, config
@@ -150,6 +152,19 @@ def check_language_model(objective: nn.Module, model: object) -> None:
     if not isinstance(model, LanguageModel):
         kind, found = type(objective).__name__, type(model).__name__
         raise TypeError(f"model must be a language model (hidden, head_weight, embedding) for {kind}, got {found}")
+
+
+def _check_masks(model: Transformer | GPT) -> None:
+    """Raise unless no layer shows a token the one after it: a loss of next tokens would then be near zero for nothing.
+
+    A layer with the mask "prefix" is causal here, for no prefix is passed.
+    """
+    for index, mixer in enumerate(model.mixers):
+        if mixer.mask not in ("causal", "prefix", None):
+            raise ValueError(
+                f"mask must be 'causal' for next-token prediction, got {mixer.mask!r} in block {index}, which shows "
+                "the token to be predicted"
+            )
 
 
 def check_drops(model: Transformer | GPT) -> None:

@@ -52,8 +52,8 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
         _check_new(out, world)
         with stop.at_once():
             parts = assemble(config, world)
-            # It tries the first batch: a model that does not fit the data is an error before anything is written.
-            sentences = _plan(parts) if world.main and not quiet else []
+        # It tries the first batch: a model that does not fit the data is an error before anything is written.
+        sentences = _plan(parts) if world.main and not quiet else []
         if world.main:
             out.mkdir(parents=True, exist_ok=True)
             _write_once(out, parts)
