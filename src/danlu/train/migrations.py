@@ -7,6 +7,8 @@ from danlu.optim import merged_state_dicts
 
 __all__ = ["upgraded_state"]
 
+_RENAMED = {"tokens": "items", "tokens_per_second": "items_per_second"}
+
 
 def upgraded_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state of a checkpoint as :meth:`danlu.train.trainer.Trainer.state_dict` writes it today.
@@ -20,8 +22,10 @@ def upgraded_state(state: Mapping[str, Any]) -> dict[str, Any]:
     joined = {
         key: [value for part in schedules for value in part[key]] for key in ("base_lrs", "_last_lr", "lr_lambdas")
     }
+    record = old.pop("unevaluated")
     return {
         **old,
+        "unevaluated": None if record is None else {_RENAMED.get(key, key): value for key, value in record.items()},
         "items": old.pop("tokens"),
         "length": None,
         "optimizer": merged_state_dicts(old.pop("optimizers")),
