@@ -16,6 +16,7 @@ LEVELS = {
     "_cache": -1,
     "_validate": -1,
     "_grid": 0,
+    "_autograd": 0,
     "_roles": 0,
     "config": 0,
     "usercode": 0,

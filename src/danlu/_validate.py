@@ -83,7 +83,7 @@ def number(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    inside = math.isfinite(value) and low <= value <= high
+    inside = -math.inf < value < math.inf and low <= value <= high
     if inside and not (low_open and value == low) and not (high_open and value == high):
         return
     if math.isinf(low) and math.isinf(high):

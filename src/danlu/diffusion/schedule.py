@@ -19,12 +19,12 @@ configuration; its functions compute in the dtype of ``t`` and are differentiabl
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from danlu._autograd import kept
 from danlu._validate import integer, number, positive
 
 __all__ = ["EDM", "Betas", "Cosine", "Flow", "Schedule", "ScheduleConfig", "Shifted", "aligned_time", "broadcast"]
@@ -383,7 +383,7 @@ def _logsnr_of(decay: Tensor) -> Tensor:
     return -torch.log(torch.expm1(decay))
 
 
-@lru_cache(maxsize=32)
+@kept
 def _decay(schedule: Betas, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return ``-ln a^2`` after 0, 1, ..., n steps."""
     root = 1 / schedule.power

@@ -12,6 +12,7 @@ The choice of ``b`` (0 is ReLU) decides how near to softplus it lies; the named 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._autograd import Fused
 from danlu._roles import declare
 from danlu._validate import number
 
@@ -74,37 +76,30 @@ def _blockwise_backward(grad: Tensor, y: Tensor, b: Tensor) -> Tensor:
     return result
 
 
-class _SquarePlus(torch.autograd.Function):
+class _SquarePlus(Fused):
     """Keeps its output, from which the slope follows without a root: ``y^2 / (y^2 + b/4)``.
 
     It is formed as ``1 / (1 + (sqrt(b) / (2 y))^2)``, where no ``y`` is too large or too small.
     """
 
     @staticmethod
-    def forward(x: Tensor, b: Tensor) -> Tensor:
-        return _blockwise(x, b) if _blocks(b, x) else _with_root(x, b)[0]
+    def plain(x: Tensor, b: Tensor) -> Tensor:
+        return _with_root(x, b)[0]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def fast(_: Any, x: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        y = _blockwise(x, b) if _blocks(b, x) else _with_root(x, b)[0]
+        return y, y
 
     @staticmethod
-    def vmap(_: Any, in_dims: tuple[int | None, int | None], x: Tensor, b: Tensor) -> tuple[Any, Any]:
-        x = x[None] if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        if in_dims[1] is not None:  # line the batch up with that of x, the rest with its last dimensions
-            b = b.movedim(in_dims[1], 0)
-            b = b.reshape(b.shape[0], *(1,) * (x.dim() - b.dim()), *b.shape[1:])
-            x = x.expand(b.shape[0], *x.shape[1:])
-        return _SquarePlus.apply(x, b), 0
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, b, y = ctx.saved_tensors
+    def derivative(
+        ctx: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        x, b = inputs
+        (y,) = kept
         grad_b = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs[1]:
             grad_b = (grad / (4 * torch.addcmul(b, x, x).sqrt())).sum_to_size(b.shape)
-        if torch.is_grad_enabled():  # a derivative of this derivative is asked for
-            return grad * squareplus_derivative(x, b), grad_b
         if _blocks(b, y, grad):
             return _blockwise_backward(grad, y, b), grad_b
         return grad / (1 + (b.sqrt() / (2 * y)).square()), grad_b
@@ -143,11 +138,9 @@ def squareplus(x: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:
         return F.relu(x)
     wide = _wide(x)
     b = _number_or_tensor(b, wide)
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and (wide.requires_grad or b.requires_grad)):
-        y, _ = _with_root(wide, b)
-    else:
-        y = _SquarePlus.apply(wide, b)
-    return y.to(x.dtype)
+    if torch.is_grad_enabled() and (wide.requires_grad or b.requires_grad):
+        return _SquarePlus.of(wide, b).to(x.dtype)
+    return _SquarePlus.plain(wide, b).to(x.dtype)
 
 
 def squareplus_derivative(x: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:

@@ -8,11 +8,14 @@ With a ``z_loss`` the square of the log-sum-exp is added in the same pass: for a
 ``log Z = log sum exp(l)`` its gradient is ``2 z_loss log Z softmax(l)``, a factor on the softmax that is there anyway.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from danlu._autograd import Fused, ordinary
 from danlu._validate import integer, number
 from danlu.protocols import IGNORE
 
@@ -20,10 +23,24 @@ _IN_CACHE = 1 << 19
 """Logits of which a float32 copy stays in the cache of two cores."""
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Fused):
+    products = True
+    compiled = True
+
     @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, w_vd: Tensor, targets_n: Tensor, chunk: int, z_loss: float) -> Tensor:
-        needs_x, needs_w, *_ = ctx.needs_input_grad
+    def plain(x_nd: Tensor, w_vd: Tensor, targets_n: Tensor, chunk: int, z_loss: float) -> Tensor:
+        wide = torch.promote_types(x_nd.dtype, torch.float32)
+        logits_nv = F.linear(x_nd, w_vd.to(x_nd.dtype)).to(wide)
+        loss = F.cross_entropy(logits_nv, targets_n, ignore_index=IGNORE, reduction="sum")
+        if z_loss:
+            loss = loss + z_loss * (logits_nv.logsumexp(-1).square() * (targets_n != IGNORE)).sum()
+        return loss
+
+    @staticmethod
+    def fast(
+        ctx: Any, x_nd: Tensor, w_vd: Tensor, targets_n: Tensor, chunk: int, z_loss: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        needs_x, needs_w, *_ = ctx.needs
         head_vd = w_vd.to(x_nd.dtype)
         wide = torch.promote_types(x_nd.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x_nd.device)
@@ -33,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_cd, target_c = x_nd[start : start + chunk], targets_n[start : start + chunk]
             valid_c = target_c != IGNORE
             logits_cv = x_cd @ head_vd.T
-            losses_c = _losses(logits_cv, target_c.clamp_min(0), z_loss, gradient=needs_x or needs_w)
+            losses_c = _losses(logits_cv, target_c.where(valid_c, 0), z_loss, gradient=needs_x or needs_w)
             loss += (losses_c * valid_c).sum()
             if not (needs_x or needs_w):
                 continue
@@ -49,20 +66,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_w.addmm_(grad_cv.T, x_cd)
                 else:
                     grad_w += grad_cv.T @ x_cd
-        ctx.save_for_backward(grad_x, grad_w)
-        return loss
+        return loss, grad_x, grad_w
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_x, grad_w = ctx.saved_tensors
-        return (
-            None if grad_x is None else grad_x * grad.to(grad_x.dtype),
-            None if grad_w is None else grad_w * grad.to(grad_w.dtype),
-            None,
-            None,
-            None,
-        )
+    def derivative(ctx: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor | None]) -> Sequence[Any]:
+        # The factor is applied in float32: a loss scale of 65536 is infinite in float16.
+        grads = [None if g is None else g.to(torch.promote_types(g.dtype, grad.dtype)).mul(grad) for g in kept]
+        return *grads, None, None, None
 
 
 def _losses(logits_cv: Tensor, target_c: Tensor, z_loss: float, *, gradient: bool) -> Tensor:
@@ -111,9 +121,11 @@ def linear_cross_entropy(
             (PaLM, arXiv 2204.02311, section 5).
 
     Returns:
-        Tensor ``()``. Differentiable once in ``x`` and ``weight_vd``.
+        Tensor ``()``. Differentiable any number of times in ``x`` and ``weight_vd``, from the second time on with all
+        logits in memory. Under ``torch.autocast`` the products are computed in its dtype.
 
     Raises:
+        IndexError: a target outside of the vocabulary, on a CPU; on a GPU the device stops, as in torch.
         ValueError: shapes that do not match, or a negative factor.
 
     >>> x, w = torch.randn(2, 3, 4), torch.randn(7, 4)
@@ -130,5 +142,16 @@ def linear_cross_entropy(
             f"{tuple(weight_vd.shape)} and {tuple(targets.shape)}"
         )
     rows_nd = x.reshape(-1, x.shape[-1])
-    loss: Tensor = _LinearCrossEntropy.apply(rows_nd, weight_vd, targets.reshape(-1), chunk, z_loss)
-    return loss
+    targets_n = targets.reshape(-1)
+    if (
+        ordinary(rows_nd, targets_n) and targets_n.device.type == "cpu"
+    ):  # a GPU's kernels look themselves, as torch's do
+        _check(targets_n, weight_vd.shape[0])
+    return _LinearCrossEntropy.of(rows_nd, weight_vd, targets_n, chunk, z_loss)
+
+
+def _check(targets_n: Tensor, vocab: int) -> None:
+    wrong_n = (targets_n < 0) & (targets_n != IGNORE) | (targets_n >= vocab)
+    if wrong_n.any():
+        value = targets_n[wrong_n][0].item()
+        raise IndexError(f"targets must be in [0, {vocab}), or {IGNORE} for a token without loss, got {value}")

@@ -1,29 +1,33 @@
 """Gated feed-forward layer (Shazeer, arXiv 2002.05202), with SiLU or SquarePlus in its gate."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._autograd import Fused
 from danlu.nn.linear import Linear
 from danlu.protocols import ActivationConfig
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Fused):
     """``silu(gate) * up`` that keeps its input alone: the activations are formed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
+    def plain(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        return swiglu_backward(grad, gate_up)
+    def fast(_: Any, gate_up: Tensor) -> tuple[Tensor]:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate).mul_(up),)
+
+    @staticmethod
+    def derivative(_: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]) -> tuple[Tensor]:
+        return (swiglu_backward(grad, inputs[0]),)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
@@ -42,11 +46,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     >>> swiglu(torch.tensor([[1.0, 2.0]])).round(decimals=4)
     tensor([[1.4621]])
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    y: Tensor = _SwiGLU.apply(gate_up)
-    return y
+    return _SwiGLU.of(gate_up) if torch.is_grad_enabled() else _SwiGLU.plain(gate_up)
 
 
 class FeedForward(nn.Module):

@@ -10,13 +10,12 @@ where the patches of an image stand (kexue.fm 10040, 10352): `grid_coordinates`.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from danlu._autograd import Fused, compiling, kept, watched
 from danlu._grid import text_image_grid
 from danlu._validate import choice, integer, number, positive
 
@@ -105,12 +104,11 @@ def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-@lru_cache(maxsize=16)
+@kept
 def _kept_table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        positions = torch.arange(rows, device=device)
-        cos, sin = rotary_angles(positions.double() if dtype == torch.float64 else positions, dim, base=base)
-        return cos.to(dtype), sin.to(dtype)
+    positions = torch.arange(rows, device=device)
+    cos, sin = rotary_angles(positions.double() if dtype == torch.float64 else positions, dim, base=base)
+    return cos.to(dtype), sin.to(dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -128,6 +126,10 @@ def rotary_span(start: int, end: int, dim: int, *, base: float = 10000.0, like: 
     >>> torch.equal(cos, rotary_angles(torch.arange(3, 5), 6)[0])
     True
     """
+    if watched() and not compiling():  # the number of positions may be a symbol
+        positions = torch.arange(start, end, device=like.device)
+        cos, sin = rotary_angles(positions.double() if like.dtype == torch.float64 else positions, dim, base=base)
+        return cos.to(like.dtype), sin.to(like.dtype)
     rows = 1 << max(end - 1, 255).bit_length()
     cos, sin = _table(rows, dim, base, like.dtype, like.device)
     return cos[start:end], sin[start:end]
@@ -145,25 +147,30 @@ def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-class _Rotate(torch.autograd.Function):
-    """The rotation is linear and orthogonal: its backward is the rotation by the opposite angle."""
+class _Rotate(Fused):
+    """The rotation is linear and orthogonal: its derivative is the rotation by the opposite angle."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate_into(x, cos, sin)
+    def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        kept = x.shape[-1] - cos.shape[-1]
+        turned = x[..., kept:] if kept else x
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.addcmul(turned * cos, torch.cat((-second, first), dim=-1), sin)
+        return torch.cat((x[..., :kept], turned), dim=-1) if kept else turned
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        y: Tensor = _Rotate.apply(grad, cos, -sin)
-        return y, None, None
+    def fast(_: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
+        return (_rotate_into(x, cos, sin),)
+
+    @staticmethod
+    def derivative(_: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]) -> tuple[Tensor, None, None]:
+        return _rotate_into(grad, inputs[1], -inputs[2]), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the last ``cos.shape[-1]`` coordinates of ``x`` ``(..., dim)``, leave those before them as they are.
 
-    The tables broadcast against ``x``; the result keeps its dtype. The inverse is ``rotate(x, cos, -sin)``.
+    The tables broadcast against ``x``, and may want gradients; the result keeps its dtype. The inverse is ``rotate(x, cos, -sin)``.
 
     >>> cos, sin = rotary_angles(torch.arange(5), 6)
     >>> x = torch.randn(5, 8)
@@ -179,17 +186,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if cos.dtype != x.dtype:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     few = not torch.is_grad_enabled() and x.numel() <= _FEW
-    # The fused forms have a reverse-mode rule only; the compiler fuses the plain formula itself.
-    if few or torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is not None:
-        kept = x.shape[-1] - size
-        turned = x[..., kept:] if kept else x
-        first, second = turned.chunk(2, dim=-1)
-        turned = torch.addcmul(turned * cos, torch.cat((-second, first), dim=-1), sin)
-        return torch.cat((x[..., :kept], turned), dim=-1) if kept else turned
-    if not torch.is_grad_enabled():
-        return _rotate_into(x, cos, sin)
-    y: Tensor = _Rotate.apply(x, cos, sin)
-    return y
+    # Angles that are learned need a derivative of their own, which the plain formula has.
+    if few or cos.requires_grad or sin.requires_grad:
+        return _Rotate.plain(x, cos, sin)
+    return _Rotate.of(x, cos, sin)
 
 
 def grid_coordinates(grid: Tensor, scheme: Scheme = "tie", *, start: float = 0.0) -> Tensor:

@@ -3,10 +3,13 @@
 Shape suffixes: b batch, h channels, t time, f frequencies.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from danlu._autograd import Fused
 
 _BLOCK = 1 << 18
 """Padded numbers transformed at a time on a CPU: their spectra then stay in its second-level cache."""
@@ -30,12 +33,6 @@ def fast_length(least: int) -> int:
     return best
 
 
-def _plain(u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
-    product = torch.fft.rfft(u_bht, n=size) * torch.fft.rfft(k_ht, n=size)
-    y: Tensor = torch.fft.irfft(product, n=size)[..., : u_bht.shape[-1]]
-    return y
-
-
 def _slices(u_bht: Tensor, size: int) -> list[slice]:
     """Channels in groups whose padded rows fill `_BLOCK`; all of them at once on a GPU."""
     channels = u_bht.shape[-2]
@@ -44,42 +41,48 @@ def _slices(u_bht: Tensor, size: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, channels, step)]
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Fused):
     """Keeps both spectra: three real transforms backward, where torch takes complex ones of full length."""
 
     @staticmethod
-    def forward(ctx: Any, u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
+    def plain(u_bht: Tensor, k_ht: Tensor, size: int) -> Tensor:
+        if u_bht.numel() == 0:  # MKL has no transform of no rows
+            return u_bht * k_ht
+        product = torch.fft.rfft(u_bht, n=size) * torch.fft.rfft(k_ht, n=size)
+        y: Tensor = torch.fft.irfft(product, n=size)[..., : u_bht.shape[-1]]
+        return y
+
+    @staticmethod
+    def fast(_: Any, u_bht: Tensor, k_ht: Tensor, size: int) -> tuple[Tensor, ...]:
         y, spectra = torch.empty_like(u_bht), []
         for part in _slices(u_bht, size):
             u_bhf, k_hf = torch.fft.rfft(u_bht[..., part, :], n=size), torch.fft.rfft(k_ht[part], n=size)
             y[..., part, :] = torch.fft.irfft(u_bhf * k_hf, n=size)[..., : u_bht.shape[-1]]
             spectra += [u_bhf, k_hf]
-        ctx.save_for_backward(u_bht, k_ht, *spectra)
-        ctx.size = size
-        return y
+        return y, *spectra
 
     @staticmethod
-    def backward(ctx: Any, grad_bht: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        u_bht, k_ht, *spectra = ctx.saved_tensors
-        size, parts = ctx.size, _slices(u_bht, ctx.size)
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted: only operations on the inputs can give it
-            parts = [slice(None)]
-            spectra = [torch.fft.rfft(u_bht, n=size), torch.fft.rfft(k_ht, n=size)]
+    def derivative(
+        ctx: Any, grad_bht: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        u_bht, _, size = inputs
         grads = [
-            _gradients(ctx, grad_bht[..., part, :], u_bhf, k_hf)
-            for part, u_bhf, k_hf in zip(parts, spectra[::2], spectra[1::2])
+            _gradients(ctx.needs, grad_bht[..., part, :], u_bhf, k_hf, size)
+            for part, u_bhf, k_hf in zip(_slices(u_bht, size), kept[::2], kept[1::2])
         ]
         grad_u, grad_k = (None if g[0] is None else g[0] if len(g) == 1 else torch.cat(g, -2) for g in zip(*grads))
         return grad_u, grad_k, None
 
 
-def _gradients(ctx: Any, grad_bht: Tensor, u_bhf: Tensor, k_hf: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    size, time = ctx.size, grad_bht.shape[-1]
+def _gradients(
+    needs: Sequence[bool], grad_bht: Tensor, u_bhf: Tensor, k_hf: Tensor, size: int
+) -> tuple[Tensor | None, Tensor | None]:
+    time = grad_bht.shape[-1]
     grad_bhf = torch.fft.rfft(grad_bht, n=size)
     grad_u = grad_k = None
-    if ctx.needs_input_grad[0]:
+    if needs[0]:
         grad_u = torch.fft.irfft(grad_bhf * k_hf.conj(), n=size)[..., :time]
-    if ctx.needs_input_grad[1]:
+    if needs[1]:
         both = (grad_bhf * u_bhf.conj()).sum_to_size(k_hf.shape)
         grad_k = torch.fft.irfft(both, n=size)[..., :time]
     return grad_u, grad_k
@@ -89,7 +92,7 @@ def causal_convolution(u_bht: Tensor, k_ht: Tensor) -> Tensor:
     r"""``y_t = sum_{s <= t} k_{t-s} u_s`` for every channel, in ``O(T log T)``.
 
     Computed in float32 for 16-bit dtypes (they have no transform), in the input's dtype otherwise; the result
-    has the dtype of ``u``. Twice differentiable. A value that is not finite spoils its own row and channel only, but
+    has the dtype of ``u``. Differentiable any number of times. A value that is not finite spoils its own row and channel only, but
     there also what comes before it.
 
     Args:
@@ -110,7 +113,5 @@ def causal_convolution(u_bht: Tensor, k_ht: Tensor) -> Tensor:
     wide = torch.promote_types(u_bht.dtype, torch.float32)
     u, k = u_bht.to(wide), k_ht.to(wide)
     size = fast_length(max(2 * u.shape[-1] - 1, 2))
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _plain(u, k, size).to(u_bht.dtype)
-    y: Tensor = _Convolution.apply(u, k, size)
+    y = _Convolution.of(u, k, size) if torch.is_grad_enabled() else _Convolution.plain(u, k, size)
     return y.to(u_bht.dtype)

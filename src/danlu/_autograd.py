@@ -1,0 +1,173 @@
+"""Hand-written derivatives that behave as PyTorch's own operations do, and caches of tensors that are safe to keep.
+
+A hand-written backward pass is faster than a recorded one and knows nothing of what else PyTorch can do with a
+function. So each has a twin, the plain formula in a few lines, and `Fused` takes the one or the other:
+
+- the hand-written pass for ordinary tensors, forward and first derivatives;
+- the plain formula where a compiler, ``torch.export``, ``torch.func``, forward mode, ``FakeTensorMode`` or another
+  dispatch mode looks on, for meta tensors and tensor subclasses, and for nothing (no elements);
+- the plain formula for the derivative of a derivative: a backward pass that is recorded is that of the plain formula.
+
+``torch.autocast`` is off inside of both passes. A function of matrix products (``products``) has its inputs cast to
+autocast's dtype first, as ``torch.nn.functional.linear`` does; any other computes in the dtypes it is given.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_Gradients = Sequence[Tensor | None]
+
+
+def compiling() -> bool:
+    """Whether ``torch.compile`` looks on, which takes functions of this kind, and not ``torch.export``."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def watched() -> bool:
+    """Whether operations now are traced, transformed or captured: what they give may not be kept."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def ordinary(*inputs: Any) -> bool:
+    """Whether the tensors among ``inputs`` are plain ones with numbers, without tangents, and nothing looks on."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    for x in inputs:
+        if isinstance(x, Tensor) and (
+            type(x) not in (Tensor, nn.Parameter)
+            or x.is_meta
+            or forward_ad.unpack_dual(x).tangent is not None
+            or torch._C._functorch.is_legacy_batchedtensor(x)  # torch.autograd.grad(is_grads_batched=True)
+        ):
+            return False
+    return True
+
+
+def kept(make: Callable[P, T]) -> Callable[P, T]:
+    """``functools.lru_cache`` for a function that makes tensors of hashable arguments, one of them the device.
+
+    What is made while something looks on (see `watched`) is not kept, nor is what was kept handed to it: a fake tensor
+    or one of a captured graph would spoil every later call. What is kept is no inference tensor.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **kwargs)
+
+    @functools.wraps(make)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return make(*args, **kwargs) if watched() else remembered(*args, **kwargs)
+
+    return call
+
+
+class Fused:
+    """A function of tensors with a hand-written derivative and a plain twin; call it by `of`.
+
+    A child has three static methods:
+
+    - ``plain(*inputs)``: the value in operations that PyTorch differentiates, of the same dtype as the fast one;
+    - ``fast(ctx, *inputs)``: a tuple, the value first, then tensors (or None) to keep. ``ctx.needs`` says of each input
+      whether it wants a gradient; what is no tensor may be kept on ``ctx``. The inputs themselves are kept anyway;
+    - ``derivative(ctx, grad, inputs, kept)``: a gradient (or None) for each input, where nobody differentiates again.
+
+    >>> class Cube(Fused):
+    ...     @staticmethod
+    ...     def plain(x):
+    ...         return x**3
+    ...
+    ...     @staticmethod
+    ...     def fast(ctx, x):
+    ...         square = x * x
+    ...         return x * square, square
+    ...
+    ...     @staticmethod
+    ...     def derivative(ctx, grad, inputs, kept):
+    ...         return (3 * grad * kept[0],)
+    >>> x = torch.tensor(2.0, requires_grad=True)
+    >>> (slope,) = torch.autograd.grad(Cube.of(x), x, create_graph=True)
+    >>> slope.item(), torch.autograd.grad(slope, x)[0].item()
+    (12.0, 12.0)
+    >>> torch.func.vmap(Cube.of)(torch.tensor([1.0, 2.0])).tolist()
+    [1.0, 8.0]
+    """
+
+    products: ClassVar[bool] = False
+    """made of matrix products, which autocast computes in its dtype"""
+    compiled: ClassVar[bool] = False
+    """a compiler takes the hand-written passes as well: the plain formula would need far more memory"""
+
+    plain: ClassVar[Callable[..., Tensor]]
+    fast: ClassVar[Callable[..., tuple[Any, ...]]]
+    derivative: ClassVar[Callable[..., _Gradients]]
+
+    @classmethod
+    def of(cls, *inputs: Any) -> Tensor:
+        """Apply the function; the first input is a tensor."""
+        device = inputs[0].device.type
+        if _autocast(device):
+            if cls.products:
+                inputs = tuple(_cast(x, torch.get_autocast_dtype(device)) for x in inputs)
+            with torch.autocast(device, enabled=False):
+                return cls.of(*inputs)
+        if not (cls.compiled and compiling()) and (not ordinary(*inputs) or inputs[0].numel() == 0):
+            return cls.plain(*inputs)
+        y: Tensor = _Call.apply(cls, *inputs)
+        return y
+
+
+class _Call(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: type[Fused], *inputs: Any) -> Tensor:
+        ctx.own, ctx.needs = own, ctx.needs_input_grad[1:]
+        y: Tensor
+        y, *extra = own.fast(ctx, *inputs)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *extra)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, count = ctx.saved_tensors, len(ctx.others)
+        inputs = [other if x is None else x for x, other in zip(saved, ctx.others)]
+        device = grad.device.type
+        with torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
+            if not compiling() and (torch.is_grad_enabled() or not ordinary(grad, *saved)):
+                return None, *_of_plain(ctx.own.plain, inputs, grad, ctx.needs)
+            return None, *ctx.own.derivative(ctx, grad, inputs, saved[count:])
+
+
+def _autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    """As autocast does: floating point of at most 32 bits."""
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _of_plain(plain: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, needs: Sequence[bool]) -> _Gradients:
+    """Gradients of the plain formula, with a graph where one is wanted."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a tensor given twice gets the gradient of each of its places.
+        views = [x.view_as(x) if wanted else x for x, wanted in zip(inputs, needs)]
+        wanted = [x for x, needed in zip(views, needs) if needed]
+        found = iter(torch.autograd.grad(plain(*views), wanted, grad, create_graph=again, allow_unused=True))
+    return [next(found) if needed else None for needed in needs]
