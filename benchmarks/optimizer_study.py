@@ -62,9 +62,9 @@ class Contestant:
 
 CONTESTANTS = {
     "AdamW": Contestant(lambda lr: AdamWConfig(lr=lr), (4e-3, 8e-3, 16e-3)),
-    "Muon": Contestant(lambda lr: MuonConfig(lr=lr, embedding_lr=40 * lr), (4e-3, 8e-3, 16e-3)),
+    "Muon": Contestant(lambda lr: MuonConfig(lr=lr, embedding_lr=40 * lr, no_decay=()), (4e-3, 8e-3, 16e-3)),
     "Muon, momentum 0.9": Contestant(
-        lambda lr: MuonConfig(lr=lr, momentum=0.9, embedding_lr=40 * lr), (4e-3, 8e-3, 16e-3)
+        lambda lr: MuonConfig(lr=lr, momentum=0.9, embedding_lr=40 * lr, no_decay=()), (4e-3, 8e-3, 16e-3)
     ),
     "AdamW, fast embedding": Contestant(lambda lr: AdamWConfig(lr=lr, embedding_lr=40 * lr), (2e-3, 4e-3, 8e-3)),
     "Lion": Contestant(lambda lr: LionConfig(lr=lr, weight_decay=3e-4 / lr), (1e-3, 2e-3, 4e-3)),

@@ -87,3 +87,12 @@ def test_a_part_of_a_configuration_changes_what_it_names_under_old_names_too() -
     assert draft.build() == Root(name="x", attention=Attention(num_heads=6, num_kv_heads=1))
     with pytest.raises(ValueError, match=r"unknown key 'attention\.haeds'; did you mean"):
         draft.overlay({"attention": {"haeds": 6}}, config.tree.Reader())
+
+
+@pytest.mark.parametrize("held", [{}, {"no_decay": []}, {"no_decay": ["gain"]}])
+def test_muon_in_a_file_of_the_first_format_decays_what_it_did(held: dict[str, object]) -> None:
+    optim = {"type": "danlu.optim.build:MuonConfig", "lr": 0.1, **held}
+    old = migrations.migrate({"optim": optim}, "config.json")
+    assert old["optim"] == {**optim, "no_decay": held.get("no_decay", [])}
+    new = {"format": config.FORMAT, "optim": optim}
+    assert migrations.migrate(new, "config.json")["optim"] == optim

@@ -237,3 +237,21 @@ def test_a_scale_or_role_that_cannot_be_names_the_group():
     for extra, says in (({"eta": -1.0}, "group 0: eta must be"), ({"role": "martix"}, "group 0: role must be one of")):
         with pytest.raises(ValueError, match=says):
             Amos([{"params": [nn.Parameter(torch.zeros(2))], **extra}])
+
+
+@pytest.mark.parametrize(
+    ("bad", "stands_for"), [(math.nan, 0.0), (math.inf, 0.0), (1e38, 2.0**48), (-1e38, -(2.0**48))]
+)
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_an_entry_that_is_not_finite_or_too_large_stops_no_row(bad, stands_for, momentum):
+    gradients = [gaussian(7, 11, seed=seed, dtype=torch.float32) for seed in range(4)]
+    spoiled, meant = [[gradient.clone() for gradient in gradients] for _ in range(2)]
+    spoiled[1][2, 3], meant[1][2, 3] = bad, stands_for
+    got, expected = (run(each, torch.ones(7, 11), lr=0.1, momentum=momentum)[0] for each in (spoiled, meant))
+    assert torch.equal(got, expected)
+    assert got.isfinite().all()
+
+
+def test_a_whole_gradient_of_the_largest_numbers_moves_every_weight_as_ones_do():
+    huge, ones = (run([torch.full((4, 8), size)], torch.zeros(4, 8), lr=0.1)[0] for size in (1e38, 1.0))
+    torch.testing.assert_close(huge, ones)

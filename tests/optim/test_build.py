@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from danlu.optim import (
+    ROLES,
     AdamWConfig,
     AmosConfig,
     CombinedOptimizer,
@@ -13,6 +14,7 @@ from danlu.optim import (
     MuonConfig,
     TigerConfig,
     build_optimizers,
+    describe,
 )
 
 
@@ -36,7 +38,8 @@ def test_muon_takes_the_linear_maps_and_adamw_the_rest_each_parameter_once():
 
 def test_both_share_rate_and_decay_unless_told_otherwise():
     shared = MuonConfig(lr=0.02, weight_decay=0.3).build(model())
-    assert {(g["lr"], g["weight_decay"]) for g in shared.param_groups} == {(0.02, 0.3)}
+    decaying = [g for g in shared.param_groups if g["role"] not in ("gain", "bias")]
+    assert {(g["lr"], g["weight_decay"]) for g in decaying} == {(0.02, 0.3)}
     apart = MuonConfig(lr=0.02, adamw_lr=0.5).build(model())
     assert {g["lr"] for g in apart.param_groups if g["role"] != "matrix"} == {0.5}
 
@@ -172,3 +175,37 @@ def test_the_list_of_earlier_releases_is_the_one_optimizer_with_a_warning():
 def test_what_cannot_build_is_rejected_by_the_alias():
     with pytest.raises(TypeError, match=r"config must have a method build\(model\), .*got str"):
         build_optimizers(model(), "muon")
+
+
+@pytest.mark.parametrize("config", [MuonConfig(), AdamWConfig(), LionConfig(), TigerConfig()])
+def test_gains_and_biases_decay_under_no_configuration_and_the_table_says_so(config):
+    groups = config.build(model()).param_groups
+    for group in groups:
+        assert (group["weight_decay"] == 0.0) == (group["role"] in ("gain", "bias"))
+    rows = [line.split() for line in describe(groups).splitlines()[2:-1]]
+    assert {row[0]: row[-1] == "none" for row in rows if row[0] in ROLES} == {
+        group["role"]: group["role"] in ("gain", "bias") for group in groups
+    }
+
+
+def test_the_extra_decay_of_amos_leaves_gains_and_biases_alone():
+    for group in AmosConfig(extra_l2=0.1).build(model()).param_groups:
+        assert group["extra_l2"] == (0.0 if group["role"] in ("gain", "bias") else 0.1)
+
+
+@pytest.mark.parametrize("config", [LionConfig(), TigerConfig(), AmosConfig(), MuonConfig()])
+def test_a_compiled_step_of_several_groups_is_one_graph(config):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    network = model()
+    optimizer = config.build(network)
+    compiled = torch.compile(optimizer.step, backend=keep)
+    for _ in range(3):
+        network(torch.arange(6)).square().sum().backward()
+        compiled()
+    assert len(graphs) == 1

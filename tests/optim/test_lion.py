@@ -93,3 +93,13 @@ def test_betas_out_of_range_are_named():
         Lion(weight, betas=0.9)
     with pytest.raises(ValueError, match="momentum_dtype must be one of"):
         Lion(weight, momentum_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_an_entry_that_is_not_finite_counts_as_zero_and_its_weight_moves_again(bad, foreach):
+    gradients = [gaussian(7, 11, seed=seed) for seed in range(4)]
+    spoiled, zeroed = [[gradient.clone() for gradient in gradients] for _ in range(2)]
+    spoiled[1][2, 3], zeroed[1][2, 3] = bad, 0.0
+    got = run(lambda p: Lion(p, lr=0.1, foreach=foreach), spoiled)
+    assert torch.equal(got, run(lambda p: Lion(p, lr=0.1, foreach=foreach), zeroed))

@@ -213,3 +213,16 @@ def test_pefts_modules_are_sorted_and_its_adapted_embedding_is_found():
     check_partition(loraplus_groups(model, 1e-3, 16), model)
     found = loraplus_groups(model, 1e-3, "auto")
     assert max(g["lr_factor"] for g in found if g["role"] == "lora_B") == pytest.approx(20 / 3 * (3 / 2) ** 0.5)
+
+
+def test_the_magnitudes_of_a_convolution_are_a_vector():
+    convolution = nn.Module()
+    convolution.lora_A = nn.ModuleDict({"default": nn.Conv2d(3, 1, 3, bias=False)})
+    convolution.lora_B = nn.ModuleDict({"default": nn.Conv2d(1, 5, 1, bias=False)})
+    convolution.lora_magnitude_vector = nn.ParameterDict({"default": nn.Parameter(torch.ones(1, 5, 1, 1))})
+    names = {group["role"]: group["param_names"] for group in loraplus_groups(convolution, 1e-3)}
+    assert names == {
+        "lora_A": ["lora_A.default.weight"],
+        "lora_B": ["lora_B.default.weight"],
+        "vector": ["lora_magnitude_vector.default"],
+    }

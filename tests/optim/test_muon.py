@@ -358,3 +358,13 @@ class TestBadInput:
     def test_options(self, options, says):
         with pytest.raises(ValueError, match=says):
             Muon([nn.Parameter(torch.zeros(2, 2))], **options)
+
+
+@pytest.mark.parametrize("decay", ["decoupled", "spectral"])
+def test_a_parameter_without_entries_is_stepped_past(decay):
+    empty, weight, plain = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.eye(3, 4)), nn.Parameter(torch.eye(3, 4))
+    for parameter in (empty, weight, plain):
+        parameter.grad = torch.ones_like(parameter)
+    Muon([empty, weight], decay=decay).step()
+    Muon([plain], decay=decay).step()
+    assert torch.equal(weight, plain)

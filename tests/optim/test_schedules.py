@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from danlu.optim import Constant, Cosine, InverseTime, WarmupStableDecay, schedule
 
@@ -128,3 +129,19 @@ def test_bad_values_are_named(make, says):
 def test_bad_types_are_named(make, says):
     with pytest.raises(TypeError, match=says):
         make()
+
+
+def test_a_group_that_is_added_later_follows_the_schedule():
+    first, late = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([first], lr=0.8)
+    scheduler = schedule(optimizer, Cosine(warmup=0), steps=10)
+    optimizer.step()
+    scheduler.step()
+    optimizer.add_param_group({"params": [late], "lr": 0.2})
+    for step in range(2, 8):
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.get_last_lr() == pytest.approx([lr * Cosine(warmup=0).factor(step, 10) for lr in (0.8, 0.2)])
+    again = schedule(optimizer, Cosine(warmup=0), steps=10)
+    again.load_state_dict(scheduler.state_dict())
+    assert again.get_last_lr() == scheduler.get_last_lr()

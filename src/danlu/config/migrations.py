@@ -25,12 +25,18 @@ Not needed for a class that its place knows by name: there the old module is ign
 """
 
 
-def _unchanged(tree: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 names the module of every component; the reader takes both forms."""
+def _all_decayed(tree: dict[str, Any]) -> dict[str, Any]:
+    """In format 1 Muon's configuration decayed gains and biases unless it said otherwise.
+
+    That format also names the module of every component; the reader takes both forms.
+    """
+    optim = tree.get("optim")
+    if isinstance(optim, Mapping) and str(optim.get("type")).rpartition(":")[2] == "MuonConfig":
+        return {**tree, "optim": {"no_decay": [], **optim}}
     return tree
 
 
-_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _unchanged}
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _all_decayed}
 """From a format to the next one."""
 
 

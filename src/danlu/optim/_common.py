@@ -1,5 +1,6 @@
 """What the optimizers share: naming parameters in errors, checking groups, restoring state, staying in cache."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -141,9 +142,8 @@ class MomentumOptimizer(Optimizer):
             self.state[parameter].update(state)
 
     # torch.compile runs a method of this name outside the graph, so that making the state does not count as a change.
-    def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> None:
+    # The lists are flat, since it finds the tensors of a list but not those of dictionaries in it.
+    def _init_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], held: list[Tensor]) -> None:
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
@@ -155,7 +155,7 @@ class MomentumOptimizer(Optimizer):
                 state.update(self.slots(parameter, group))
             params.append(parameter)
             grads.append(parameter.grad)
-            states.append(state)
+            held.extend(state.values())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -167,10 +167,10 @@ class MomentumOptimizer(Optimizer):
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
-            states: list[dict[str, Tensor]] = []
-            self._init_group(group, params, grads, states)
-            names = list(states[0]) if states else []
-            self.update(group, params, grads, *([state[name] for state in states] for name in names))
+            held: list[Tensor] = []
+            self._init_group(group, params, grads, held)
+            count = len(held) // max(1, len(params))
+            self.update(group, params, grads, *(held[slot::count] for slot in range(count)))
         return loss
 
 
@@ -203,6 +203,21 @@ def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def on_cpu(tensor: Tensor) -> bool:
     """Say whether a tensor is complete, in the host's memory, and updated now rather than compiled."""
     return tensor.device.type == "cpu" and not is_dtensor(tensor) and not torch.compiler.is_compiling()
+
+
+def all_finite(tensor: Tensor) -> Any:
+    """Say whether every entry is finite: a bool on a CPU, elsewhere a tensor, without waiting for the device."""
+    if on_cpu(tensor):  # if the sum is finite, all are; else it may have overflowed
+        return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    # The largest entry is not finite as soon as one is; a sum could overflow by itself.
+    return torch.isfinite(torch.linalg.vector_norm(tensor, float("inf"))) if tensor.numel() else torch.tensor(True)
+
+
+def finite_or_zero(grad: Tensor) -> Tensor:
+    """Return a gradient whose entries that are not finite are zero: itself on a CPU where all are finite."""
+    if on_cpu(grad) and all_finite(grad):
+        return grad
+    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def fusable(*tensors: Tensor) -> bool:

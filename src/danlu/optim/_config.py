@@ -42,11 +42,12 @@ def check_by_role(embedding_lr: float | None, no_decay: Sequence[str]) -> None:
 
 def by_role(groups: list[Group], *, embedding_lr: float | None, no_decay: Sequence[str]) -> list[Group]:
     """Return the groups, embeddings with their own learning rate unless it is None, ``no_decay`` without decay."""
-    return [
-        {
-            **group,
-            **({"lr": embedding_lr} if group["role"] == "embedding" and embedding_lr is not None else {}),
-            **({"weight_decay": 0.0} if group["role"] in no_decay else {}),
-        }
-        for group in groups
-    ]
+    groups = without_decay(groups, no_decay)
+    if embedding_lr is None:
+        return groups
+    return [{**group, **({"lr": embedding_lr} if group["role"] == "embedding" else {})} for group in groups]
+
+
+def without_decay(groups: list[Group], roles: Sequence[str], *, option: str = "weight_decay") -> list[Group]:
+    """Return the groups, those of ``roles`` with the option of their decay at zero."""
+    return [{**group, option: 0.0} if group["role"] in roles else group for group in groups]

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from danlu._roles import ROLES, declared, oriented
 from danlu._validate import choice, integer, number, positive
-from danlu.optim._common import MomentumOptimizer, check_rate, fusable, is_dtensor, row_pieces
-from danlu.optim._config import probe
+from danlu.optim._common import MomentumOptimizer, check_rate, finite_or_zero, fusable, is_dtensor, on_cpu, row_pieces
+from danlu.optim._config import probe, without_decay
 from danlu.optim._sharded import check_placement, local, sum_shards_
-from danlu.optim.groups import param_groups
+from danlu.optim.groups import Group, param_groups
 
 #: Roles of which every row, one input of a table or one output of a map, keeps slots of its own.
 _BY_ROWS = ("matrix", "head", "embedding")
@@ -38,6 +38,9 @@ class Amos(MomentumOptimizer):
     The learning rate is the relative change of a weight in one step, about one over the root of the number of batches
     in the data; no schedule and no length of the run is needed, a warm-up does no harm. Second moments are kept for
     rows, not for weights, so that with momentum the state is half of AdamW's and without it next to nothing.
+
+    An entry of a gradient that is not finite counts as zero, and one beyond 2^48 (2^500 in float64) as that, so that
+    no mean of squares becomes infinite, which would stop its row for good.
 
     Args:
         params: parameters, named parameters or groups. A group may carry ``role``
@@ -143,7 +146,8 @@ class Amos(MomentumOptimizer):
             grads = [-grad for grad in grads]
         if group["clip"] is not None:
             grads = [grad.clamp(-group["clip"], group["clip"]) for grad in grads]
-        squares = [_sum_of_squares(grad, first, v.dtype) for grad, first, v in zip(grads, kept, second)]
+        taken = [_squared(grad, first, v.dtype) for grad, first, v in zip(grads, kept, second)]
+        grads, squares = [grad for grad, _ in taken], [square for _, square in taken]
         if any(map(is_dtensor, params)):
             sum_shards_(squares, params, kept)
         torch._foreach_div_(squares, [float(max(1, math.prod(p.shape[k:]))) for p, k in zip(params, kept)])
@@ -213,6 +217,17 @@ def _sum_of_squares(grad: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
     axes = tuple(range(kept, grad.ndim))
     norm: Tensor = torch.linalg.vector_norm(grad, dim=axes, keepdim=True, dtype=dtype)
     return norm.square_()
+
+
+def _squared(grad: Tensor, kept: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a gradient in which no entry is too large for its squares to be summed, and these sums."""
+    limit = 2.0**500 if dtype == torch.float64 else 2.0**48
+    squares = _sum_of_squares(grad, kept, dtype)
+    if on_cpu(grad) and (not squares.numel() or float(squares.max()) <= limit**2):  # and no NaN
+        return grad, squares
+    limit = min(limit, torch.finfo(grad.dtype).max)
+    grad = finite_or_zero(grad).clamp(-limit, limit)
+    return grad, _sum_of_squares(grad, kept, dtype)
 
 
 def _factors(
@@ -350,7 +365,7 @@ class AmosConfig:
         beta: decay of the second moment.
         momentum: decay of the average over updates; None for none.
         clip: largest size of an entry of a gradient; None for no limit.
-        extra_l2: fraction of the weights that goes each step besides Amos' own decay.
+        extra_l2: fraction of the weights that goes each step besides Amos' own decay; none of gains and biases.
         c_coef: how fast the decay slows down.
         d_coef: how fast the steps become smaller.
         embedding_eta: scale expected of embeddings; None for sqrt(2 / width).
@@ -388,6 +403,6 @@ class AmosConfig:
         >>> AmosConfig(embedding_eta=0.5).build(nn.Embedding(5, 2)).param_groups[0]["eta"]
         0.5
         """
-        groups = param_groups(model)
         eta = {"embedding": self.embedding_eta}
-        return Amos([{**group, "eta": eta.get(group["role"])} for group in groups], **self.options())
+        groups: list[Group] = [{**group, "eta": eta.get(group["role"])} for group in param_groups(model)]
+        return Amos(without_decay(groups, ("gain", "bias"), option="extra_l2"), **self.options())

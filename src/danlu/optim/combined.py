@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from danlu._roles import ROLES, declared
 from danlu._validate import choice
-from danlu.optim._common import label
+from danlu.optim._common import MomentumOptimizer, label
 from danlu.optim.groups import check_partition
 
 Rule = tuple[Optimizer, Sequence[str]]
@@ -135,9 +135,21 @@ class CombinedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():  # torch's fused kernels and hooks cannot be traced: one break for all of them
+            _step_untraced([rule for rule in self.rules if not isinstance(rule, MomentumOptimizer)])
+            for rule in self.rules:
+                if isinstance(rule, MomentumOptimizer):
+                    _unhooked_step(type(rule))(rule)
+            return loss
         for rule in self.rules:
             _unhooked_step(type(rule))(rule)
         return loss
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _step_untraced(rules: Sequence[Optimizer]) -> None:
+    for rule in rules:
+        _unhooked_step(type(rule))(rule)
 
 
 def _unhooked_step(kind: type[Optimizer]) -> Callable[[Optimizer], Any]:

@@ -234,7 +234,8 @@ def describe(groups: Sequence[Mapping[str, Any]], *, width: int = 110) -> str:
     """Return a table of the groups as text: role, split, tensors, parameters, shapes and names.
 
     Args:
-        groups: what :func:`param_groups` returned, or the ``param_groups`` of an optimizer made from it.
+        groups: what :func:`param_groups` returned, or the ``param_groups`` of an optimizer made from it, of which the
+            table says the decay, too.
         width: columns of the table.
 
     >>> from torch import nn
@@ -255,6 +256,9 @@ def describe(groups: Sequence[Mapping[str, Any]], *, width: int = 110) -> str:
     table.add_column("shapes")
     table.add_column("names", overflow="fold")
     tensors = numbers = 0
+    decaying = all("weight_decay" in group for group in groups)
+    if decaying:
+        table.add_column("decay", justify="right")
     for group in groups:
         params: list[Tensor] = list(group["params"])
         count = sum(p.numel() for p in params)
@@ -267,9 +271,10 @@ def describe(groups: Sequence[Mapping[str, Any]], *, width: int = 110) -> str:
             f"{count:,}",
             ", ".join(shapes),
             ", ".join(_folded(group.get("param_names", ()))),
+            *([f"{group['weight_decay']:g}" if group["weight_decay"] else "none"] if decaying else []),
         )
         tensors, numbers = tensors + len(params), numbers + count
-    table.add_row("total", "-", str(tensors), f"{numbers:,}", "", "")
+    table.add_row("total", "-", str(tensors), f"{numbers:,}", *("" for _ in table.columns[4:]))
     out = io.StringIO()
     Console(file=out, width=width, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

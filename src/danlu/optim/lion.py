@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu._validate import choice, number
-from danlu.optim._common import MomentumOptimizer, check_rate, descend_, pieces
+from danlu.optim._common import MomentumOptimizer, check_rate, descend_, finite_or_zero, pieces
 from danlu.optim._config import by_role, check_by_role, dtype_of, probe
 from danlu.optim._sharded import check_placement, local
 from danlu.optim.groups import param_groups
@@ -28,6 +28,9 @@ class Lion(MomentumOptimizer):
     stays; keep schedule and clipping. The weights end in a box of half-width ``1 / weight_decay``. A coordinate whose
     gradient has become zero keeps moving until its momentum has died out, which for rarely used rows of an embedding
     can take thousands of steps.
+
+    An entry of a gradient that is not finite counts as zero, since a NaN would stay in the momentum and its weight
+    never move again: the weight follows its momentum. :class:`danlu.optim.NonFiniteGuard` leaves out the whole step.
 
     Args:
         params: parameters, named parameters or groups; a group may carry every option below but ``momentum_dtype``.
@@ -108,6 +111,7 @@ def _loop(
 ) -> None:
     for tensors in zip(P, G, M):
         for parameter, grad, momentum in pieces(*tensors):
+            grad = finite_or_zero(grad)
             direction = _mixed(momentum, grad, betas[0]).sign_()
             if momentum.dtype == grad.dtype:
                 momentum.lerp_(grad, 1.0 - betas[1])
@@ -125,6 +129,7 @@ def _foreach(
     betas: tuple[float, float],
     weight_decay: float,
 ) -> None:
+    G = [finite_or_zero(grad) for grad in G]
     U = list(torch._foreach_mul(M, betas[0]))
     torch._foreach_add_(U, G, alpha=1.0 - betas[0])
     torch._foreach_sign_(U)

@@ -126,7 +126,10 @@ def _role(name: str, parameter: Tensor) -> str:
         return "embedding"
     if parameter.ndim < 2:
         return "vector"
-    return "lora_B" if "lora_B" in parts else "lora_A"
+    if "lora_A" in parts or "lora_B" in parts:
+        return "lora_B" if "lora_B" in parts else "lora_A"
+    # The magnitudes of a convolution (DoRA) have its number of dimensions, and one extent.
+    return "vector" if sum(size != 1 for size in parameter.shape) <= 1 else "lora_A"
 
 
 def watch_ratio(optimizer: Optimizer) -> RemovableHandle:

@@ -233,7 +233,7 @@ class Muon(MomentumOptimizer):
         for index, parameter in enumerate(params):
             name = f"parameter {index}"
             for part in parts(name, (parameter,) * 3, layout(name, parameter, group), None):
-                if part.size:
+                if part.tensors[0].numel():
                     decay_(part.tensors[0], amount, group["decay"], group["decay_bound"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Muon":
@@ -286,7 +286,7 @@ class MuonConfig:
     embedding_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    no_decay: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = ("gain", "bias")
 
     def __post_init__(self) -> None:
         Muon(probe(), **self.muon_options())

@@ -163,6 +163,8 @@ def muon_plan(
     coefficients = iteration.composition.coefficients
     for place, part in enumerate(found):
         p, (m, n) = part.tensors[0], part.shape
+        if not m * n:  # a matrix without entries has nothing to step, on whichever process
+            continue
         work = iteration.dtype
         if work is None:
             work = torch.float64 if p.dtype == torch.float64 else agreed_matmul_dtype(p.device, part.group)

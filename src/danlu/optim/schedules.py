@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -175,7 +176,9 @@ def schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> Lambda
         steps: length of the run. Beyond it the factor stays at its last value.
 
     Returns:
-        A ``LambdaLR``: call ``.step()`` after every optimizer step. Its ``state_dict`` resumes bit-exactly.
+        A ``LambdaLR``: call ``.step()`` after every optimizer step. Its ``state_dict`` resumes bit-exactly. A group
+        that is added to the optimizer later has the learning rate it came with until the next ``.step()``, and that
+        times the factor from then on.
 
     >>> import torch
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.8)
@@ -188,4 +191,15 @@ def schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> Lambda
         accepted = "Constant, WarmupStableDecay, Cosine or InverseTime"
         raise TypeError(f"config must be {accepted}, got {type(config).__name__}")
     integer("steps", steps)
-    return LambdaLR(optimizer, lambda step: config.factor(step, steps))
+    return _Schedule(optimizer, lambda step: config.factor(step, steps))
+
+
+class _Schedule(LambdaLR):
+    """One factor for all the groups of an optimizer, those that come later included."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            lr = group["lr"]
+            self.base_lrs.append(group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr))
+            self.lr_lambdas.append(self.lr_lambdas[0])
+        return super().get_lr()

@@ -18,8 +18,17 @@ from torch import Tensor, nn
 
 from danlu._roles import ROLES, declared
 from danlu._validate import choice, integer, number
-from danlu.optim._common import MomentumOptimizer, check_rate, descend_, is_dtensor, on_cpu, pieces, row_pieces
-from danlu.optim._config import probe
+from danlu.optim._common import (
+    MomentumOptimizer,
+    all_finite,
+    check_rate,
+    descend_,
+    is_dtensor,
+    on_cpu,
+    pieces,
+    row_pieces,
+)
+from danlu.optim._config import probe, without_decay
 from danlu.optim._sharded import check_placement, local, sum_shards_
 from danlu.optim.groups import param_groups
 
@@ -122,7 +131,7 @@ class Tiger(MomentumOptimizer):
                 parameter=local(parameter),
                 grad=grad,
                 momentum=local(momentum),
-                finite=shards[index][0] if shards else _finite(grad),
+                finite=shards[index][0] if shards else all_finite(grad),
                 size=size,
                 decay=0.0 if small else group["weight_decay"],
                 neutral=1.0 if role == "gain" else 0.0,
@@ -185,14 +194,6 @@ def _size(parameter: Tensor, role: str) -> Tensor:
     return scale
 
 
-def _finite(grad: Tensor) -> Any:
-    """Say whether every entry of a gradient is finite, on a device by a tensor, without waiting for it."""
-    if on_cpu(grad):  # if the sum is finite, all are; else it may have overflowed
-        return math.isfinite(float(grad.sum())) or bool(torch.isfinite(grad).all())
-    # The largest entry is not finite as soon as one is; a sum could overflow by itself.
-    return torch.isfinite(torch.linalg.vector_norm(grad, float("inf"))) if grad.numel() else torch.tensor(True)
-
-
 def _of_shards(
     params: list[Tensor], grads: list[Tensor], roles: list[str], *, sized: bool
 ) -> list[tuple[Tensor, Tensor | float]]:
@@ -242,13 +243,14 @@ def _update(one: _Subject, step: _MicroStep) -> None:
     """Take one micro-step for one parameter, without waiting for the device."""
     parameter, grad, momentum = one.parameter, one.grad, one.momentum
     kept = momentum if step.kept == 1.0 else momentum.mul(step.kept)
-    momentum.copy_(torch.where(one.finite, kept.add(grad, alpha=step.weight), momentum))
+    grown = torch.where(one.finite, kept.add(grad, alpha=step.weight), momentum)
     moved = parameter
     if step.last:
         rate = step.lr * one.size
-        moved = parameter * (1.0 - rate * one.decay) - momentum.sign() * rate
+        moved = parameter * (1.0 - rate * one.decay) - grown.sign() * rate
     shrunk = (parameter - one.neutral).mul_(step.shrink).add_(one.neutral)
-    parameter.copy_(torch.where(one.finite, moved, shrunk))
+    # Both at the end: the compiler fails on a momentum that is written and then read beside a mean over rows.
+    torch._foreach_copy_([momentum, parameter], [grown, torch.where(one.finite, moved, shrunk)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,4 +280,4 @@ class TigerConfig:
         >>> [group["role"] for group in TigerConfig().build(nn.Linear(2, 3)).param_groups]
         ['matrix', 'bias']
         """
-        return Tiger(param_groups(model), **self.options())
+        return Tiger(without_decay(param_groups(model), _SMALL), **self.options())

@@ -28,7 +28,7 @@ def digits_caption() -> RunConfig:
             attention=GQAConfig(num_heads=4),
         ),
         objective=CaptioningConfig(),
-        optim=MuonConfig(lr=4e-3, embedding_lr=0.04),
+        optim=MuonConfig(lr=4e-3, embedding_lr=0.04, no_decay=()),
         schedule=WarmupStableDecay(warmup=20, decay=0.4),
         train=TrainConfig(steps=1000, eval_every=250),
     )

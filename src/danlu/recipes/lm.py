@@ -30,7 +30,7 @@ def lm() -> RunConfig:
             experts=MoEConfig(num_experts=16, top_k=4, hidden=128, num_shared_experts=1),
         ),
         objective=CausalLMConfig(),
-        optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
+        optim=MuonConfig(lr=4e-3, embedding_lr=0.16, no_decay=()),
         schedule=WarmupStableDecay(warmup=10, decay=0.4),
         train=TrainConfig(steps=600, minutes=8, eval_every=150),
     )
@@ -43,7 +43,7 @@ def lm_dense() -> RunConfig:
         data=TextConfig(vocab_size=4096, length=256, batch=16),
         model=TransformerConfig(dim=256, layers=4, hidden=640, attention=GQAConfig(num_heads=4)),
         objective=CausalLMConfig(),
-        optim=MuonConfig(lr=4e-3, embedding_lr=0.16),
+        optim=MuonConfig(lr=4e-3, embedding_lr=0.16, no_decay=()),
         schedule=WarmupStableDecay(warmup=10, decay=0.4),
         train=TrainConfig(steps=760, eval_every=190),
     )
