@@ -15,13 +15,13 @@ autocast's dtype first, as ``torch.nn.functional.linear`` does; any other comput
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
 _Gradients = Sequence[Tensor | None]
 
@@ -58,7 +58,7 @@ def ordinary(*inputs: Any) -> bool:
     return True
 
 
-def kept(make: Callable[P, T]) -> Callable[P, T]:
+def kept(make: Callable[[*Ts], T]) -> Callable[[*Ts], T]:
     """``functools.lru_cache`` for a function that makes tensors of hashable arguments, one of them the device.
 
     What is made while something looks on (see `watched`) is not kept, nor is what was kept handed to it: a fake tensor
@@ -66,13 +66,13 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
     """
 
     @functools.lru_cache(maxsize=64)
-    def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
+    def remembered(*args: *Ts) -> T:
         with torch.inference_mode(False), torch.no_grad():
-            return make(*args, **kwargs)
+            return make(*args)
 
     @functools.wraps(make)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return make(*args, **kwargs) if watched() else remembered(*args, **kwargs)
+    def call(*args: *Ts) -> T:
+        return make(*args) if watched() else remembered(*args)
 
     return call
 

@@ -133,7 +133,8 @@ def with_targets(b: int, t: int) -> tuple[Tensor, ...]:
 CASES = [
     Case("swiglu", swiglu, gated, numbers(10)),
     Case("squareplus", squareplus, lambda x: (x + (x**2 + 4).sqrt()) / 2, numbers(5)),
-    Case("squareplus, b", squareplus, lambda x, b: (x + (x**2 + b).sqrt()) / 2, numbers(5), lambda: (gaussian(5).abs() + 0.1,)),
+    Case("squareplus, b", squareplus, lambda x, b: (x + (x**2 + b).sqrt()) / 2, numbers(5),
+         lambda: (gaussian(5).abs() + 0.1,)),
     Case("rotate", rotate, rotation, lambda b, t: (gaussian(b, 7, 8, seed=1),),
          lambda: rotary_angles(torch.arange(7, dtype=torch.float64), 6), dynamic=None),
     Case("rotate, learned", rotate_by, rotation_by, numbers(8), lambda: (gaussian(3, seed=2),)),

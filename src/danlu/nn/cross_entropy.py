@@ -143,9 +143,8 @@ def linear_cross_entropy(
         )
     rows_nd = x.reshape(-1, x.shape[-1])
     targets_n = targets.reshape(-1)
-    if (
-        ordinary(rows_nd, targets_n) and targets_n.device.type == "cpu"
-    ):  # a GPU's kernels look themselves, as torch's do
+    # A GPU's kernels look for themselves, without anybody waiting for them.
+    if ordinary(rows_nd, targets_n) and targets_n.device.type == "cpu":
         _check(targets_n, weight_vd.shape[0])
     return _LinearCrossEntropy.of(rows_nd, weight_vd, targets_n, chunk, z_loss)
 

@@ -170,7 +170,8 @@ class _Rotate(Fused):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the last ``cos.shape[-1]`` coordinates of ``x`` ``(..., dim)``, leave those before them as they are.
 
-    The tables broadcast against ``x``, and may want gradients; the result keeps its dtype. The inverse is ``rotate(x, cos, -sin)``.
+    The tables broadcast against ``x``, and may want gradients; the result keeps its dtype. The inverse is
+    ``rotate(x, cos, -sin)``.
 
     >>> cos, sin = rotary_angles(torch.arange(5), 6)
     >>> x = torch.randn(5, 8)

@@ -92,8 +92,8 @@ def causal_convolution(u_bht: Tensor, k_ht: Tensor) -> Tensor:
     r"""``y_t = sum_{s <= t} k_{t-s} u_s`` for every channel, in ``O(T log T)``.
 
     Computed in float32 for 16-bit dtypes (they have no transform), in the input's dtype otherwise; the result
-    has the dtype of ``u``. Differentiable any number of times. A value that is not finite spoils its own row and channel only, but
-    there also what comes before it.
+    has the dtype of ``u``. Differentiable any number of times. A value that is not finite spoils its own row and
+    channel only, but there also what comes before it.
 
     Args:
         u_bht: ``(..., channels, time)``.
