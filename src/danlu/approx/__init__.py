@@ -5,13 +5,13 @@ from danlu.approx.budget import budgeted_composition, matrix_products
 from danlu.approx.coefficients import TABLES
 from danlu.approx.composition import Composition, optimal_composition, published
 from danlu.approx.fit import fit_composition
-from danlu.approx.minimax import Certificate, ConvergenceError, ExtendedMinimax, Minimax, certify, minimax
+from danlu.approx.minimax import Certificate, ConvergenceWarning, ExtendedMinimax, Minimax, certify, minimax
 
 __all__ = [
     "TABLES",
     "Certificate",
     "Composition",
-    "ConvergenceError",
+    "ConvergenceWarning",
     "ExtendedMinimax",
     "Minimax",
     "budgeted_composition",

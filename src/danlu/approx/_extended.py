@@ -9,7 +9,9 @@ import numpy as np
 from numpy.polynomial import Chebyshev
 from numpy.polynomial.chebyshev import chebval
 
-from danlu.approx._exchange import Array, Problem, exchange, extrema
+from danlu.approx._exchange import Array, Problem, exchange, extrema, rounding
+
+_TOLERANCE = 1e-9
 
 Number = Any  # mpmath.mpf, which ships no types
 
@@ -25,6 +27,7 @@ class ExtendedMinimax:
         lower_bound: no polynomial of the degree has a smaller maximal error.
         points: alternating extrema, ascending.
         dps: decimal digits it was computed with.
+        optimal: whether ``error`` exceeds ``lower_bound`` by no more than a billionth (or than rounding).
     """
 
     coefficients: tuple[Number, ...]
@@ -33,6 +36,7 @@ class ExtendedMinimax:
     lower_bound: Number
     points: tuple[Number, ...]
     dps: int
+    optimal: bool
 
     def __call__(self, x: Number) -> Number:
         """Evaluate at one number, to ``dps`` digits."""
@@ -78,17 +82,27 @@ def extended_minimax(
             return np.asarray(w * (y - chebval(t, coefficients)))
 
         knots = np.unique(np.concatenate([lift(np.array([-1.0, 1.0])), reference]))
-        error, points, values = extrema(residual, knots, 7, degree + 2, 3)
+        error, points, values, doubts = extrema(residual, knots, 7, degree + 2, 3)
         bound = np.min(np.abs(values)) if points.size == degree + 2 else mpmath.mpf(0)
-        return ExtendedMinimax(tuple(coefficients), interval, error, bound, tuple(to_x(points)), dps)
+        noise = 16 * rounding(problem.eps, degree + 2) * max(abs(y) for y in value(to_x(knots)))
+        optimal = bool(
+            error <= noise or (error - bound <= max(_TOLERANCE * error, noise) and doubts.max() <= 1e-6 * error)
+        )
+        return ExtendedMinimax(tuple(coefficients), interval, error, bound, tuple(to_x(points)), dps, optimal)
 
 
 def _solve(matrix: Array, right: Array) -> Array:
-    return np.array(list(mpmath.lu_solve(mpmath.matrix(matrix.tolist()), mpmath.matrix(right.tolist()))), dtype=object)
+    try:
+        solution = list(mpmath.lu_solve(mpmath.matrix(matrix.tolist()), mpmath.matrix(right.tolist())))
+    except ZeroDivisionError:  # points too close to determine a polynomial: the zero one, whose error is measured
+        solution = [mpmath.mpf(0)] * right.size
+    return np.array(solution, dtype=object)
 
 
 def _finite(name: str, value: Number, x: Number) -> Number:
-    number = mpmath.mpf(value)
+    if mpmath.im(value) != 0:
+        raise ValueError(f"{name} must be real on the interval, got {value} at {mpmath.nstr(x, 10)}")
+    number = mpmath.mpf(mpmath.re(value))
     if not mpmath.isfinite(number):
         raise ValueError(f"{name} must be finite on the interval, got {number} at {mpmath.nstr(x, 10)}")
     return number

@@ -5,26 +5,31 @@ points, and any alternating error is a lower bound on the error of every other p
 are evaluated on the polynomial that is returned, so a result carries the proof of how good it is.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import overload
 
 import numpy as np
 from numpy.polynomial import Chebyshev
 from numpy.polynomial.chebyshev import chebvander
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from danlu import _validate
-from danlu.approx._exchange import EPS, ConvergenceError, Problem, dyadic_scale, exchange, extrema, rounding
+from danlu.approx._exchange import EPS, Problem, alternating, exchange, extrema, rounding
 from danlu.approx._extended import ExtendedMinimax, extended_minimax
+from danlu.approx._search import climb, grid
+from danlu.approx._settle import settle
+from danlu.approx._view import Array, Function, Parity, View, values_of, view_of
 
-__all__ = ["Certificate", "ConvergenceError", "ExtendedMinimax", "Minimax", "certify", "minimax"]
+__all__ = ["Certificate", "ConvergenceWarning", "ExtendedMinimax", "Minimax", "certify", "minimax"]
 
-Array = NDArray[np.float64]
-Function = Callable[[Any], Any]
-Parity = Literal["odd", "even"] | None
+_TOLERANCE = 1e-9
+_DOUBT = 1e-7  # of the error: a refinement that still raises a peak by more has not found its top
 
-_ONE = np.ones(1)
+
+class ConvergenceWarning(UserWarning):
+    """The error of the best polynomial found is not levelled: the message gives it and what no polynomial is below."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,10 @@ def minimax(
 ) -> Minimax | ExtendedMinimax:
     """Find the polynomial of at most ``degree`` with the smallest ``max |w(x) (f(x) - p(x))|`` on an interval.
 
-    The exchange works on any continuous f, smooth or not. In float64 an error below about 1e-15 of f cannot be
-    levelled, which ``rounding`` of the result shows. Extended precision (``dps``) resolves smaller errors.
+    It works on any continuous f, smooth or not, with kinks and cusps; "the interval" is its float64 numbers. In float64
+    an error below about 1e-15 of f cannot be levelled, which ``rounding`` of the result shows. Extended precision
+    (``dps``) resolves smaller errors. Where the error is not levelled (f jumps, or has features narrower than the
+    samples), the best polynomial found is returned with both bounds, ``optimal`` False, and a `ConvergenceWarning`.
 
     Args:
         f: the function, of an array of float64 (a function of one number works too, more slowly). With ``dps``, a
@@ -122,8 +129,8 @@ def minimax(
         The polynomial, its error, the alternation points and the de la Vallee-Poussin lower bound.
 
     Raises:
-        ConvergenceError: if the error could not be levelled; the message gives the error reached and the lower bound.
-        ValueError: if an argument is out of range, or f or the weight gives a value that cannot be used.
+        ValueError: if an argument is out of range, or f or the weight gives a value that cannot be used (complex, NaN,
+            infinite, a weight of zero or less); the message names the point.
 
     Source: Chebyshev's alternation theorem; E. Remez, Comptes rendus 198 (1934) 2063.
 
@@ -138,24 +145,37 @@ def minimax(
         _validate.integer("dps", dps, low=1)
         if parity is not None:
             raise ValueError(f"parity must be None when dps is given, got {parity!r}")
-        return extended_minimax(f, degree, (a, b), weight, dps)
-    view = _view(f, a, b, parity, weight)
+        extended = extended_minimax(f, degree, (a, b), weight, dps)
+        _warn_unless_optimal(extended, degree)
+        return extended
+    view = view_of(f, a, b, parity, weight)
     basis = _basis_size(degree, parity)
     if basis == 0:
         zero = Chebyshev([0.0], domain=[a, b])
-        return Minimax(**vars(_certificate(view, zero, 0, 1e-9)), polynomial=zero)
-    points = None
-    for finer in (1, 2, 4, 8):
-        problem = Problem(view.sample, basis - 1, finer * max(12, 192 // basis))
-        inner, points = exchange(problem, points)
+        return Minimax(**vars(_searched(view, zero, 0, _TOLERANCE)), polynomial=zero)
+    with np.errstate(all="ignore"):  # what overflows here is seen by the certificate, and settled below
+        inner, points = exchange(Problem(view.sample, basis - 1, max(12, 192 // basis)))
+    if np.isfinite(inner).all():
         polynomial = _in_x(inner * view.scale, view, parity)
-        certificate = _certificate(view, polynomial, basis, 1e-9, points, finer)
-        if certificate.optimal or certificate.error <= 16 * certificate.rounding:
+        certificate = _certificate(view, polynomial, basis, points)
+        if certificate is not None:
             return Minimax(**vars(certificate), polynomial=polynomial)
-    raise ConvergenceError(
-        f"the error at degree {degree} has features too narrow to be levelled: reached {certificate.error:.6e}, "
-        f"while no polynomial is below {certificate.lower_bound:.6e}"
+    settled = settle(view.at, view.to_t, view.interval, basis - 1)
+    polynomial = _in_x(settled.coefficients * view.scale, view, parity)
+    certificate = _searched(view, polynomial, basis, _TOLERANCE, settled.bound * view.scale)
+    result = Minimax(**vars(certificate), polynomial=polynomial)
+    _warn_unless_optimal(result, degree)
+    return result
+
+
+def _warn_unless_optimal(result: Minimax | ExtendedMinimax, degree: int) -> None:
+    if result.optimal:
+        return
+    message = (
+        f"the error at degree {degree} could not be levelled: {float(result.error):.6e} is reached, while no "
+        f"polynomial is below {float(result.lower_bound):.6e}; f jumps, or changes faster than the samples resolve"
     )
+    warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
 
 def certify(
@@ -199,78 +219,11 @@ def certify(
             raise ValueError("degree must be given when polynomial is a function")
         degree = len(coefficients) - 1
     _validate.integer("degree", degree, low=0)
-    view = _view(f, a, b, parity, weight)
-    return _certificate(view, polynomial, _basis_size(degree, parity), tolerance)
+    view = view_of(f, a, b, parity, weight)
+    return _searched(view, polynomial, _basis_size(degree, parity), tolerance)
 
 
-@dataclass(frozen=True)
-class _View:
-    """The problem on t in [-1, 1]: ``x = to_x(t)`` and ``sample(t) = (f / scale, m, w)``."""
-
-    sample: Callable[[Array], tuple[Array, Array, Array]]
-    to_x: Callable[[Array], Array]
-    scale: float
-    interval: tuple[float, float]
-
-
-def _view(f: Function, a: float, b: float, parity: Parity, weight: Function | None) -> _View:
-    if parity is not None:
-        a = _fold(f, a, b, parity)
-    left, right = (a, b) if parity is None else (a * a, b * b)
-
-    def to_x(t: Array) -> Array:
-        if parity is None:
-            # Exact on [-1, 1], where a steep f would show any rounding of x.
-            return np.asarray(np.maximum(np.minimum(left / 2 + right / 2 + (right / 2 - left / 2) * t, right), left))
-        # Exact at both ends, and to the last digit of x next to a left end near 0.
-        square = left * ((1 - t) / 2) + right * ((1 + t) / 2)
-        return np.asarray(np.maximum(np.minimum(np.sqrt(square), b), a))
-
-    probe = to_x(-np.cos(np.pi * np.arange(65) / 64))
-    scale = dyadic_scale(_values("f", f, probe))
-
-    def sample(t: Array) -> tuple[Array, Array, Array]:
-        x = to_x(t)
-        # Kept away from 0, where every odd polynomial vanishes and no error can be levelled.
-        y, m = _values("f", f, x) / scale, np.maximum(x, 1e-100) if parity == "odd" else _ONE
-        if weight is None:
-            return y, m, _ONE
-        w = _values("weight", weight, x)
-        if not (w > 0).all():
-            raise ValueError(f"weight must be positive on the interval, got {w.min()} at {x[w.argmin()]}")
-        return y, m, w
-
-    return _View(sample, to_x, scale, (a, b))
-
-
-def _fold(f: Function, a: float, b: float, parity: Parity) -> float:
-    """Return the left end of the half interval that decides a problem of known parity."""
-    if a >= 0:
-        return a
-    if a != -b:
-        raise ValueError(f"interval must be symmetric or lie in x >= 0 when parity is {parity!r}, got {(a, b)}")
-    x = b * np.linspace(0, 1, 33)
-    there, back = _values("f", f, x), _values("f", f, -x)
-    defect = there - back if parity == "even" else there + back
-    if np.max(np.abs(defect)) > 1e-9 * np.max(np.abs(there)):
-        raise ValueError(f"f must be {parity} on {(a, b)}, got {there[-1]} at {b} and {back[-1]} at {a}")
-    return 0.0
-
-
-def _values(name: str, f: Function, x: Array) -> Array:
-    try:
-        y = np.asarray(f(x), dtype=np.float64)
-    except TypeError:
-        y = np.array([f(float(v)) for v in x], dtype=np.float64)
-    if y.shape != x.shape:
-        y = np.broadcast_to(y, x.shape)
-    if not np.isfinite(y).all():
-        bad = int(np.flatnonzero(~np.isfinite(y))[0])
-        raise ValueError(f"{name} must be finite on the interval, got {y[bad]} at {x[bad]}")
-    return y
-
-
-def _in_x(inner: Array, view: _View, parity: Parity) -> Chebyshev:
+def _in_x(inner: Array, view: View, parity: Parity) -> Chebyshev:
     """Write q(t) (times x if odd) as one Chebyshev series in x, with exact zeros at the powers of the other parity."""
     a, b = view.interval
     if parity is None:
@@ -292,29 +245,59 @@ def _in_x(inner: Array, view: _View, parity: Parity) -> Chebyshev:
     return Chebyshev(coefficients, domain=[-b, b])
 
 
-def _certificate(
-    view: _View, polynomial: Function, basis: int, tolerance: float, reference: Array | None = None, finer: int = 1
-) -> Certificate:
+def _certificate(view: View, polynomial: Function, basis: int, reference: Array) -> Certificate | None:
+    """Return the certificate of what the exchange found; None where it is not optimal or its peaks are in doubt."""
+
     def residual(t: Array) -> Array:
         f, _, w = view.sample(t)
-        return np.asarray(w * (f - _values("polynomial", polynomial, view.to_x(t)) / view.scale))
+        return np.asarray(w * (f - values_of("polynomial", polynomial, view.to_x(t)) / view.scale))
 
-    if reference is None:
-        knots, density = -np.cos(np.pi * np.arange(2 * basis + 49) / (2 * basis + 48)), 11
-    else:
-        # Not a multiple of the exchange's density: the samples fall elsewhere.
-        knots, density = np.unique(np.concatenate([[-1.0, 1.0], reference])), finer * max(24, 512 // basis) + 1
-    largest, points, values = extrema(residual, knots, density, basis + 1, 3 if reference is None else 2)
-    alternates = points.size == basis + 1
-    bound = float(np.min(np.abs(values))) if alternates else 0.0
+    knots = np.unique(np.concatenate([[-1.0, 1.0], reference]))
+    # Not a multiple of the exchange's density: the samples fall elsewhere.
+    largest, points, values, doubts = extrema(residual, knots, max(24, 512 // basis) + 1, basis + 1, 2)
     f, _, w = view.sample(knots)
+    found = _judged(view, basis, largest, view.to_x(points), values, f, w, _TOLERANCE)
+    sure = found.optimal or found.error <= 16 * found.rounding
+    return found if sure and doubts.max() <= max(_DOUBT * largest, found.rounding / view.scale) else None
+
+
+def _searched(view: View, polynomial: Function, basis: int, tolerance: float, bound: float = 0.0) -> Certificate:
+    """Return the certificate of any polynomial by a search for the top of every peak, ``bound`` being known."""
+
+    def residual(x: Array) -> Array:
+        f, _, w = view.at(x)
+        return np.asarray(w * (f - values_of("polynomial", polynomial, x) / view.scale))
+
+    x = grid(*view.interval, size=3001 + 48 * basis)
+    values = residual(x)
+    places, heights = climb(residual, x, values, basis + 1)
+    kept = alternating(heights, basis + 1)
+    f, _, w = view.at(x)
+    largest = float(np.abs(heights).max())
+    return _judged(view, basis, largest, places[kept], heights[kept], f, w, tolerance, bound)
+
+
+def _judged(
+    view: View,
+    basis: int,
+    largest: float,
+    points: Array,
+    values: Array,
+    f: Array,
+    w: Array,
+    tolerance: float,
+    bound: float = 0.0,
+) -> Certificate:
+    alternates = points.size == basis + 1
+    lower = float(np.min(np.abs(values))) if alternates else 0.0
     noise = rounding(EPS, basis + 1) * float(np.max(w)) * (float(np.max(np.abs(f))) + largest)
-    optimal = largest <= noise or (alternates and largest - bound <= max(tolerance * largest, noise))
+    lower = max(lower, min(bound / view.scale, float(largest)))
+    optimal = largest <= noise or largest - lower <= max(tolerance * largest, noise)
     scale = view.scale
     return Certificate(
         error=float(largest) * scale,
-        lower_bound=bound * scale,
-        points=view.to_x(points),
+        lower_bound=lower * scale,
+        points=points,
         values=values * scale,
         needed=basis + 1,
         rounding=noise * scale,
