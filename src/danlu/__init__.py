@@ -5,7 +5,7 @@ first used, so that ``import danlu`` itself loads nothing heavy.
 
 >>> import danlu
 >>> danlu.__version__
-'0.1.0'
+'0.2.0.dev0'
 >>> "optim" in dir(danlu)
 True
 """
@@ -15,7 +15,7 @@ import importlib.util
 import pkgutil
 from types import ModuleType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def __getattr__(name: str) -> ModuleType:

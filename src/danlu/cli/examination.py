@@ -91,7 +91,7 @@ def _speeds(policy: Policy) -> _Rows:
         q, k, v = (torch.randn(shape, device=policy.device, dtype=dtype, requires_grad=True) for _ in range(3))
         seconds = _median_seconds(lambda q=q, k=k, v=v: _attend(q, k, v), policy.device)  # type: ignore[misc]
         name = str(dtype).removeprefix("torch.")
-        rows.append((f"attention, {name}", f"{1000 * seconds:.1f} ms there and back, {_times(shape)} causal"))
+        rows.append((f"attention, {name}", f"{1000 * seconds:.1f} ms forward and backward, {_times(shape)} causal"))
     return rows
 
 

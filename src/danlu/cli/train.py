@@ -23,7 +23,7 @@ Short: --steps, --minutes and --seed stand for --train.steps and so on, --lr for
 --data.batch."""
 
 EXAMPLES = """\
-  danlu train                                          the main job, about ten minutes on two cores
+  danlu train                                          the main job, eight minutes
   danlu train --data book.txt --steps 500              your own text: .txt, .jsonl, folders, globs
   danlu train lm --model.dim 512 --optim.lr 0.02       any option of the configuration, by its path
   danlu train lm --model.attention gqa --model.experts none --optim adamw --optim.lr 3e-4
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         nargs="+",
         action="extend",
-        help="what to train on: text (.txt, .jsonl) or images (folders, .csv, .tar, .parquet); sets data.path",
+        help="what to train on: text (.txt, .md, .jsonl, .tsv) or images (folders, .csv, .tar, .parquet); sets data.path",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="a run's config.json, or a part of one that changes the recipe"

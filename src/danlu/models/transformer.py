@@ -53,6 +53,9 @@ AnyMixerConfig = MLAConfig | GQAConfig | KVSharedConfig | SSMConfig | MixerConfi
 """The mixers of this package by their short names, or any other configuration of a mixer."""
 
 
+_OF_A_MIXER = ("rope_dim", "mask", "num_heads", "flops_per_token", "new_cache")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Sizes of a `Transformer`."""
@@ -87,6 +90,15 @@ class TransformerConfig:
         return Transformer(self)
 
 
+def _check_mixer(layer: object, config: object) -> None:
+    """Raise TypeError unless a layer has what `danlu.protocols.Mixer` names: better now than after training."""
+    lacking = [name for name in _OF_A_MIXER if not hasattr(layer, name)]
+    if lacking or not isinstance(layer, nn.Module):
+        what = f"lacks {', '.join(lacking)}" if lacking else "is no torch.nn.Module"
+        kind = type(layer).__name__
+        raise TypeError(f"{type(config).__name__}.build() made a {kind}, which {what} (see danlu.protocols.Mixer)")
+
+
 class Block(nn.Module):
     """One attention (or what stands in its place) and one feed-forward layer, each on a normalised residual stream."""
 
@@ -98,6 +110,7 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(c.dim, eps=c.norm_eps)
         kind = c.mixers[index % len(c.mixers)] or c.attention
         self.attention: Mixer = kind.build(c.dim, out_std=depth / math.sqrt(c.dim), index=index)
+        _check_mixer(self.attention, kind)
         self.feed_forward: MoE | FeedForward
         if c.experts is not None and index >= c.dense_layers:
             self.feed_forward = c.experts.build(c.dim, out_std=depth / math.sqrt(c.dim))

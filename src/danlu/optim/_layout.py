@@ -28,7 +28,11 @@ def layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> Layout:
     role = options["role"] or own_role or {2: "matrix", 3: "experts"}.get(parameter.ndim)
     if role is None or role not in MATRIX_ROLES:
         kind = f"is declared {role!r}" if role else f"has {parameter.ndim} dimension{'s' * (parameter.ndim != 1)}"
-        hint = "set the group's role to 'conv' to flatten it" if parameter.ndim > 3 else "give it to AdamW"
+        hint = (
+            "set the group's role to 'conv' to flatten it"
+            if parameter.ndim > 3
+            else "give it to AdamW, or build both by MuonConfig"
+        )
         raise ValueError(f"{name} of shape {shape} {kind}; Muon takes matrices and stacks of them: {hint}")
     if parameter.ndim < (3 if role == "experts" else 2) or (role == "matrix" and parameter.ndim > 2):
         raise ValueError(f"{name} of shape {shape} cannot have the role {role!r}")

@@ -70,6 +70,9 @@ _NO_TABLES = (torch.empty(0), torch.empty(0))
 class Mixer(Protocol):
     """What mixes the tokens of a block: attention, a state space, or a layer of one's own; a ``torch.nn.Module``.
 
+    Activations come in the model's ``compute_dtype``, bfloat16 where that is fast, while weights are float32:
+    :class:`danlu.nn.Linear` casts its weight, ``torch.nn.Linear`` does not.
+
     Attributes:
         rope_dim: coordinates of each head that positions rotate: the size of the tables in ``context.rope``; 0: none.
         mask: which tokens a token sees, one of ``danlu.nn.attention.masks.MASKS``; the model then combines documents

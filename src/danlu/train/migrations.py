@@ -22,12 +22,12 @@ def upgraded_state(state: Mapping[str, Any]) -> dict[str, Any]:
     joined = {
         key: [value for part in schedules for value in part[key]] for key in ("base_lrs", "_last_lr", "lr_lambdas")
     }
-    record = old.pop("unevaluated")
+    record, optimizers, items = old.pop("unevaluated"), old.pop("optimizers"), old.pop("tokens")
     return {
         **old,
         "unevaluated": None if record is None else {_RENAMED.get(key, key): value for key, value in record.items()},
-        "items": old.pop("tokens"),
+        "items": items,
         "length": None,
-        "optimizer": merged_state_dicts(old.pop("optimizers")),
+        "optimizer": merged_state_dicts(optimizers),
         "schedule": {**schedules[0], **joined},
     }

@@ -57,7 +57,8 @@ def describe(shown: Record, *, unit: str = "items", labels: Mapping[str, str] | 
 class ProgressLine:
     """Show loss, validation loss, the objective's own numbers, speed, share of the device's speed and the time left.
 
-    A record that names its number of ``steps`` (the run has a time budget) changes the length that is shown.
+    The records of a run with a time budget name the number of ``steps``, which changes what is shown, and until that
+    is settled the ``seconds_left``.
 
     Args:
         steps: length of the run.
@@ -98,7 +99,10 @@ class ProgressLine:
         smooth = 0.9 * self._latest["items_per_second"] + 0.1 * speed if self._latest else speed
         self._latest = {**self._latest, **record, "items_per_second": smooth}
         text = self._describe(self._latest)
-        if step > self._first[0] and step < self._steps:
+        budget = record.get("seconds_left")
+        if budget is not None:
+            text += f"  {duration(budget)} left of the time budget"
+        elif step > self._first[0] and step < self._steps:
             left = (now - self._first[1]) / (step - self._first[0]) * (self._steps - step)
             text += f"  {duration(left)} left"
         if self._bar is not None:
@@ -107,7 +111,8 @@ class ProgressLine:
                 self._bar.console.print(f"step {step}: {self._describe(record)}", highlight=False)
         elif "val_loss" in record or step == self._steps or now - self._printed > _PLAIN_EVERY:
             self._printed = now
-            self._console.print(f"step {step}/{self._steps}: {text}", highlight=False, soft_wrap=True)
+            about = "" if budget is None else "about "
+            self._console.print(f"step {step}/{about}{self._steps}: {text}", highlight=False, soft_wrap=True)
 
     def _describe(self, record: Record) -> str:
         return describe(record, unit=self._unit, labels=self._labels)

@@ -313,6 +313,8 @@ class Trainer:
             record["skipped"] = pending.skipped
         if self.config.minutes is not None:
             record["steps"] = self.length.steps
+            if not self.length.settled:
+                record["seconds_left"] = max(0.0, 60 * self.config.minutes - pending.time)
         return record
 
     def _report(self, record: Record) -> None:
