@@ -47,13 +47,13 @@ def ordinary(*inputs: Any) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
+    forward_mode = forward_ad._current_level >= 0
     for x in inputs:
-        if isinstance(x, Tensor) and (
-            type(x) not in (Tensor, nn.Parameter)
-            or x.is_meta
-            or forward_ad.unpack_dual(x).tangent is not None
-            or torch._C._functorch.is_legacy_batchedtensor(x)  # torch.autograd.grad(is_grads_batched=True)
-        ):
+        if not isinstance(x, Tensor):
+            continue
+        if type(x) not in (Tensor, nn.Parameter) or x.is_meta:
+            return False
+        if forward_mode and forward_ad.unpack_dual(x).tangent is not None:
             return False
     return True
 
@@ -148,9 +148,14 @@ class _Call(torch.autograd.Function):
         inputs = [other if x is None else x for x, other in zip(saved, ctx.others)]
         device = grad.device.type
         with torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
-            if not compiling() and (torch.is_grad_enabled() or not ordinary(grad, *saved)):
+            if not compiling() and (torch.is_grad_enabled() or not ordinary(grad) or _mapped(grad)):
                 return None, *_of_plain(ctx.own.plain, inputs, grad, ctx.needs)
             return None, *ctx.own.derivative(ctx, grad, inputs, saved[count:])
+
+
+def _mapped(grad: Tensor) -> bool:
+    """Whether it stands for several gradients, as in ``torch.autograd.grad(is_grads_batched=True)``."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _autocast(device: str) -> bool:

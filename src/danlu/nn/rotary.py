@@ -105,16 +105,35 @@ def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @kept
-def _kept_table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    positions = torch.arange(rows, device=device)
+def _table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _part(0, rows, dim, base, dtype, device)
+
+
+def _part(
+    start: int, end: int, dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(start, end, device=device)
     cos, sin = rotary_angles(positions.double() if dtype == torch.float64 else positions, dim, base=base)
     return cos.to(dtype), sin.to(dtype)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _table(rows: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    # A compiler that saw the formula would put it into every kernel that it fuses with a rotation.
-    return _kept_table(rows, dim, base, dtype, device)
+# A compiler that saw the formula would put it into every kernel that it fuses with a rotation.
+@torch.library.custom_op("danlu::rotary_span", mutates_args=())
+def _compiled_part(
+    start: int, end: int, dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    cos, sin = _table(_rows(end), dim, base, dtype, device)
+    return cos[start:end].clone(), sin[start:end].clone()
+
+
+@_compiled_part.register_fake
+def _(start: int, end: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos = torch.empty(end - start, dim, dtype=dtype, device=device)
+    return cos, torch.empty_like(cos)
+
+
+def _rows(end: int) -> int:
+    return 1 << max(end - 1, 255).bit_length()
 
 
 def rotary_span(start: int, end: int, dim: int, *, base: float = 10000.0, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,12 +145,12 @@ def rotary_span(start: int, end: int, dim: int, *, base: float = 10000.0, like: 
     >>> torch.equal(cos, rotary_angles(torch.arange(3, 5), 6)[0])
     True
     """
-    if watched() and not compiling():  # the number of positions may be a symbol
-        positions = torch.arange(start, end, device=like.device)
-        cos, sin = rotary_angles(positions.double() if like.dtype == torch.float64 else positions, dim, base=base)
-        return cos.to(like.dtype), sin.to(like.dtype)
-    rows = 1 << max(end - 1, 255).bit_length()
-    cos, sin = _table(rows, dim, base, like.dtype, like.device)
+    if compiling():
+        cos, sin = _compiled_part(start, end, dim, base, like.dtype, like.device)
+        return cos, sin
+    if watched():  # the number of positions may be a symbol
+        return _part(start, end, dim, base, like.dtype, like.device)
+    cos, sin = _table(_rows(end), dim, base, like.dtype, like.device)
     return cos[start:end], sin[start:end]
 
 
@@ -188,7 +207,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     few = not torch.is_grad_enabled() and x.numel() <= _FEW
     # Angles that are learned need a derivative of their own, which the plain formula has.
-    if few or cos.requires_grad or sin.requires_grad:
+    if torch.compiler.is_compiling() or few or cos.requires_grad or sin.requires_grad:
         return _Rotate.plain(x, cos, sin)
     return _Rotate.of(x, cos, sin)
 
