@@ -49,7 +49,7 @@ def test_parameters_of_plain_modules_are_sorted_by_what_their_owner_is():
     )
     assert roles(model) == {
         "embed.weight": ("embedding", None),
-        "qkv.weight": ("matrix", 3),
+        "qkv.weight": ("matrix", None),
         "qkv.bias": ("bias", None),
         "norm.weight": ("gain", None),
         "norm.bias": ("bias", None),
@@ -78,10 +78,18 @@ def test_bare_parameters_are_sorted_by_name_and_shape():
     }
 
 
-def test_query_key_and_value_of_grouped_heads_are_told_apart_by_their_widths():
-    model = nn.ModuleDict({"qkv_proj": nn.Linear(16, 16 + 4 + 4), "gate_up_proj": nn.Linear(16, 22)})
+def test_query_key_and_value_are_split_where_their_layer_is_known_and_gate_and_up_by_their_name():
+    class Phi3Attention(nn.Module):
+        num_key_value_heads, head_dim = 1, 4
+
+        def __init__(self):
+            super().__init__()
+            self.qkv_proj = nn.Linear(16, 16 + 4 + 4)
+
+    model = nn.ModuleDict({"attn": Phi3Attention(), "qkv_proj": nn.Linear(16, 24), "gate_up_proj": nn.Linear(16, 22)})
     found = roles(model)
-    assert found["qkv_proj.weight"] == ("matrix", (16, 4, 4))
+    assert found["attn.qkv_proj.weight"] == ("matrix", (16, 4, 4))
+    assert found["qkv_proj.weight"] == ("matrix", None)
     assert found["gate_up_proj.weight"] == ("matrix", 2)
 
 

@@ -174,7 +174,7 @@ def amos_scale(role: str, shape: Sequence[int]) -> float:
     choice("role", role, ROLES)
     if role in ("gain", "bias"):
         return 1.0 if role == "gain" else 0.5
-    inputs = math.prod(shape[1:]) if role == "conv" else (shape[-1] if shape else 1)
+    inputs = math.prod(shape[1:]) if role in ("conv", "head") else (shape[-1] if shape else 1)
     return math.sqrt((2.0 if role == "embedding" else 1.0) / max(1, inputs))
 
 

@@ -10,97 +10,18 @@ projection), and whether a weight is kept transposed. A user's last word are the
 
 import contextlib
 import io
-import math
+import itertools
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from danlu._roles import ATTRIBUTES, ROLES, Split, declaration, declared
+from danlu._roles import ATTRIBUTES, ROLES, declaration
+from danlu.optim._classify import Kind, Model, classify
 
 Group = dict[str, Any]
-
-_HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "classifier", "score", "output_projection"}
-_TOP_LEVEL_HEAD_NAMES = {"output", "proj_out", "decoder", "logits"}
-_QKV_NAMES = {"qkv", "qkv_proj", "to_qkv", "in_proj", "wqkv", "in_proj_weight"}
-_GATE_UP_NAMES = {"gate_up_proj", "gate_up"}
-_GATES = {nn.RNN: 1, nn.GRU: 3, nn.LSTM: 4, nn.RNNCell: 1, nn.GRUCell: 3, nn.LSTMCell: 4}
-_TABLE_NAME = re.compile(r"embed|(^|_)(pos|wpe|wte|token|tokens)($|_)|_token")
-_BIAS_NAME = re.compile(r"(^|_)(bias|beta|b|offset)($|_)")
-_GAIN_NAME = re.compile(r"(^|_)(log|scale|gain|gamma|alpha|temperature|dt)($|_)|^(A|D)$")
-_CONV_TYPES = (nn.modules.conv._ConvNd,)
-_NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
-
-
-def _fused(leaf: str, module: nn.Module, parameter: Tensor) -> Split:
-    """Return how the rows of a matrix fall apart when its name says that it is several in one."""
-    rows, columns = parameter.shape
-    name = leaf.lower()
-    if name in _GATE_UP_NAMES and rows % 2 == 0:
-        return 2
-    if name in _QKV_NAMES and isinstance(module, (nn.Linear, nn.MultiheadAttention)):
-        if rows == 3 * columns:
-            return 3
-        # Grouped queries: the query block is as wide as the model, key and value share what is left.
-        if columns < rows < 3 * columns and (rows - columns) % 2 == 0:
-            return (columns, (rows - columns) // 2, (rows - columns) // 2)
-    return None
-
-
-def _linear(path: str, parameter: Tensor, vocabularies: set[int]) -> tuple[str, Split]:
-    """Return role and split of the weight of the nn.Linear at ``path``."""
-    leaf = path.rpartition(".")[2]
-    named_head = leaf in _HEAD_NAMES or (path in _TOP_LEVEL_HEAD_NAMES)
-    if named_head or (parameter.ndim == 2 and parameter.shape[0] in vocabularies):
-        return "head", None
-    return "matrix", None
-
-
-def _by_shape(path: str, name: str, module: nn.Module, parameter: Tensor) -> tuple[str, Split]:
-    """Return role and split of a parameter whose module says nothing."""
-    extent = [size for size in parameter.shape if size != 1]
-    if parameter.ndim >= 2 and _TABLE_NAME.search(name.lower()):
-        return "embedding", None
-    if len(extent) <= 1:
-        if _TABLE_NAME.search(name.lower()):
-            return "embedding", None
-        return ("bias" if _BIAS_NAME.search(name.lower()) else "gain"), None
-    if _GAIN_NAME.search(name):
-        return "gain", None
-    if parameter.ndim == 2:
-        gates = next((count for kind, count in _GATES.items() if isinstance(module, kind)), 1)
-        if gates > 1 and parameter.shape[0] % gates == 0:
-            return "matrix", gates
-        leaf = path.rpartition(".")[2] if name == "weight" else name
-        return "matrix", _fused(leaf, module, parameter)
-    return "experts", None
-
-
-def _classify(path: str, name: str, module: nn.Module, parameter: Tensor, vocabularies: set[int]) -> tuple[str, Split]:
-    """Return role and split of the parameter ``name`` that ``module`` at ``path`` owns."""
-    full = f"{path}.{name}" if path else name
-    role, split, _ = declared(full, parameter, module)
-    if role is not None:
-        return role, split
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return "embedding", None
-    if isinstance(module, _NORM_TYPES) or type(module).__name__.endswith("Norm"):
-        return ("bias" if _BIAS_NAME.search(name.lower()) else "gain"), None
-    if _BIAS_NAME.search(name.lower()) and sum(size != 1 for size in parameter.shape) <= 1:
-        return "bias", None
-    if isinstance(module, _CONV_TYPES) and name == "weight":
-        if parameter[0].numel() == math.prod(module.kernel_size):
-            return "gain", None  # one kernel a channel acts on coordinates one by one: no linear map between channels
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        return "conv", split or (module.groups if module.groups > 1 and not transposed else None)
-    if isinstance(module, nn.Linear) and name == "weight":
-        role, fused = _linear(path, parameter, vocabularies)
-        if role == "matrix":
-            fused = _fused(path.rpartition(".")[2], module, parameter)
-        return role, split or fused
-    role, fused = _by_shape(path, name, module, parameter)
-    return role, split or fused
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
@@ -108,13 +29,6 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Paramete
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield path, name, module, parameter
-
-
-def _vocabularies(model: nn.Module) -> set[int]:
-    """Return the table heights of the model's embeddings that no ordinary width equals."""
-    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    widths = {m.in_features for m in model.modules() if isinstance(m, nn.Linear)}
-    return {table.num_embeddings for table in tables} - widths
 
 
 def param_groups(model: nn.Module) -> list[Group]:
@@ -126,8 +40,8 @@ def param_groups(model: nn.Module) -> list[Group]:
 
     Returns:
         Groups that any ``torch.optim`` optimizer accepts: dictionaries of ``params``, ``param_names``, ``role``
-        (one of :data:`ROLES`), ``split`` (rows that belong apart, or None) and ``transposed`` (whether inputs come
-        before outputs), in the order of :data:`ROLES`.
+        (one of :data:`ROLES`), ``split`` (rows that belong apart, or None), ``transposed`` (whether inputs come
+        before outputs) and ``note`` (what is not certain of them, or None), in the order of :data:`ROLES`.
 
     Raises:
         TypeError: ``model`` is no module, or a parameter is complex or has not been materialised.
@@ -140,8 +54,8 @@ def param_groups(model: nn.Module) -> list[Group]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    vocabularies = _vocabularies(model)
-    found: dict[int, tuple[int, str, nn.Parameter, str, Split, bool]] = {}
+    known = Model(model)
+    found: dict[int, tuple[int, str, nn.Parameter, Kind]] = {}
     for path, name, module, parameter in _owners(model):
         if not parameter.requires_grad:
             continue
@@ -152,22 +66,21 @@ def param_groups(model: nn.Module) -> list[Group]:
             )
         if parameter.is_complex():
             raise TypeError(f"parameter {full} is complex ({parameter.dtype}); accepted are real dtypes")
-        role, split = _classify(path, name, module, parameter, vocabularies)
-        said = declaration(module, name)
-        rank = 0 if said.role is not None else {"embedding": 1, "head": 2}.get(role, 3)
+        kind = classify(full, module, name, known.place(path, name, module, parameter), known)
+        said = declaration(module, name).role is not None
+        rank = 0 if said else {"embedding": 1, "head": 2}.get(kind.role, 3)
         if id(parameter) not in found or rank < found[id(parameter)][0]:
             first = found[id(parameter)][1] if id(parameter) in found else full
-            found[id(parameter)] = (rank, first, parameter, role, split, said.transposed)
+            found[id(parameter)] = (rank, first, parameter, kind)
     if not found:
         raise ValueError("model has no parameter that requires a gradient")
 
-    buckets: dict[tuple[str, Split, bool], Group] = {}
-    for _, name, parameter, role, split, transposed in found.values():
-        fresh: Group = {"params": [], "param_names": [], "role": role, "split": split, "transposed": transposed}
-        group = buckets.setdefault((role, split, transposed), fresh)
+    buckets: dict[Kind, Group] = {}
+    for _, name, parameter, kind in found.values():
+        group = buckets.setdefault(kind, {"params": [], "param_names": [], **kind._asdict()})
         group["params"].append(parameter)
         group["param_names"].append(name)
-    groups = [group for _, group in sorted(buckets.items(), key=lambda item: _order(*item[0]))]
+    groups = [buckets[kind] for kind in sorted(buckets, key=_order)]
     check_partition(groups, model)
     return groups
 
@@ -203,8 +116,9 @@ def declarations_kept(model: nn.Module) -> Iterator[None]:
             setattr(new[name], key, value)
 
 
-def _order(role: str, split: Split, transposed: bool) -> tuple[int, tuple[int, ...], bool]:
-    return ROLES.index(role), (split if isinstance(split, tuple) else (split or 0,)), transposed
+def _order(kind: Kind) -> tuple[int, tuple[int, ...], bool, str]:
+    split = kind.split if isinstance(kind.split, tuple) else (kind.split or 0,)
+    return ROLES.index(kind.role), split, kind.transposed, kind.note or ""
 
 
 def check_partition(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
@@ -233,6 +147,8 @@ def _folded(names: Sequence[str]) -> list[str]:
 def describe(groups: Sequence[Mapping[str, Any]], *, width: int = 110) -> str:
     """Return a table of the groups as text: role, split, tensors, parameters, shapes and names.
 
+    A weight kept as (inputs, outputs) has ``in > out`` behind its shape; what is not certain of a group stands below.
+
     Args:
         groups: what :func:`param_groups` returned, or the ``param_groups`` of an optimizer made from it, of which the
             table says the decay, too.
@@ -259,10 +175,15 @@ def describe(groups: Sequence[Mapping[str, Any]], *, width: int = 110) -> str:
     decaying = all("weight_decay" in group for group in groups)
     if decaying:
         table.add_column("decay", justify="right")
+    notes: list[str] = []
     for group in groups:
         params: list[Tensor] = list(group["params"])
         count = sum(p.numel() for p in params)
-        shapes = dict.fromkeys(" x ".join(map(str, p.shape)) or "scalar" for p in params)
+        turned = " in > out" if group.get("transposed") else ""
+        shapes = dict.fromkeys((" x ".join(map(str, p.shape)) or "scalar") + turned for p in params)
+        names = ", ".join(_folded(group.get("param_names", ())))
+        if group.get("note"):
+            notes.append(f"{names}: {group['note']}")
         split = group.get("split")
         table.add_row(
             str(group.get("role") or "-"),
@@ -270,11 +191,13 @@ def describe(groups: Sequence[Mapping[str, Any]], *, width: int = 110) -> str:
             str(len(params)),
             f"{count:,}",
             ", ".join(shapes),
-            ", ".join(_folded(group.get("param_names", ()))),
+            names,
             *([f"{group['weight_decay']:g}" if group["weight_decay"] else "none"] if decaying else []),
         )
         tensors, numbers = tensors + len(params), numbers + count
     table.add_row("total", "-", str(tensors), f"{numbers:,}", *("" for _ in table.columns[4:]))
     out = io.StringIO()
     Console(file=out, width=width, color_system=None, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+    lines = [line.rstrip() for line in out.getvalue().rstrip().splitlines()]
+    wrapped = (textwrap.wrap(note, width, subsequent_indent="  ") for note in notes)
+    return "\n".join([*lines, *itertools.chain([""] if notes else [], *wrapped)])
