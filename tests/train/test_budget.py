@@ -106,3 +106,26 @@ def test_a_resumed_run_keeps_the_length_that_was_settled(
     assert "Training: for 1 min 00 s" in said
     assert resume(tmp_path / "interrupted") == 0
     assert "is complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schedule", [WarmupStableDecay(decay=0.4), Cosine(), Constant()])
+def test_a_slow_first_step_that_compiles_does_not_shorten_the_run(schedule: ScheduleConfig) -> None:
+    length, step = Length(None, 5.0, schedule), 0
+    while not length.reached(step):
+        length.update(step, 60 + step * 0.5 if step else 0.0)
+        step += 1
+    assert step == pytest.approx((300 - 60) / 0.5, abs=3)
+
+
+class Unsettling:
+    """A schedule that claims to depend on the length after its end."""
+
+    def factor(self, step: int, total: int) -> float:
+        return 1.0
+
+    def settles_at(self, total: int) -> float:
+        return 7.0
+
+
+def test_the_budget_ends_a_run_whatever_its_schedule_says() -> None:
+    assert taken(Length(None, 1.0, Unsettling()), 1.0) in (60, 61, 62)

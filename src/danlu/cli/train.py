@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         nargs="+",
         action="extend",
-        help="what to train on: text (.txt, .md, .jsonl, .tsv) or images (folders, .csv, .tar, .parquet); sets data.path",
+        help="what to train on: text (.txt, .md, .jsonl, ...) or images (folders, .csv, .tar, .parquet): data.path",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="a run's config.json, or a part of one that changes the recipe"

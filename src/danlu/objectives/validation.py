@@ -1,10 +1,11 @@
 """Evaluation of an objective: the one place that switches modes, disables gradients and reduces over processes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from danlu.protocols import Batch, Measure, Objective
 
@@ -35,12 +36,13 @@ def evaluate(objective: Objective, batches: Iterable[Batch]) -> dict[str, float]
     >>> sorted(evaluate(objective, [batch]))
     ['val_accuracy', 'val_loss']
     """
-    if not isinstance(objective, torch.nn.Module):
+    if not isinstance(objective, nn.Module):
         raise TypeError(f"objective must be a torch.nn.Module, got {type(objective).__name__}")
     was_training = objective.training
     objective.eval()
     try:
         measures = objective.evaluate(batches)
+        _check(objective, measures)
     finally:
         objective.train(was_training)
     if dist.is_available() and dist.is_initialized():
@@ -50,6 +52,14 @@ def evaluate(objective: Objective, batches: Iterable[Batch]) -> dict[str, float]
     if "val_loss" not in found:
         raise ValueError(f"batches must hold {objective.unit} to measure the loss on, got none")
     return found
+
+
+def _check(objective: nn.Module, measures: object) -> None:
+    kind = type(objective).__name__
+    if not isinstance(measures, Mapping) or not all(isinstance(value, Measure) for value in measures.values()):
+        raise TypeError(f"{kind}.evaluate must return danlu.protocols.Measure objects by name, got {measures!r:.60}")
+    if "val_loss" not in measures:
+        raise TypeError(f"{kind}.evaluate must measure val_loss, got {', '.join(measures) or 'nothing'}")
 
 
 def _over_processes(measure: Measure) -> Measure:

@@ -12,6 +12,7 @@ from danlu.nn import balance
 from danlu.protocols import Data, ExpectsSizes
 from danlu.train import rng
 from danlu.train.config import RunConfig
+from danlu.train.contracts import check_data, check_objective, check_optimizer
 from danlu.train.device import Policy, choose
 from danlu.train.distributed import World, group
 from danlu.train.load import build_model, load_objective
@@ -51,8 +52,12 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     rng.seed_all(config.train.seed)
     model = build_model(config, policy)
     drawn = rng.snapshot()
-    config.optim.build(config.objective.build(model), process_group=None)
+    trial = config.objective.build(model)
+    check_objective(trial, config.objective)
+    check_optimizer(config.optim.build(trial, process_group=None), trial, config.optim)
+    del trial
     data = config.data.open(seed=config.train.seed, rank=world.rank, world=world.size)
+    check_data(data, config.data)
     fitted = _fitted(config, data.sizes)
     if fitted != config:
         config = fitted
@@ -64,6 +69,7 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
         model, data=data, batches=config.train.batches, pretrained=lambda other: load_objective(other.run)[0]
     ).to(policy.device)
     optimizer = config.optim.build(objective, process_group=group())
+    check_optimizer(optimizer, objective, config.optim)
     balance.attach(model, optimizer, summed_loss=objective)
     return Assembly(config, data, model, objective, optimizer, policy, world)
 

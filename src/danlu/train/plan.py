@@ -1,6 +1,7 @@
 """What a run is going to do, in plain sentences, before it does it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from danlu.optim import state_bytes
 from danlu.protocols import Batch, CountsOperations, CountsParameters, Data
 from danlu.train import rng
 from danlu.train.config import TrainConfig
+from danlu.train.contracts import check_first_batch
 from danlu.train.device import Policy
 from danlu.train.progress import duration
 
@@ -20,10 +22,13 @@ EXPECTED_SHARE = 0.4
 """Share of the measured rate of matrix products that a training step is expected to reach; the run shows the truth."""
 
 
-def activation_bytes(objective: nn.Module, batch: Batch) -> int:
+def activation_bytes(
+    objective: nn.Module, batch: Batch, *, check: Callable[[Batch, Any], None] = lambda batch, loss: None
+) -> int:
     """Return the bytes that a forward pass of ``batch`` keeps for its backward pass, parameters not counted.
 
     One row of the batch is run and counted, and everything that it changed (buffers, random generators) is put back.
+    ``check`` is called with that row and its loss.
     """
     rows = len(next(iter(batch.values())))
     row = {key: value[:1] for key, value in batch.items()}
@@ -43,7 +48,7 @@ def activation_bytes(objective: nn.Module, batch: Batch) -> int:
     objective.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            objective(row)
+            check(row, objective(row))
     finally:
         objective.train(training)
         rng.restore(generators)
@@ -102,7 +107,11 @@ def sentences(
     said.append(f"Training: {_extent(config)}, {a_step:,} {unit} per step{_in_all(items, unit, data)}.")
     weights = sum(p.nbytes for p in parameters)
     copies = 3 if config.ema is not None else 2  # weights, gradients, average
-    memory = copies * weights + state_bytes(optimizer) + activation_bytes(objective, batch)
+    memory = (
+        copies * weights
+        + state_bytes(optimizer)
+        + activation_bytes(objective, batch, check=partial(check_first_batch, objective))
+    )
     size = f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:.0f} MiB"
     said.append(f"Memory: about {size} for weights, gradients, optimizer state and activations.")
     said.append(policy.sentence())

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
     """
     out = Path(out)
     console = Console(quiet=quiet)
+    configs.to_document(config)  # what could not be written is an error before anything is done
     with init_distributed(config.train.device) as world, Stop(patient=world.size > 1) as stop:
         out = Path(broadcast(str(out)))
         _check_new(out, world)
@@ -62,7 +64,12 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
             for line in sentences:
                 console.print(line, soft_wrap=True, highlight=False)
         barrier()
-        return _fit(parts, out, console, stop, None)
+        try:
+            return _fit(parts, out, console, stop, None)
+        except Exception:
+            if world.main:
+                _remove_untrained(out)
+            raise
 
 
 def resume(path: Path | str, *, quiet: bool = False) -> int:
@@ -181,6 +188,13 @@ def _is_complete(config: RunConfig, saved: checkpoint.Checkpoint) -> bool:
     if saved.state.get("length") is not None:
         length.load_state_dict(saved.state["length"])
     return length.reached(saved.step) and saved.state["unevaluated"] is None
+
+
+def _remove_untrained(out: Path) -> None:
+    """Remove the folder of a run that failed before its first step, so that the corrected command can make it again."""
+    metrics = out / "metrics.jsonl"
+    if not (out / "checkpoints").exists() and not (metrics.is_file() and metrics.stat().st_size):
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def _check_new(out: Path, world: World) -> None:

@@ -198,7 +198,7 @@ class Trainer:
         With as many processes as then, every later number is the same bit for bit; with another number the random
         generators of the processes are seeded anew.
         """
-        state = upgraded_state(state)
+        state = upgraded_state(state, self.optimizer)
         self.step, self.items, self.seconds = state["step"], state["items"], state["seconds"]
         self._saved = self.step
         self._unevaluated = state["unevaluated"]
@@ -289,12 +289,20 @@ class Trainer:
             self.items += int(items)
             record = self._record(pending, loss, items, norm)
             if last:
-                record |= self.objective.metrics()
+                record |= self._metrics(record)
             logged = pending.step % self.config.log_every == 0 or self.length.reached(pending.step)
             if logged and not (hold and last):
                 self._report(record)
         self._pending.clear()
         return record if hold else None
+
+    def _metrics(self, record: Record) -> Mapping[str, float]:
+        found, kind = self.objective.metrics(), type(self.objective).__name__
+        if not isinstance(found, Mapping):
+            raise TypeError(f"{kind}.metrics must return numbers by name, got {found!r:.60}")
+        if taken := record.keys() & found.keys():
+            raise ValueError(f"{kind}.metrics must leave these names to the loop: {', '.join(sorted(taken))}")
+        return found
 
     def _record(self, pending: _Pending, loss: float, items: float, norm: float) -> dict[str, Any]:
         speed = items / pending.seconds
