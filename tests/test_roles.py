@@ -130,3 +130,37 @@ def test_there_is_one_declare():
 def test_a_declaration_that_cannot_be_is_an_error_that_names_it(arguments, kind, says):
     with pytest.raises(kind, match=says):
         declare(*arguments)
+
+
+def written(model):
+    """Return {name without wrappers: (role, split, orientation)}."""
+    return {
+        name.removeprefix("module."): (group["role"], group["split"], group["transposed"])
+        for group in param_groups(model)
+        for name in group["param_names"]
+    }
+
+
+SIZES = {"vocab_size": 33, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2}
+PUBLIC = {
+    "Phi3ForCausalLM": {**SIZES, **HEADS},
+    "GptOssForCausalLM": {**SIZES, **HEADS},
+    "GPT2LMHeadModel": {"vocab_size": 33, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8},
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_roles_of_public_architectures_survive_fully_shard_and_data_parallelism(name, mesh):
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**PUBLIC[name]))
+    before = written(model)
+    assert any(split or transposed for _, split, transposed in before.values())
+    assert written(nn.parallel.DistributedDataParallel(model)) == before
+    inside = [module for module in model.modules() if type(module).__name__.endswith(("Attention", "MLP", "Experts"))]
+    for module in reversed(inside):
+        fully_shard(module, mesh=mesh)
+        assert type(module).__name__.startswith("FSDP")
+    fully_shard(model, mesh=mesh)
+    assert written(model) == before

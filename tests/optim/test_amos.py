@@ -255,3 +255,14 @@ def test_an_entry_that_is_not_finite_or_too_large_stops_no_row(bad, stands_for, 
 def test_a_whole_gradient_of_the_largest_numbers_moves_every_weight_as_ones_do():
     huge, ones = (run([torch.full((4, 8), size)], torch.zeros(4, 8), lr=0.1)[0] for size in (1e38, 1.0))
     torch.testing.assert_close(huge, ones)
+
+
+def test_the_scale_of_a_weight_kept_as_inputs_by_outputs_counts_its_inputs():
+    found = []
+    for options in ({"transposed": True}, {"eta": amos_scale("matrix", (9, 4))}, {}):
+        weight = nn.Parameter(torch.ones(4, 9).double())
+        weight.grad = gaussian(4, 9)
+        Amos([{"params": [weight], "role": "matrix", **options}], lr=0.1).step()
+        found.append(weight.detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

@@ -278,3 +278,12 @@ def test_another_layer_of_a_known_name_is_not_split():
 
 def test_one_expert_is_a_stack_too():
     assert roles(Experts((1, 10, 8), (1, 8, 5))) == {"gate_up_proj": ("experts", 2), "down_proj": ("experts", None)}
+
+
+def test_a_fused_weight_of_the_one_layer_of_a_model_is_split_too():
+    class CausalSelfAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c_attn = nn.Linear(8, 24)
+
+    assert roles(CausalSelfAttention())["c_attn.weight"] == ("matrix", 3)

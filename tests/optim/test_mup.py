@@ -11,6 +11,7 @@ from danlu.nn import GQAConfig, MoEConfig
 from danlu.optim import (
     Muon,
     check_partition,
+    declare,
     muon_from_adamw,
     mup_factor,
     mup_groups,
@@ -187,3 +188,15 @@ def test_groups_of_one_factor_stay_one_group():
 def test_bad_input_is_named(act, error, message):
     with pytest.raises(error, match=message):
         act()
+
+
+def test_a_weight_kept_as_inputs_by_outputs_has_the_norm_and_the_rates_of_its_transpose():
+    layer = nn.Linear(1024, 256, bias=False)  # read as 256 inputs and 1024 outputs, in two blocks
+    declare(layer, "weight", "matrix", 2, transposed=True)
+    spectral_init_(layer, generator=seeded())
+    for block in layer.weight.mT.split(512):
+        assert norm(block) == pytest.approx(math.sqrt(512 / 256), rel=0.05)
+    (group,) = mup_groups(layer, 1e-2, base_width=128)
+    assert group["lr"] == pytest.approx(1e-2 * 128 / 256)
+    (group,) = mup_groups(layer, 1e-2, base_width=128, rule="sgd")
+    assert group["lr"] == pytest.approx(1e-2 * 512 / 256)

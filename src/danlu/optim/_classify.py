@@ -83,6 +83,8 @@ class Model:
         #: Number of modules in one another that hold the model itself and nothing else.
         self.depth, core = 0, model
         while (child := _only_child(core)) is not None and not isinstance(core, _CONTAINERS):
+            if next(child.children(), None) is None:
+                break
             self.depth, core = self.depth + 1, child
         maps = [module for module in model.modules() if _is_map(module)]
         self.heads = set(self._heads())
