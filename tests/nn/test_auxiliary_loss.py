@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from danlu.nn import AuxiliaryLossConfig, MoE, MoEConfig
 from danlu.nn.auxiliary_loss import load_gradient, square, straight_through
-from danlu.nn.balance import attach, max_violation, update
+from danlu.nn.balance import attach, follow_loss, max_violation, update
 
 
 def routed(tokens: int = 101, experts: int = 8, active: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,10 +98,32 @@ def test_layer_adds_the_gradient_of_the_loss_at_the_scale_of_the_objective(check
     assert module.layer.balancer.counts.sum() == 46
 
 
-def test_a_mean_loss_needs_no_scale() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 0.125])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_gradient_follows_whatever_scale_a_mean_loss_gets(scale: float, micro_batches: int) -> None:
+    """Accumulation divides the loss, a gradient scaler multiplies it; of equal micro-batches the sum is the whole."""
     module, x = Summed(), torch.randn(23, 6, dtype=torch.float64)
-    module.layer(x).mean().backward()
-    torch.testing.assert_close(module.layer.router.grad, expected_router_gradient(module, x), rtol=1e-10, atol=1e-14)
+    for _ in range(micro_batches):
+        loss = follow_loss(module.layer(x).mean(), module)
+        (scale * (loss / micro_batches)).backward()
+    expected = scale * expected_router_gradient(module, x)
+    torch.testing.assert_close(module.layer.router.grad, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_a_loss_that_nobody_named_is_an_error_not_a_gradient_of_some_scale() -> None:
+    module, x = Summed(), torch.randn(23, 6, dtype=torch.float64)
+    follow_loss(module.layer(x).mean(), module).backward()
+    with pytest.raises(RuntimeError, match="follow_loss"):
+        module.layer(x).mean().backward()
+
+
+def test_padding_has_no_part_in_the_loss() -> None:
+    module, x = Summed(), torch.randn(23, 6, dtype=torch.float64)
+    real = torch.arange(23) % 3 > 0
+    follow_loss(module.layer(x, real=real).mean(), module).backward()
+    expected = expected_router_gradient(module, x[real])
+    torch.testing.assert_close(module.layer.router.grad, expected, rtol=1e-10, atol=1e-14)
+    assert module.layer.balancer.counts.sum() == 2 * module.layer.balancer.tokens == 2 * real.sum()
 
 
 def test_last_micro_batch_sees_the_load_of_all() -> None:
@@ -130,7 +152,7 @@ def test_descending_the_loss_balances_a_skewed_router(form: str) -> None:
     optimizer = torch.optim.Adam([module.layer.router], lr=0.02)
     violations = []
     for _ in range(150):
-        module.layer(x).mean().backward()
+        follow_loss(module.layer(x).mean(), module).backward()
         violations.append(max_violation(module.layer.balancer.counts).item())
         optimizer.step()
         optimizer.zero_grad()

@@ -102,6 +102,37 @@ def test_a_rate_that_falls_averages_the_noise_of_batches_away() -> None:
     assert held(falling=True) < held(falling=False) / 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_counts_stays_exact_whatever_the_module_is_cast_to(dtype: torch.dtype) -> None:
+    layer = MoE(8, MoEConfig(num_experts=4, top_k=1, hidden=4, balance=LossFreeConfig(centered=False)))
+    layer.balancer.bias += 0.6
+    layer = layer.to(dtype)
+    for _ in range(300):
+        layer.balancer.count(torch.ones(4), 4)
+    assert layer.balancer.counts.tolist() == [300.0] * 4
+    layer.balancer.count(torch.tensor([0, 0, 0, 1]), 1)
+    update(layer)
+    torch.testing.assert_close(layer.balancer.bias, torch.tensor([0.601, 0.601, 0.601, 0.599]))
+    assert layer.balancer.updates.dtype == torch.int64
+    assert layer.router.dtype == dtype
+    assert layer.double().balancer.counts.dtype == torch.float64
+
+
+def test_padding_is_not_counted() -> None:
+    torch.manual_seed(0)
+    layer = MoE(8, MoEConfig(num_experts=5, top_k=2, hidden=4))
+    x = torch.randn(4, 32, 8)
+    real = torch.arange(32).expand(4, 32) < 4
+    y = layer(x, real=real)
+    y.sum().backward()
+    assert layer.balancer.tokens == 16
+    expected = torch.bincount(layer.route(x[real])[1].flatten(), minlength=5)
+    assert torch.equal(layer.balancer.counts, expected.float())
+    assert torch.equal(y, layer(x))
+    with pytest.raises(ValueError, match="real must be booleans"):
+        layer(x, real=real[0])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
     torch.manual_seed(0)

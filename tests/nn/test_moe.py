@@ -287,3 +287,14 @@ def test_state_goes_round_and_the_layer_can_be_made_without_memory() -> None:
     other = other.to_empty(device="cpu").double()
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
+
+
+def test_the_router_decides_in_float32_under_autocast_too() -> None:
+    torch.manual_seed(0)
+    layer = MoE(64, MoEConfig(num_experts=16, top_k=2, hidden=8))
+    x = torch.randn(512, 64)
+    gate, chosen = layer.route(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, under = layer.route(x)
+    assert torch.equal(under, chosen)
+    assert torch.equal(again, gate)

@@ -122,7 +122,10 @@ class Block(nn.Module):
     def forward(self, x_btd: Tensor, context: Context[Any]) -> Tensor:
         """``(batch, time, dim)`` to the same."""
         x_btd = x_btd + self.attention(self.attention_norm(x_btd), context)
-        y: Tensor = x_btd + self.feed_forward(self.feed_forward_norm(x_btd))
+        normed = self.feed_forward_norm(x_btd)
+        if context.real is not None and isinstance(self.feed_forward, MoE):
+            return x_btd + cast(Tensor, self.feed_forward(normed, real=context.real))
+        y: Tensor = x_btd + self.feed_forward(normed)
         return y
 
 
@@ -184,6 +187,7 @@ class Transformer(nn.Module):
         cache: Sequence[Cache] | None = None,
         positions: Tensor | None = None,
         prefix: int | Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``, before the head.
 
@@ -197,6 +201,9 @@ class Transformer(nn.Module):
                 the interleaved layout of `danlu.nn.rotary_angles_nd`. None: the tokens are counted from zero.
             prefix: for layers with the mask "prefix", how many first tokens (of each document) all tokens see, or
                 booleans ``(batch, time)`` that are True for such tokens; booleans and documents need a mask in memory.
+            real: booleans ``(batch, time)``, False for tokens that are padding, which take no part in the balance of
+                experts; None: there is none. Padding behind a text is seen by no token of it; in front of one, give it a
+                document number of its own.
 
         Raises:
             ValueError: documents together with a cache, a shape that does not match, or positions or a prefix where
@@ -221,6 +228,7 @@ class Transformer(nn.Module):
             positions=positions,
             prefix=prefix,
             cache=cache,
+            real=real,
         )
         for block, context in zip(self.blocks, contexts):
             x_btd = block(x_btd, context)
@@ -235,9 +243,10 @@ class Transformer(nn.Module):
         cache: Sequence[Cache] | None = None,
         positions: Tensor | None = None,
         prefix: int | Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(batch, time, vocab)``; arguments as in `hidden`."""
-        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache, positions=positions, prefix=prefix)
+        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache, positions=positions, prefix=prefix, real=real)
         return nn.functional.linear(x_btd, self.head_weight.to(x_btd.dtype))
 
     def new_cache(self, batch: int, capacity: int) -> list[Cache]:

@@ -4,7 +4,7 @@ A `Balancer` is a part of each `danlu.nn.MoE` layer. Its kind is a configuration
 a file of its own: `danlu.nn.loss_free`, `danlu.nn.auxiliary_loss`, `danlu.nn.dynamic_experts`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,9 @@ def max_violation(counts_e: Tensor) -> Tensor:
 
 class Balancer(nn.Module):
     """What one layer knows of its balance: selection biases, and the choices counted since the last update.
+
+    Its numbers are sums of many small ones: they stay float32 at least (the number of updates int64), whatever dtype
+    the module is cast to.
 
     Args:
         num_experts: number of routed experts.
@@ -53,7 +56,7 @@ class Balancer(nn.Module):
         self.register_buffer("updates", torch.empty((), dtype=torch.int64))
         self.register_buffer("load", torch.empty(num_experts), persistent=False)
         self.register_buffer("used", torch.empty(()), persistent=False)
-        self.upstream: Tensor | None = None
+        self.upstream: tuple[Tensor, bool] | None = None
         self.watched: Tensor | None = None
         self.reset_parameters()
 
@@ -63,10 +66,24 @@ class Balancer(nn.Module):
             buffer.zero_()
         self.bias.fill_(self.start)
 
-    def watch(self, scores_ne: Tensor, counts_e: Tensor) -> Tensor:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balancer":
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            if not new.is_floating_point() or new.dtype == (wide := torch.promote_types(new.dtype, torch.float32)):
+                return new
+            return tensor.to(new.device, wide)  # of the old numbers: the new ones are rounded
+
+        return super()._apply(at_least_float32, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def watch(self, scores_ne: Tensor, counts_e: Tensor, real_n: Tensor | None = None) -> Tensor:
         """Return the scores unchanged, and have their backward pass count the choices and add the auxiliary gradient.
 
         Counting in the backward pass counts once also where activation checkpointing runs the forward pass twice.
+
+        Args:
+            scores_ne: scores of tokens for experts.
+            counts_e: the choices of the real tokens.
+            real_n: False for tokens that are padding; None: there is none.
         """
         if self.watched is not None:
             self.watched += counts_e
@@ -76,21 +93,32 @@ class Balancer(nn.Module):
         if self.config.auxiliary:
             total = scores_ne.sum(-1, keepdim=True)
             share = scores_ne / total.clamp_min(torch.finfo(scores_ne.dtype).tiny)
-        watched: Tensor = _Watch.apply(scores_ne, share, counts_e, self)
+        watched: Tensor = _Watch.apply(scores_ne, share, counts_e, real_n, self)
         return watched
 
-    def count(self, counts_e: Tensor, tokens: int) -> None:
+    def count(self, counts_e: Tensor, tokens: int | Tensor) -> None:
         """Add the choices of ``tokens`` tokens."""
         self.counts += counts_e
         self.tokens += tokens
 
-    def share_gradient(self, tokens: int) -> Tensor:
-        """Derivative of the auxiliary loss by a token's normalised scores, at the load counted so far on all ranks."""
+    def share_gradient(self, tokens: int | Tensor) -> Tensor:
+        """Derivative of the auxiliary loss by a token's normalised scores, at the load counted so far on all ranks.
+
+        Raises:
+            RuntimeError: nothing said which tensor is the loss, so that its scale is not known.
+        """
+        if self.upstream is None:
+            raise RuntimeError(
+                "an auxiliary balancing loss follows the scale of the training loss, and does not know which tensor that "
+                "is: call danlu.nn.balance.follow_loss(loss, model) before its backward pass, or once "
+                "attach(model, optimizer, summed_loss=module) for a module that returns the loss summed over tokens"
+            )
         counts = self.counts.clone()
         if _several_ranks():
             dist.all_reduce(counts)
         gradient = self.config.load_gradient(counts)
-        return gradient / tokens if self.upstream is None else gradient * self.upstream
+        upstream, summed = self.upstream
+        return gradient * upstream if summed else gradient * upstream / tokens
 
     def step(self, factor: float | Tensor = 1.0) -> Tensor:
         """Change of the biases for what was counted, where the learning rate stands at ``factor`` of its start."""
@@ -103,20 +131,30 @@ class Balancer(nn.Module):
 
 class _Watch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores_ne: Tensor, share_ne: Tensor | None, counts_e: Tensor, balancer: Balancer) -> Tensor:
+    def forward(
+        ctx: Any,
+        scores_ne: Tensor,
+        share_ne: Tensor | None,
+        counts_e: Tensor,
+        real_n: Tensor | None,
+        balancer: Balancer,
+    ) -> Tensor:
         ctx.balancer = balancer
-        ctx.save_for_backward(counts_e)
+        ctx.save_for_backward(counts_e, real_n)
         return scores_ne.view_as(scores_ne)
 
     @staticmethod
     def backward(ctx: Any, grad_ne: Tensor) -> tuple[Tensor | None, ...]:
         balancer: Balancer = ctx.balancer
-        tokens = grad_ne.shape[0]
-        balancer.count(ctx.saved_tensors[0], tokens)
+        counts_e, real_n = ctx.saved_tensors
+        tokens = grad_ne.shape[0] if real_n is None else real_n.sum()
+        balancer.count(counts_e, tokens)
         share = None
         if ctx.needs_input_grad[1]:
             share = balancer.share_gradient(tokens).to(grad_ne.dtype).expand_as(grad_ne)
-        return grad_ne, share, None, None
+            if real_n is not None:
+                share = share.masked_fill(~real_n[:, None], 0)
+        return grad_ne, share, None, None, None
 
 
 def _several_ranks() -> bool:
@@ -168,7 +206,8 @@ def attach(
         model: the layers to balance.
         optimizer: whose steps are followed.
         summed_loss: module around the model whose output is a loss *summed* over tokens, which the caller scales before
-            its backward pass; auxiliary gradients then follow the same scale. None: the loss is a mean over the tokens.
+            its backward pass; auxiliary gradients then follow the same scale. None: say it of each loss, by
+            `follow_loss`.
 
     >>> from danlu.nn.moe import MoE, MoEConfig
     >>> layer = MoE(8, MoEConfig(num_experts=4, top_k=2, hidden=4))
@@ -180,7 +219,7 @@ def attach(
     20.0
     """
     if summed_loss is not None and any(b.config.auxiliary for b in _balancers(model)):
-        summed_loss.register_forward_hook(_follow_the_scale)
+        summed_loss.register_forward_hook(_follow_the_output)
 
     def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         group = optimizer.param_groups[0]
@@ -190,15 +229,46 @@ def attach(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _follow_the_scale(objective: nn.Module, _: Any, loss: Tensor) -> None:
-    """The backward pass begins at the loss: what arrives there is the weight that every token's loss has."""
+def follow_loss(loss: Tensor, model: nn.Module, *, summed: bool = False) -> Tensor:
+    """Have the auxiliary gradients of ``model`` follow ``loss``, whatever it is multiplied by before its backward pass.
+
+    The backward pass reaches the loss first, and what arrives there is the weight that every token's loss has: a
+    fraction where gradients are accumulated, 65536 where a gradient scaler looks after float16. Without an auxiliary
+    loss nothing happens.
+
+    Args:
+        loss: as it is for one batch, before any scaling.
+        model: the layers to balance.
+        summed: whether the loss is a sum over tokens; otherwise it is a mean.
+
+    Returns:
+        ``loss``.
+
+    >>> from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
+    >>> from danlu.nn.moe import MoE, MoEConfig
+    >>> layer = MoE(8, MoEConfig(num_experts=4, top_k=2, hidden=4, balance=AuxiliaryLossConfig()))
+    >>> loss = follow_loss(layer(torch.randn(10, 8)).square().mean(), layer)
+    >>> (loss / 4).backward()
+    """
+    balancers = [b for b in _balancers(model) if b.config.auxiliary]
+
+    def forget() -> None:
+        for balancer in balancers:
+            balancer.upstream = None
 
     def arrived(upstream: Tensor) -> None:
-        for balancer in _balancers(objective):
-            balancer.upstream = upstream.detach()
+        for balancer in balancers:
+            balancer.upstream = (upstream.detach(), summed)
+        # The next loss has its own scale.
+        torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[attr-defined]
 
-    if loss.requires_grad:
+    if balancers and loss.requires_grad:
         loss.register_hook(arrived)
+    return loss
+
+
+def _follow_the_output(objective: nn.Module, _: Any, loss: Tensor) -> None:
+    follow_loss(loss, objective, summed=True)
 
 
 @contextmanager

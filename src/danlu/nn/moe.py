@@ -157,7 +157,7 @@ def _in_best_groups(scores_ne: Tensor, num_groups: int, top_k: int) -> Tensor:
 class MoE(nn.Module):
     """Shared and routed SwiGLU experts, balanced.
 
-    Router scores are computed in float32 whatever the dtype of ``x``. In training mode the choices are counted in
+    Router scores are computed in float32 whatever the dtype of ``x``, under ``torch.autocast`` too. In training mode the choices are counted in
     ``balancer`` when the backward pass comes by; attach it to an optimizer with `danlu.nn.balance.attach`. A token
     whose scores are not finite gets an output that is not finite, and harms no other token.
 
@@ -211,44 +211,71 @@ class MoE(nn.Module):
         nn.init.normal_(self.w_up, std=self.in_std)
         nn.init.normal_(self.w_down, std=self.out_std)
 
-    def route(self, x_nd: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, x_nd: Tensor) -> Tensor:
+        wide = torch.promote_types(x_nd.dtype, torch.float32)
+        device = x_nd.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return F.linear(x_nd.to(wide), self.router.to(wide))
+        return F.linear(x_nd.to(wide), self.router.to(wide))
+
+    def route(self, x_nd: Tensor, real_n: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
+
+        Args:
+            x_nd: tokens.
+            real_n: False for tokens that are padding, which are not counted; None: there is none.
 
         Returns:
             Gates in float32 (float64 for float64), which carry the gradient to the router, and the choice: gates
             ``(N, K)`` with expert numbers ``(N, K)``; for a dynamic number gates ``(N, E)`` with a mask ``(N, E)``.
         """
         c = self.config
-        wide = torch.promote_types(x_nd.dtype, torch.float32)
-        logits = F.linear(x_nd.to(wide), self.router.to(wide))
+        logits = self._logits(x_nd)
         scores = GATES[c.gate](logits)
         with torch.no_grad():
             biased = (scores if c.select_by == "gate" else logits.sigmoid()) + self.balancer.bias
             if c.balance.thresholds:
                 chosen = ~(biased <= 0)  # so that NaN chooses, and shows in the output
-                counts = chosen.sum(0)
+                counts = (chosen if real_n is None else chosen & real_n[:, None]).sum(0)
             else:
                 if c.num_groups > 1:
                     biased = _in_best_groups(biased, c.num_groups, c.top_k_groups)
                 chosen = biased.topk(c.top_k, dim=-1).indices
-                counts = torch.bincount(chosen.flatten(), minlength=c.num_experts)
-        scores = self.balancer.watch(scores, counts)
+                # What padding chose is counted behind the experts, and cut off.
+                counted = chosen if real_n is None else chosen.masked_fill(~real_n[:, None], c.num_experts)
+                counts = torch.bincount(counted.flatten(), minlength=c.num_experts)[: c.num_experts]
+        scores = self.balancer.watch(scores, counts, real_n)
         gate = scores * chosen if c.balance.thresholds else scores.gather(-1, chosen)
         if c.renormalize:
             gate = gate / gate.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return gate * self.scale, chosen
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _routed(self, x_nd: Tensor) -> Tensor:
-        gate, chosen = self.route(x_nd)
+    def _routed(self, x_nd: Tensor, real_n: Tensor | None) -> Tensor:
+        gate, chosen = self.route(x_nd, real_n)
         # The norm is the one that experts have on average when training starts, up to a constant.
         norm = self.out_std * self.config.hidden**0.5 if self.config.normalize_experts else None
         return routed_experts(x_nd, gate, chosen, self.w_up, self.w_down, rms=norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``(..., dim)``."""
+    def forward(self, x: Tensor, *, real: Tensor | None = None) -> Tensor:
+        """Apply the layer to ``(..., dim)``.
+
+        Args:
+            x: tokens.
+            real: booleans ``(...)``, False for tokens that are padding: they get an output like any other, and no part
+                in the balance. None: there is no padding.
+
+        Raises:
+            ValueError: ``real`` is not one boolean a token.
+        """
         x_nd = x.reshape(-1, x.shape[-1])
-        y_nd: Tensor = self._routed(x_nd)
+        if real is not None:
+            if real.shape != x.shape[:-1] or real.dtype != torch.bool:
+                got = f"{real.dtype} {tuple(real.shape)}"
+                raise ValueError(f"real must be booleans {tuple(x.shape[:-1])}, one a token, got {got}")
+            real = real.reshape(-1)
+        y_nd: Tensor = self._routed(x_nd, real)
         if self.shared is not None:
             y_nd = y_nd + self.shared(x_nd)
         return y_nd.view(x.shape)

@@ -37,6 +37,8 @@ class Context(Generic[C]):
         prefix: number of first tokens that all tokens see, for a layer with the mask "prefix"; with a cache, of its
             first call.
         cache: what earlier calls of this layer stored; the layer appends the new tokens to it.
+        real: booleans ``(batch, time)``, False for tokens that are padding, which experts leave out of their balance;
+            None: there is none. It hides nothing: that is what ``mask`` is for.
 
     >>> Context(prefix=3).tables(0)[0].shape
     torch.Size([0])
@@ -48,6 +50,7 @@ class Context(Generic[C]):
     positions: Tensor | None = None
     prefix: int | None = None
     cache: C | None = None
+    real: Tensor | None = None
 
     def tables(self, rope_dim: int) -> tuple[Tensor, Tensor]:
         """Return ``rope``, for a layer that rotates ``rope_dim`` coordinates of each head.

@@ -6,7 +6,7 @@ from torch import Tensor
 from danlu.claims.frame import Claim, at_least, at_most
 from danlu.nn import AuxiliaryLossConfig, MoE, MoEConfig
 from danlu.nn.auxiliary_loss import straight_through
-from danlu.nn.balance import max_violation, update
+from danlu.nn.balance import follow_loss, max_violation, update
 
 
 def _routed() -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def _improvement(weight: float) -> float:
     optimizer = torch.optim.Adam([layer.router], lr=0.02)
     violations = []
     for _ in range(120):
-        layer(x).mean().backward()
+        follow_loss(layer(x).mean(), layer).backward()
         violations.append(float(max_violation(layer.balancer.counts)))
         optimizer.step()
         optimizer.zero_grad()

@@ -20,6 +20,7 @@ def layer_contexts(
     positions: Tensor | None = None,
     prefix: int | Tensor | None = None,
     cache: Sequence[Cache] | None = None,
+    real: Tensor | None = None,
 ) -> list[Context[Any]]:
     """Return the context of each layer of a model for one forward pass.
 
@@ -31,6 +32,7 @@ def layer_contexts(
         positions: rotary coordinates, ``(time, axes)`` or ``(batch, time, axes)``; None: the tokens are counted.
         prefix: for the mask "prefix", how many first tokens all see, or booleans ``(batch, time)``.
         cache: one a layer; the tokens continue those stored there.
+        real: booleans ``(batch, time)``, False for tokens that are padding; None: there is none.
 
     Raises:
         ValueError: positions or a prefix where no layer takes any, or booleans together with a cache.
@@ -53,6 +55,7 @@ def layer_contexts(
             positions=positions,
             prefix=number if mixer.mask == "prefix" else None,
             cache=None if cache is None else cache[index],
+            real=real,
         )
         for index, (mixer, mask) in enumerate(zip(mixers, masks))
     ]
