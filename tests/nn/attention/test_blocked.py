@@ -71,7 +71,8 @@ def test_long_sequences_keep_nothing_of_the_size_of_their_square() -> None:
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         blocked_attention(q.requires_grad_(), k, v, causal=True, scale=1.0)
-    assert sum(kept) == 4 * time * 8 + block**2  # queries, keys, values, output, and one block's own mask
+    # queries, keys, values, output, one block's own mask, and two numbers a query
+    assert sum(kept) == 4 * time * 8 + block**2 + 2 * time
 
 
 @given(
@@ -135,6 +136,26 @@ def test_no_query_sees_a_later_key() -> None:
     whole, changed = (blocked_attention(q, k + x, v + x, causal=True, scale=0.3) for x in (0, later))
     assert torch.equal(whole[:, :, :100], changed[:, :, :100])
     assert (whole[:, :, 100:] != changed[:, :, 100:]).all()
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("mean", [1.0, 12.0, 50.0])
+def test_large_scores_are_as_exact_as_those_of_pytorchs_kernel(
+    mean: float, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever all the scores have in common leaves no trace in the weights, and less than a rounding in the output."""
+    monkeypatch.setattr(blocked, "_tiles", lambda: tiles)
+    q, k, v, grad = inputs(2, 4, 2, 128, 64, 64)
+    common = (mean / 8) ** 0.5  # 64 / 8 of its squares are the mean
+    given_ = tuple(t.bfloat16() for t in (q + common, k + common, v, grad))
+    exact = with_gradients(reference(True, 1 / 8), *(t.double() for t in given_))
+    found, theirs = (with_gradients(f(True, 1 / 8), *given_) for f in (ours, reference))
+    for a, b, c in zip(found, theirs, exact, strict=True):
+        error, their_error = ((t.double() - c).norm() / c.norm() for t in (a, b))
+        assert error < 2.5 * max(their_error, 0.002)
+    last = given_[0][:, :, -1:]
+    one = attention_under(last, given_[1], given_[2], None, scale=1 / 8).double()
+    assert (one - exact[0][:, :, -1:]).norm() / exact[0][:, :, -1:].norm() < 0.004
 
 
 @pytest.mark.parametrize(("size", "value"), [(64, 64), (96, 64)])

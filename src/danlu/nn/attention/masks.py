@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danlu._validate import choice, integer
-from danlu.nn.attention.blocked import applies, blocked_attention
+from danlu.nn.attention.blocked import applies, blocked_attention, one_query
 
 Mask = Literal["causal", "anti-causal", "bidirectional", "prefix", "mixed-heads"]
 LayeredMask = Literal[Mask, "mixed-layers"]
@@ -164,8 +164,7 @@ def attention_under(
         # One query: the heads of a group are rows of one product, which reads the keys once, not once a head.
         q, k, v = q_bhtk.reshape(B * G, H // G, K), k_bgsk.flatten(0, 1), v_bgse.flatten(0, 1)
         scale = K**-0.5 if scale is None else scale
-        weights = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale).softmax(-1)
-        return torch.bmm(weights, v).view(B, H, 1, -1)
+        return one_query(q, k, v, scale).view(B, H, 1, v.shape[-1])
     return F.scaled_dot_product_attention(q_bhtk, k_bgsk, v_bgse, attn_mask=mask, scale=scale, enable_gqa=G != H)
 
 

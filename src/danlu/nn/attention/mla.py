@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu._validate import integer
+from danlu.nn.attention.blocked import one_query
 from danlu.nn.attention.cache import LayerCache
 from danlu.nn.attention.masks import (
     LayeredMask,
@@ -181,8 +182,7 @@ class MLA(nn.Module):
         q_bhm = torch.cat((q_latent, q_rope), dim=2).view(B, T * H, -1)
         if T == 1 and mask is None:
             # Keys wider than values have no fused kernel; these three products are what is left of one query.
-            scores = torch.baddbmm(seen_blm.new_empty(1), q_bhm, seen_blm.transpose(1, 2), beta=0, alpha=self.scale)
-            o = torch.bmm(scores.softmax(-1), seen_blm[..., : self.kv_rank])
+            o = one_query(q_bhm, seen_blm, seen_blm[..., : self.kv_rank], self.scale)
         else:
             if mask is not None:
                 mask = mask.expand(B, 1, T, mask.shape[-1]).repeat_interleave(H, dim=2)
