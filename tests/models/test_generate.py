@@ -110,3 +110,13 @@ def test_top_k_and_top_p_keep_only_the_most_likely_tokens() -> None:
 def test_impossible_arguments_are_rejected_by_name(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(generate(build(), **({"prompt": [1]} | arguments)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_module_keeps_the_mode_it_was_in(dtype: torch.dtype) -> None:
+    model = next(iter(several().values())).to(dtype).train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    for _ in generate(model, [1, 2], max_new_tokens=3):
+        assert [module.training for module in model.modules()] == modes
+    assert [module.training for module in model.modules()] == modes

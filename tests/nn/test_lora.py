@@ -15,6 +15,7 @@ from danlu.nn import (
     LoRAEmbedding,
     LoRALinear,
     MLAConfig,
+    MoEConfig,
     apply_lora,
     lora_state_dict,
     merge_lora,
@@ -165,3 +166,47 @@ def test_bad_input_is_named(act, message):
 def test_a_layer_of_another_kind_is_rejected(kind):
     with pytest.raises(TypeError, match="base must be"):
         kind(nn.Tanh(), LoRAConfig())
+
+
+def test_merging_an_adapter_on_a_tied_head_leaves_the_embedding_as_it_was():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8)
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens))
+
+    model, tokens = Tied(), torch.arange(11)
+    table = model.embedding.weight.detach().clone()
+    apply_lora(model, LoRAConfig(rank=2, targets=("head",), exclude=()))
+    nn.init.normal_(model.head.lora_B)
+    expected = model(tokens)
+    merge_lora(model)
+    assert torch.equal(model.embedding.weight, table)
+    torch.testing.assert_close(model(tokens), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_factors_on_a_base_of_sixteen_bits_are_float32_and_the_result_keeps_its_dtype(kind):
+    config = LoRAConfig(rank=2)
+    if kind == "linear":
+        layer = LoRALinear(nn.Linear(8, 6).bfloat16(), config)
+        y = layer(torch.randn(3, 8).bfloat16())
+    else:
+        layer = LoRAEmbedding(nn.Embedding(8, 6).bfloat16(), config)
+        y = layer(torch.arange(3))
+    assert y.dtype == torch.bfloat16
+    assert {p.dtype for name, p in layer.named_parameters() if name.startswith("lora_")} == {torch.float32}
+    assert layer.merged().weight.dtype == torch.bfloat16
+
+
+def test_a_pattern_that_names_a_stack_of_experts_is_an_error():
+    model = Transformer(
+        TransformerConfig(vocab_size=11, dim=12, layers=1, hidden=8, experts=MoEConfig(num_experts=4, top_k=2, hidden=8))
+    )
+    for pattern in ("*w_up", "embedding"):
+        with pytest.raises(ValueError, match="without a layer of its own"):
+            apply_lora(model, LoRAConfig(rank=2, targets=("*qkv", pattern), exclude=()))

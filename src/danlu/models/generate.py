@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +87,19 @@ def sample_token(
     return torch.multinomial(logits_v.softmax(-1), 1, generator=generator)[0]
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.inference_mode()
 def generate(
     model: Transformer | GPT,
@@ -100,7 +114,7 @@ def generate(
 ) -> Iterator[int]:
     """Continue ``prompt``, yielding each token number as soon as it is drawn.
 
-    The model is put into evaluation mode. The cache is allocated once for prompt and continuation. On a CPU float32
+    The model works in evaluation mode, and between two tokens and afterwards is in the mode that it was in. The cache is allocated once for prompt and continuation. On a CPU float32
     weights are copied once, into a layout that suits products with vectors, and decoding is in float32.
 
     Args:
@@ -132,14 +146,14 @@ def generate(
         integer("top_k", top_k)
     if top_p is not None:
         number("top_p", top_p, low=0, high=1, low_open=True)
-    model.eval()
     device, head = model.embedding.device, model.head_weight
     if head.dtype == torch.float32 and device.type == "cpu":
-        model, head = for_single_tokens(model), by_columns(head)
+        model, head = for_single_tokens(model).eval(), by_columns(head)
     cache: list[Any] = model.new_cache(1, len(prompt) + max_new_tokens)
     tokens = torch.tensor([list(prompt)], device=device)
     for _ in range(max_new_tokens):
-        hidden = model.hidden(tokens, cache=cache)[0, -1]
+        with _evaluating(model):
+            hidden = model.hidden(tokens, cache=cache)[0, -1]
         logits = matrix_vector(head.to(hidden.dtype), hidden)
         token = sample_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         number_drawn = int(token)

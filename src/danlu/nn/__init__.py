@@ -23,7 +23,7 @@ from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
 from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.nn.dynamic_experts import DynamicConfig
 from danlu.nn.feed_forward import FeedForward, swiglu
-from danlu.nn.linear import Linear
+from danlu.nn.linear import Linear, as_torch_linear
 from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
 from danlu.nn.loss_free import LossFreeConfig
 from danlu.nn.moe import MoE, MoEConfig, scaling_factor
@@ -64,6 +64,7 @@ __all__ = [
     "SquarePlusConfig",
     "StateCache",
     "apply_lora",
+    "as_torch_linear",
     "attend",
     "causal_mask",
     "declare",

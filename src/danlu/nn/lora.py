@@ -7,17 +7,18 @@ by which `danlu.optim.loraplus_groups` finds them.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from danlu._roles import declare
+from danlu._roles import Role, declaration, declare
 from danlu._validate import integer, number, positive
-from danlu.nn.linear import Linear
 
 __all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear", "apply_lora", "lora_state_dict", "merge_lora"]
 
@@ -59,10 +60,10 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """A linear layer with an adapter; the layer itself is frozen.
 
-    A is drawn from N(0, 1 / in), so that ``A x`` is of the size of ``x``; B is zero, so that nothing has changed yet.
+    The factors are float32 at least, on a base of 16 bits too. A is drawn from N(0, 1 / in), so that ``A x`` is of the size of ``x``; B is zero, so that nothing has changed yet.
 
     Args:
-        base: ``torch.nn.Linear`` or `danlu.nn.Linear`.
+        base: ``torch.nn.Linear``, which `danlu.nn.Linear` is.
         config: rank, scale and dropout.
 
     >>> layer = LoRALinear(nn.Linear(5, 3), LoRAConfig(rank=2))
@@ -71,17 +72,16 @@ class LoRALinear(nn.Module):
     (True, torch.Size([2, 5]), torch.Size([3, 2]))
     """
 
-    def __init__(self, base: nn.Linear | Linear, config: LoRAConfig) -> None:
+    def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
-        if not isinstance(base, (nn.Linear, Linear)):
+        if not isinstance(base, nn.Linear):
             raise TypeError(f"base must be a linear layer, got {type(base).__name__}")
         rows, columns = base.weight.shape
-        new = base.weight.new_empty
         self.base = base.requires_grad_(False)
         self.scale, self.dropout = config.scale, config.dropout
-        self.lora_A = nn.Parameter(new(config.rank, columns))
+        self.lora_A = nn.Parameter(_factor(base.weight, config.rank, columns))
         declare(self, "lora_A", "matrix")
-        self.lora_B = nn.Parameter(new(rows, config.rank))
+        self.lora_B = nn.Parameter(_factor(base.weight, rows, config.rank))
         declare(self, "lora_B", "matrix")
         self.reset_parameters()
 
@@ -128,12 +128,11 @@ class LoRAEmbedding(nn.Module):
             raise TypeError(f"base must be a torch.nn.Embedding, got {type(base).__name__}")
         if base.max_norm is not None:
             raise ValueError("an embedding with max_norm rewrites its own table and cannot be adapted")
-        new = base.weight.new_empty
         self.base = base.requires_grad_(False)
         self.scale = config.scale
-        self.lora_embedding_A = nn.Parameter(new(config.rank, base.num_embeddings))
+        self.lora_embedding_A = nn.Parameter(_factor(base.weight, config.rank, base.num_embeddings))
         declare(self, "lora_embedding_A", "embedding")
-        self.lora_embedding_B = nn.Parameter(new(base.embedding_dim, config.rank))
+        self.lora_embedding_B = nn.Parameter(_factor(base.weight, base.embedding_dim, config.rank))
         declare(self, "lora_embedding_B", "matrix")
         self.reset_parameters()
 
@@ -150,8 +149,8 @@ class LoRAEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up ``(...)`` int64 and return ``(..., dim)``."""
         thin = F.embedding(tokens, self.lora_embedding_A.mT)
-        y: Tensor = self.base(tokens) + self.scale * F.linear(thin, self.lora_embedding_B)
-        return y
+        whole: Tensor = self.base(tokens)
+        return whole + (self.scale * F.linear(thin, self.lora_embedding_B)).to(whole.dtype)
 
     def merged(self) -> nn.Module:
         """Return the embedding with the adapter added to its table, in place."""
@@ -170,7 +169,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
         ``model``, changed in place.
 
     Raises:
-        ValueError: no layer matches, a layer is smaller than the rank, or the model has adapters already.
+        ValueError: no layer matches, a pattern names a parameter that has no layer of its own, a layer is smaller than
+            the rank, or the model has adapters already.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     >>> model = apply_lora(model, LoRAConfig(rank=2, targets=("0",)))
@@ -178,17 +178,24 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     ['0.lora_A', '0.lora_B']
     """
     config = LoRAConfig() if config is None else config
-    if isinstance(model, (nn.Linear, Linear, nn.Embedding)):
+    if isinstance(model, (nn.Linear, nn.Embedding)):
         raise ValueError(f"model is itself a {type(model).__name__}; wrap it in LoRALinear or LoRAEmbedding")
     layers = {}
     for path, module in model.named_modules():
         if isinstance(module, (LoRALinear, LoRAEmbedding)):
             raise ValueError(f"model has an adapter at {path or 'its root'} already; merge it first")
-        if isinstance(module, (nn.Linear, Linear, nn.Embedding)) and config.matches(path):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and config.matches(path):
             if min(module.weight.shape) < config.rank:
                 shape = tuple(module.weight.shape)
                 raise ValueError(f"rank must be at most the smaller size of {path}, {shape}, got {config.rank}")
             layers[module] = path
+    for pattern in config.targets:
+        bare = [name for name, p in model.named_parameters() if p.ndim > 1 and fnmatchcase(name, pattern)]
+        if bare and not _names_a_layer(model, pattern):
+            raise ValueError(
+                f"targets must name linear layers or embeddings; {pattern!r} names {bare[0]}, a parameter that the model "
+                "uses without a layer of its own (a stack of experts, a Transformer's embedding): it has no adapter"
+            )
     if not layers:
         kinds = f"{', '.join(config.targets)} without {', '.join(config.exclude) or 'exceptions'}"
         raise ValueError(f"targets must match a linear layer or an embedding of the model, got {kinds}")
@@ -203,6 +210,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 
 def merge_lora(model: nn.Module) -> nn.Module:
     """Add every adapter to its layer's weight and put the layers back in their places.
+
+    A weight that is used elsewhere as well (a head tied to its embedding) stays as it is there: the layer with the adapter
+    gets one of its own, and is no longer tied.
 
     Returns:
         ``model``, changed in place: of the modules it had before `apply_lora`. They stay frozen.
@@ -219,6 +229,14 @@ def merge_lora(model: nn.Module) -> nn.Module:
     adapters = [module for module in model.modules() if isinstance(module, (LoRALinear, LoRAEmbedding))]
     if not adapters:
         raise ValueError("model has no adapter to merge")
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for adapter in adapters:
+        weight = adapter.base.weight
+        if owners[id(weight)] > 1:
+            declared = declaration(adapter.base, "weight")
+            adapter.base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            if declared.role is not None:
+                declare(adapter.base, "weight", cast(Role, declared.role), declared.split)
     merged: dict[nn.Module, nn.Module] = {adapter: adapter.merged() for adapter in adapters}
     _replace(model, merged.get)
     return model
@@ -231,6 +249,18 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     ['0.lora_A', '0.lora_B']
     """
     return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2].startswith("lora_")}
+
+
+def _names_a_layer(model: nn.Module, pattern: str) -> bool:
+    return any(
+        isinstance(module, (nn.Linear, nn.Embedding)) and fnmatchcase(path, pattern)
+        for path, module in model.named_modules()
+    )
+
+
+def _factor(weight: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory for a factor beside this weight: its small steps need more than 16 bits."""
+    return weight.new_empty(rows, columns, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def _replace(model: nn.Module, substitute: Callable[[nn.Module], nn.Module | None]) -> None:
