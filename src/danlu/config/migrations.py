@@ -36,7 +36,27 @@ def _all_decayed(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _all_decayed}
+def _latents_normed(tree: dict[str, Any]) -> dict[str, Any]:
+    """In format 1 a Transformer's ``norm_eps`` did not reach the norms of MLA's latents, which had 1e-6."""
+
+    def told(mixer: Any) -> Any:
+        latent = isinstance(mixer, Mapping) and str(mixer.get("type")).rpartition(":")[2] == "MLAConfig"
+        return {"norm_eps": 1e-6, **mixer} if latent else mixer
+
+    model = tree.get("model")
+    if not isinstance(model, Mapping) or model.get("norm_eps", 1e-6) == 1e-6:
+        return tree
+    held = {"attention": told(model["attention"])} if "attention" in model else {}
+    if "mixers" in model:
+        held["mixers"] = [told(mixer) for mixer in model["mixers"]]
+    return {**tree, "model": {**model, **held}}
+
+
+def _first(tree: dict[str, Any]) -> dict[str, Any]:
+    return _latents_normed(_all_decayed(tree))
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _first}
 """From a format to the next one."""
 
 

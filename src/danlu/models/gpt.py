@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from danlu._validate import integer
 from danlu.nn import GQA, GQAConfig, LayerCache, Linear, declare, layer_contexts
+from danlu.nn.attention.masks import places_in_documents
 from danlu.protocols import Context
 
 _STD = 0.02
@@ -126,13 +127,18 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``; arguments as in `Transformer.hidden`.
 
-        ``positions`` are int64 with one axis.
+        ``positions`` are int64 with one axis; None: the tokens of each document are counted from zero.
         """
         start = cache[0].length if cache is not None else 0
         end = start + tokens_bt.shape[1]
         if end > self.config.context:
             raise ValueError(f"this GPT has {self.config.context} positions (context), {end} are needed")
-        placed = self.positions[start:end] if positions is None else F.embedding(positions[..., 0], self.positions)
+        if positions is None and documents is not None:
+            placed = F.embedding(places_in_documents(documents), self.positions)
+        elif positions is None:
+            placed = self.positions[start:end]
+        else:
+            placed = F.embedding(positions[..., 0], self.positions)
         x_btd = F.embedding(tokens_bt, self.embedding) + placed
         x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
         contexts = layer_contexts(self.mixers, x_btd, documents=documents, cache=cache)

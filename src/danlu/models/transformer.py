@@ -83,7 +83,7 @@ class TransformerConfig:
     rope_base: float = 10000.0
     """period scale of the rotary positions"""
     norm_eps: float = 1e-6
-    """added to the mean square in every norm"""
+    """added to the mean square in every norm (`MLAConfig.norm_eps` says otherwise for those of its latents)"""
 
     def build(self, **others: Any) -> "Transformer":
         """Make the network with fresh weights."""
@@ -109,7 +109,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(c.dim, eps=c.norm_eps)
         self.feed_forward_norm = RMSNorm(c.dim, eps=c.norm_eps)
         kind = c.mixers[index % len(c.mixers)] or c.attention
-        self.attention: Mixer = kind.build(c.dim, out_std=depth / math.sqrt(c.dim), index=index)
+        self.attention: Mixer = kind.build(
+            c.dim, out_std=depth / math.sqrt(c.dim), index=index, norm_eps=c.norm_eps
+        )
         _check_mixer(self.attention, kind)
         self.feed_forward: MoE | FeedForward
         if c.experts is not None and index >= c.dense_layers:

@@ -138,7 +138,8 @@ class MixerConfig(Protocol):
             dim: model size.
             out_std: standard deviation of an output projection that reads ``dim`` features; one that reads ``inner``
                 features multiplies it by ``sqrt(dim / inner)``.
-            others: among them ``index``, the number of the block (from 0), for layers that alternate.
+            others: among them ``index``, the number of the block (from 0), for layers that alternate, and ``norm_eps``,
+                what the model's norms add to the mean square, for layers with norms of their own.
 
         Raises:
             ValueError, TypeError: sizes that do not fit together, naming the field.

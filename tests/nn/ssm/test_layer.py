@@ -78,9 +78,6 @@ def test_what_a_state_cannot_follow_is_rejected(kind: str) -> None:
     window = causal_mask(7, 7) & ~causal_mask(7, 7).tril(-3)
     with pytest.raises(ValueError, match="mask must be None"):
         layer(x, Context(mask=window[None, None]))
-    # A document that goes on behind another one: a state cannot be picked up where it was left.
-    with pytest.raises(ValueError, match="documents must each be one run"):
-        layer(x, Context(documents=torch.tensor([[1] * 7, [4, 4, 4, 9, 9, 4, 4]])))
     cache = layer.new_cache(2, 7, dtype=torch.float64, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="cannot be combined with a cache"):
         layer(x, Context(documents=torch.zeros(2, 7, dtype=torch.int64), cache=cache))
@@ -196,3 +193,23 @@ def test_impossible_sizes_are_rejected_by_name() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             SSM(DIM, config)
+
+
+def test_two_runs_of_one_number_are_two_documents(kind: str) -> None:
+    layer, x = build(kind), random(2, 7, DIM)
+    found = layer(x, Context(documents=torch.tensor([[1] * 7, [4, 4, 4, 9, 9, 4, 4]])))
+    expected = layer(x, Context(documents=torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 2, 2]])))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0), (0, 0)])
+def test_of_nothing_it_makes_nothing(kind: str, batch: int, time: int) -> None:
+    layer = build(kind)
+    x = random(batch, time, DIM).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape
+    cache = layer.new_cache(batch, 7, dtype=torch.float64, device=torch.device("cpu"))
+    with torch.no_grad():
+        assert layer(x, Context(cache=cache)).shape == x.shape
+    assert cache.length == time

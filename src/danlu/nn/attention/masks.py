@@ -40,6 +40,27 @@ def causal_mask(queries: int, keys: int, *, device: torch.device | None = None) 
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def starts_of_documents(documents_bt: Tensor) -> Tensor:
+    """Which tokens of ``(batch, time)`` document numbers begin a document: a run of equal numbers.
+
+    >>> starts_of_documents(torch.tensor([[7, 7, 5, 7]])).int().tolist()
+    [[1, 0, 1, 1]]
+    """
+    starts = torch.ones_like(documents_bt, dtype=torch.bool)
+    starts[:, 1:] = documents_bt[:, 1:] != documents_bt[:, :-1]
+    return starts
+
+
+def places_in_documents(documents_bt: Tensor) -> Tensor:
+    """How many tokens of its own document precede each token, int64 ``(batch, time)``.
+
+    >>> places_in_documents(torch.tensor([[7, 7, 5, 7]])).tolist()
+    [[0, 1, 0, 0]]
+    """
+    here = torch.arange(documents_bt.shape[1], device=documents_bt.device).expand_as(documents_bt)
+    return here - torch.where(starts_of_documents(documents_bt), here, 0).cummax(1).values
+
+
 def document_mask(
     documents_bt: Tensor, mask: Mask = "causal", *, num_heads: int = 2, prefix: int | Tensor | None = None
 ) -> Tensor:
@@ -63,7 +84,8 @@ def document_mask(
     choice("mask", mask, MASKS)
     check_prefix(prefix, mask)
     time, device = documents_bt.shape[1], documents_bt.device
-    same = documents_bt[:, None, :, None] == documents_bt[:, None, None, :]
+    runs_bt = starts_of_documents(documents_bt).cumsum(1)
+    same = runs_bt[:, None, :, None] == runs_bt[:, None, None, :]
     if mask == "bidirectional":
         return same
     causal = causal_mask(time, time, device=device)
@@ -74,10 +96,7 @@ def document_mask(
         return same & torch.stack((causal, causal.T)).repeat_interleave(num_heads // 2, dim=0)
     if mask == "prefix" and prefix is not None:
         if not isinstance(prefix, Tensor):
-            index = torch.arange(time, device=device)
-            opens = documents_bt != documents_bt.roll(1, 1)
-            opens[:, :1] = True
-            prefix = index - (index * opens).cummax(1).values < prefix
+            prefix = places_in_documents(documents_bt) < prefix
         elif prefix.shape != documents_bt.shape or prefix.dtype != torch.bool:
             raise ValueError(f"prefix must be booleans {tuple(documents_bt.shape)}, got {tuple(prefix.shape)}")
         return same & (causal | prefix[:, None, None, :])

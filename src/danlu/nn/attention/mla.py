@@ -57,10 +57,15 @@ class MLAConfig:
     """size of a value head; equal to nope_dim + rope_dim, the CPU's fused float32 attention kernel applies"""
     mask: LayeredMask = "causal"
     """which tokens a query sees, see `danlu.nn.attention.masks`"""
+    norm_eps: float | None = None
+    """added to the mean square in the norms of the latents; None: as in the model's other norms (alone: 1e-6)"""
 
-    def build(self, dim: int, *, out_std: float, index: int | None = None, **others: Any) -> "MLA":
+    def build(
+        self, dim: int, *, out_std: float, index: int | None = None, norm_eps: float | None = None, **others: Any
+    ) -> "MLA":
         """Make the layer of block ``index``; see `danlu.protocols.MixerConfig`."""
-        own = replace(self, mask=mask_of_layer(self.mask, index))
+        eps = norm_eps if self.norm_eps is None else self.norm_eps
+        own = replace(self, mask=mask_of_layer(self.mask, index), norm_eps=eps)
         return MLA(dim, own, out_std=out_std * math.sqrt(dim / max(self.num_heads * self.value_dim, 1)))
 
 
@@ -88,8 +93,6 @@ class MLA(nn.Module):
         if config.q_rank is not None:
             integer("q_rank", config.q_rank)
         integer("rope_dim", config.rope_dim, low=0)
-        if config.q_rank is not None:
-            integer("q_rank", config.q_rank)
         if config.rope_dim % 2:
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
         self.num_heads, self.kv_rank = config.num_heads, config.kv_rank
@@ -101,11 +104,12 @@ class MLA(nn.Module):
         self.q_rows = q_out if config.q_rank is None else config.q_rank
         rows = (self.q_rows, config.kv_rank, *((config.rope_dim,) if config.rope_dim else ()))
         self.down = Linear(dim, sum(rows), split=rows)
+        eps = 1e-6 if config.norm_eps is None else config.norm_eps
         self.q_norm: RMSNorm | None = None
         self.q_up: Linear | None = None
         if config.q_rank is not None:
-            self.q_norm, self.q_up = RMSNorm(config.q_rank), Linear(config.q_rank, q_out)
-        self.kv_norm = RMSNorm(config.kv_rank)
+            self.q_norm, self.q_up = RMSNorm(config.q_rank, eps=eps), Linear(config.q_rank, q_out)
+        self.kv_norm = RMSNorm(config.kv_rank, eps=eps)
         self.kv_up = Linear(config.kv_rank, config.num_heads * (config.nope_dim + config.value_dim))
         self.out = Linear(config.num_heads * config.value_dim, dim, std=out_std)
 
@@ -137,7 +141,7 @@ class MLA(nn.Module):
         if self.q_up is not None and self.q_norm is not None:
             q = self.q_up(self.q_norm(q))
         cos, sin = context.tables(self.rope_dim)
-        q_bthk = rotate(q.view(B, T, self.num_heads, -1), cos.unsqueeze(-2), sin.unsqueeze(-2))
+        q_bthk = rotate(q.view(B, T, self.num_heads, self.nope_dim + self.rope_dim), cos.unsqueeze(-2), sin.unsqueeze(-2))
         c_btc, k_btr = self.kv_norm(c_btc), rotate(k_btr, cos, sin)
         if cache is None:
             o_bthv = self._expanded(q_bthk, c_btc, k_btr, mask, prefix)
@@ -179,7 +183,7 @@ class MLA(nn.Module):
         q_nope, q_rope = q_bthk.reshape(B * T, H, -1).split((self.nope_dim, self.rope_dim), dim=2)
         # Serial products, heads as the batch: a merged W_q W_k would be larger than both factors together.
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)
-        q_bhm = torch.cat((q_latent, q_rope), dim=2).view(B, T * H, -1)
+        q_bhm = torch.cat((q_latent, q_rope), dim=2).view(B, T * H, seen_blm.shape[2])
         if T == 1 and mask is None:
             # Keys wider than values have no fused kernel; these three products are what is left of one query.
             o = one_query(q_bhm, seen_blm, seen_blm[..., : self.kv_rank], self.scale)

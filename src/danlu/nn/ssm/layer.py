@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from danlu._roles import declare
 from danlu._validate import integer
+from danlu.nn.attention.masks import places_in_documents, starts_of_documents
 from danlu.nn.linear import Linear
 from danlu.nn.ssm.blocks import Blocks, advance
 from danlu.nn.ssm.convolution import causal_convolution, fast_length
@@ -98,20 +99,12 @@ def rows_of_documents(documents_bt: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Row and column of each token, both ``(batch, time)``.
 
-    Raises:
-        ValueError: a document goes on behind another one, where a state cannot be resumed.
-
     >>> [t.tolist() for t in rows_of_documents(torch.tensor([[4, 4, 9], [4, 4, 4]]))]
     [[[0, 0, 1], [2, 2, 2]], [[0, 1, 0], [0, 1, 2]]]
     """
-    starts = torch.ones_like(documents_bt, dtype=torch.bool)
-    starts[:, 1:] = documents_bt[:, 1:] != documents_bt[:, :-1]
-    in_order = documents_bt.sort(dim=1).values
-    if int(starts.sum()) != len(starts) + int((in_order[:, 1:] != in_order[:, :-1]).sum()):
-        raise ValueError("documents must each be one run of equal numbers: a state cannot be resumed behind another")
+    starts = starts_of_documents(documents_bt)
     documents = starts.flatten().cumsum(0).view_as(documents_bt) - 1
-    here = torch.arange(documents_bt.shape[1], device=documents_bt.device).expand_as(documents_bt)
-    return documents, here - torch.where(starts, here, 0).cummax(1).values
+    return documents, places_in_documents(documents_bt)
 
 
 class SSM(nn.Module):
@@ -188,7 +181,10 @@ class SSM(nn.Module):
         if documents is not None and cache is not None:
             raise ValueError("documents cannot be combined with a cache: a state holds one sequence")
         u_bth, gate_bth = self.project(x_btd).chunk(2, dim=-1)
-        y_bth = self._mix(u_bth, documents) if cache is None else self._advance(u_bth, cache)
+        if u_bth.numel() == 0 and (cache is None or u_bth.shape[1] == 0):
+            y_bth = u_bth  # no sequence, or no token of one: nothing to transform and nothing to step through
+        else:
+            y_bth = self._mix(u_bth, documents) if cache is None else self._advance(u_bth, cache)
         y_bth = torch.addcmul(y_bth, u_bth, self.skip.to(u_bth.dtype)) * F.silu(gate_bth)
         y: Tensor = self.out(y_bth)
         return y
