@@ -75,7 +75,7 @@ def test_of_a_choice_only_gate_and_up_activations_are_kept() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         routed_experts(x, gate, chosen, w_up, w_down)
-    inputs = {t.data_ptr() for t in (x, gate, w_up, w_down)}
+    inputs = {t.data_ptr() for t in (x, gate, chosen, w_up, w_down)}
     new = sum(t.numel() for t in kept if t.data_ptr() not in inputs)
     assert new == 120 * (20 + 3)  # gate and up; the gate, its place and its token
 

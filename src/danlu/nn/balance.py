@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from danlu._autograd import ordinary
 from danlu.protocols import BalanceConfig
 
 
@@ -74,6 +75,22 @@ class Balancer(nn.Module):
             return tensor.to(new.device, wide)  # of the old numbers: the new ones are rounded
 
         return super()._apply(at_least_float32, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def counts_now(self, scores_ne: Tensor) -> bool:
+        """Whether the choices of these tokens are to be counted: in training or within `watching`, of real numbers.
+
+        Raises:
+            RuntimeError: an auxiliary loss, where its gradient cannot be added.
+        """
+        trains = self.training and torch.is_grad_enabled()
+        if not ordinary(scores_ne):
+            if trains and self.config.auxiliary and torch._C._are_functorch_transforms_active():
+                raise RuntimeError(
+                    "an auxiliary balancing loss has no gradient under torch.func: call eval() on the layer, or use "
+                    "torch.autograd"
+                )
+            return False
+        return self.watched is not None or (trains and scores_ne.requires_grad)
 
     def watch(self, scores_ne: Tensor, counts_e: Tensor, real_n: Tensor | None = None) -> Tensor:
         """Return the scores unchanged, and have their backward pass count the choices and add the auxiliary gradient.
@@ -139,7 +156,7 @@ class _Watch(torch.autograd.Function):
         real_n: Tensor | None,
         balancer: Balancer,
     ) -> Tensor:
-        ctx.balancer = balancer
+        ctx.balancer, ctx.counted = balancer, False
         ctx.save_for_backward(counts_e, real_n)
         return scores_ne.view_as(scores_ne)
 
@@ -148,7 +165,9 @@ class _Watch(torch.autograd.Function):
         balancer: Balancer = ctx.balancer
         counts_e, real_n = ctx.saved_tensors
         tokens = grad_ne.shape[0] if real_n is None else real_n.sum()
-        balancer.count(counts_e, tokens)
+        if not ctx.counted:  # a second pass over the same graph meets the same tokens
+            balancer.count(counts_e, tokens)
+            ctx.counted = True
         share = None
         if ctx.needs_input_grad[1]:
             share = balancer.share_gradient(tokens).to(grad_ne.dtype).expand_as(grad_ne)

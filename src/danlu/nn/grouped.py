@@ -12,13 +12,15 @@ Shape suffixes: N tokens, K choices per token, S = N K sorted choices, E experts
 part, D model size, H hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from danlu._autograd import Fused, ordinary
 
 _FEW = 16
 """Choices up to which a CPU loses more by sorting the tokens than by taking them one by one."""
@@ -73,19 +75,44 @@ def _parts(ends_e: Tensor, row_bytes: int, grouped: bool) -> Iterator[_Part]:
             first, row = last, end
 
 
-class _Experts(torch.autograd.Function):
+def _dense(
+    x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor, rms: float | None = None
+) -> Tensor:
+    """Every expert on every token, weighted by zero where it was not chosen: no size depends on the routing."""
+    if chosen.dtype == torch.bool:
+        gate_ne = gate * chosen
+    else:
+        gate_ne = gate.new_zeros(gate.shape[0], w_up.shape[0]).scatter_add(1, chosen, gate)
+    gate_en1 = gate_ne.T.unsqueeze(-1).to(x_nd.dtype)
+    first, second = (x_nd @ w_up.to(x_nd.dtype).mT).chunk(2, dim=-1)
+    if rms is None:
+        return (F.silu(first) * second * gate_en1 @ w_down.to(x_nd.dtype).mT).sum(0)
+    return (_to_norm(F.silu(first) * second @ w_down.to(x_nd.dtype).mT) * (rms * gate_en1)).sum(0)
+
+
+def _to_norm(y: Tensor) -> Tensor:
+    """Bring every output to root mean square 1; the eps keeps a dead expert's zero from being divided by zero."""
+    return F.rms_norm(y, y.shape[-1:], eps=1e-12)
+
+
+class _Experts(Fused):
     """Gate and up activations are kept, in one tensor a part; everything else is formed again."""
 
+    products = True
+    plain = staticmethod(_dense)
+
     @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, gate: Tensor, plan: tuple[Tensor, ...], w_up: Tensor, w_down: Tensor) -> Tensor:
-        order_s, token_s, ends_e = plan
+    def fast(
+        ctx: Any, x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor
+    ) -> tuple[Tensor, ...]:
+        order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
         dtype, (_, dim, hidden) = x_nd.dtype, w_down.shape
         # Rows of the grouped product are multiples of 16 bytes.
         grouped = dtype == torch.bfloat16 and dim % 8 == 0 and hidden % 8 == 0
-        parts = list(_parts(ends_e, 2 * hidden * dtype.itemsize, grouped))
+        ctx.parts = list(_parts(ends_e, 2 * hidden * dtype.itemsize, grouped))
         gate_s1 = gate.flatten().index_select(0, order_s)[:, None].to(dtype)
         y_nd, kept = torch.zeros_like(x_nd), []
-        for part in parts:
+        for part in ctx.parts:
             token_r = token_s[part.rows]
             up_gdh, down_ghd = (w[part.experts].to(dtype).transpose(1, 2) for w in (w_up, w_down))
             gate_up = part.product(x_nd.index_select(0, token_r), up_gdh)
@@ -93,15 +120,15 @@ class _Experts(torch.autograd.Function):
             hidden_rh = F.silu(first).mul_(second).mul_(gate_s1[part.rows])
             y_nd.index_add_(0, token_r, part.product(hidden_rh, down_ghd))
             kept.append(gate_up)
-        ctx.gates, ctx.parts = gate.shape, parts
-        ctx.save_for_backward(x_nd, gate_s1, order_s, token_s, w_up, w_down, *kept)
-        return y_nd
+        return y_nd, gate_s1, order_s, token_s, *kept
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_nd: Tensor) -> tuple[Tensor | None, ...]:
-        x_nd, gate_s1, order_s, token_s, w_up, w_down, *kept = ctx.saved_tensors
-        grad_nd = grad_nd.contiguous()
+    def derivative(
+        ctx: Any, grad: Tensor, inputs: Sequence[Any], saved: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        x_nd, gate, _, w_up, w_down = inputs
+        gate_s1, order_s, token_s, *kept = saved
+        grad_nd = grad.contiguous()
         grad_x, grad_gate_s = torch.zeros_like(grad_nd), gate_s1.new_empty(gate_s1.shape[0])
         grad_up, grad_down = torch.empty_like(w_up), torch.empty_like(w_down)
         for part, gate_up in zip(ctx.parts, kept):
@@ -120,7 +147,7 @@ class _Experts(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(grad_rh.mul_(second), first, grad_input=grad_first)
             part.outer(grad_gate_up.T, x_nd.index_select(0, token_r), grad_up[part.experts])
             grad_x.index_add_(0, token_r, part.product(grad_gate_up, up_ghd))
-        return grad_x, _at_gates(grad_gate_s, order_s, ctx.gates), None, grad_up, grad_down
+        return grad_x, _at_gates(grad_gate_s, order_s, gate.shape).to(gate.dtype), None, grad_up, grad_down
 
 
 def _at_gates(grad_s: Tensor, order_s: Tensor, shape: torch.Size) -> Tensor:
@@ -165,22 +192,25 @@ def routed_experts(
         rms: root mean square that every expert's output is brought to; None leaves it as it is.
 
     Returns:
-        ``(N, D)`` in the dtype of ``x_nd``. Differentiable once in ``x_nd``, ``gate`` and both weights.
+        ``(N, D)`` in the dtype of ``x_nd``, under ``torch.autocast`` in its dtype. Differentiable any number of times in
+        ``x_nd``, ``gate`` and both weights; where a transform or an exporter looks on, and for the derivative of a
+        derivative, every expert works on every token.
 
     >>> x, w_up, w_down = torch.randn(5, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
     >>> routed_experts(x, torch.ones(5, 2), torch.tensor([[0, 2]]).expand(5, 2), w_up, w_down).shape
     torch.Size([5, 4])
     """
     few = chosen.dtype != torch.bool and chosen.numel() <= _FEW and x_nd.device.type == "cpu"
-    if few and rms is None and not torch.is_grad_enabled():
-        return _few_choices(x_nd, gate, chosen, w_up, w_down)
-    order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
+    if few and rms is None and not torch.is_grad_enabled() and ordinary(x_nd, gate, chosen, w_up, w_down):
+        if not torch.is_autocast_enabled("cpu"):
+            return _few_choices(x_nd, gate, chosen, w_up, w_down)
     if rms is None:
-        y: Tensor = _Experts.apply(x_nd, gate, (order_s, token_s, ends_e), w_up, w_down)
-        return y
-    rows = torch.arange(token_s.numel(), device=x_nd.device)
+        return _Experts.of(x_nd, gate, chosen, w_up, w_down)
+    if not ordinary(x_nd, gate, chosen, w_up, w_down):
+        return _dense(x_nd, gate, chosen, w_up, w_down, rms)
+    order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
     # Sorted rows of their own: each choice is a token with one expert, whose output can be seen before the gate.
-    y_sd = _Experts.apply(x_nd[token_s], x_nd.new_ones(rows.numel(), 1), (rows, rows, ends_e), w_up, w_down)
-    # The eps only keeps a dead expert's zero from being divided by zero.
-    gated_sd = F.rms_norm(y_sd, y_sd.shape[-1:], eps=1e-12) * (rms * gate.flatten()[order_s, None]).to(x_nd.dtype)
-    return torch.zeros_like(x_nd).index_add(0, token_s, gated_sd)
+    expert_s = torch.repeat_interleave(torch.diff(ends_e, prepend=ends_e.new_zeros(1)), output_size=token_s.numel())
+    y_sd = _Experts.of(x_nd[token_s], x_nd.new_ones(token_s.numel(), 1), expert_s[:, None], w_up, w_down)
+    gated_sd = _to_norm(y_sd) * (rms * gate.flatten()[order_s, None]).to(y_sd.dtype)
+    return torch.zeros_like(x_nd, dtype=y_sd.dtype).index_add(0, token_s, gated_sd)

@@ -159,7 +159,8 @@ class MoE(nn.Module):
 
     Router scores are computed in float32 whatever the dtype of ``x``, under ``torch.autocast`` too. In training mode the choices are counted in
     ``balancer`` when the backward pass comes by; attach it to an optimizer with `danlu.nn.balance.attach`. A token
-    whose scores are not finite gets an output that is not finite, and harms no other token.
+    whose scores are not finite gets an output that is not finite, and harms no other token. Under ``torch.func`` and
+    ``torch.export`` every expert works on every token, and nothing is counted.
 
     Args:
         dim: model size D.
@@ -237,26 +238,35 @@ class MoE(nn.Module):
             biased = (scores if c.select_by == "gate" else logits.sigmoid()) + self.balancer.bias
             if c.balance.thresholds:
                 chosen = ~(biased <= 0)  # so that NaN chooses, and shows in the output
-                counts = (chosen if real_n is None else chosen & real_n[:, None]).sum(0)
             else:
                 if c.num_groups > 1:
                     biased = _in_best_groups(biased, c.num_groups, c.top_k_groups)
                 chosen = biased.topk(c.top_k, dim=-1).indices
-                # What padding chose is counted behind the experts, and cut off.
-                counted = chosen if real_n is None else chosen.masked_fill(~real_n[:, None], c.num_experts)
-                counts = torch.bincount(counted.flatten(), minlength=c.num_experts)[: c.num_experts]
-        scores = self.balancer.watch(scores, counts, real_n)
+        if self.balancer.counts_now(scores):
+            scores = self.balancer.watch(scores, self._counts(chosen, real_n), real_n)
         gate = scores * chosen if c.balance.thresholds else scores.gather(-1, chosen)
         if c.renormalize:
             gate = gate / gate.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return gate * self.scale, chosen
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _counts(self, chosen: Tensor, real_n: Tensor | None) -> Tensor:
+        """How many real tokens chose each expert."""
+        experts = self.config.num_experts
+        if self.config.balance.thresholds:
+            return (chosen if real_n is None else chosen & real_n[:, None]).sum(0)
+        # What padding chose is counted behind the experts, and cut off.
+        counted = chosen if real_n is None else chosen.masked_fill(~real_n[:, None], experts)
+        return torch.bincount(counted.flatten(), minlength=experts)[:experts]
+
     def _routed(self, x_nd: Tensor, real_n: Tensor | None) -> Tensor:
         gate, chosen = self.route(x_nd, real_n)
         # The norm is the one that experts have on average when training starts, up to a constant.
         norm = self.out_std * self.config.hidden**0.5 if self.config.normalize_experts else None
         return routed_experts(x_nd, gate, chosen, self.w_up, self.w_down, rms=norm)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(self, x_nd: Tensor, real_n: Tensor | None) -> Tensor:
+        return self._routed(x_nd, real_n)
 
     def forward(self, x: Tensor, *, real: Tensor | None = None) -> Tensor:
         """Apply the layer to ``(..., dim)``.
@@ -275,7 +285,7 @@ class MoE(nn.Module):
                 got = f"{real.dtype} {tuple(real.shape)}"
                 raise ValueError(f"real must be booleans {tuple(x.shape[:-1])}, one a token, got {got}")
             real = real.reshape(-1)
-        y_nd: Tensor = self._routed(x_nd, real)
+        y_nd = self._routed(x_nd, real) if torch.compiler.is_exporting() else self._uncompiled(x_nd, real)
         if self.shared is not None:
             y_nd = y_nd + self.shared(x_nd)
         return y_nd.view(x.shape)

@@ -195,6 +195,7 @@ def test_impossible_sizes_are_rejected_by_name() -> None:
             SSM(DIM, config)
 
 
+@every_kind
 def test_two_runs_of_one_number_are_two_documents(kind: str) -> None:
     layer, x = build(kind), random(2, 7, DIM)
     found = layer(x, Context(documents=torch.tensor([[1] * 7, [4, 4, 4, 9, 9, 4, 4]])))
@@ -202,6 +203,7 @@ def test_two_runs_of_one_number_are_two_documents(kind: str) -> None:
     assert torch.equal(found, expected)
 
 
+@every_kind
 @pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0), (0, 0)])
 def test_of_nothing_it_makes_nothing(kind: str, batch: int, time: int) -> None:
     layer = build(kind)

@@ -180,7 +180,7 @@ class MLA(nn.Module):
         weight: Tensor = self.kv_up.weight
         weight = weight if weight.dtype == q_bthk.dtype else weight.to(q_bthk.dtype)
         w_k, w_v = weight.unflatten(0, (H, -1)).split((self.nope_dim, self.value_dim), dim=1)
-        q_nope, q_rope = q_bthk.reshape(B * T, H, -1).split((self.nope_dim, self.rope_dim), dim=2)
+        q_nope, q_rope = q_bthk.reshape(B * T, H, self.nope_dim + self.rope_dim).split((self.nope_dim, self.rope_dim), dim=2)
         # Serial products, heads as the batch: a merged W_q W_k would be larger than both factors together.
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)
         q_bhm = torch.cat((q_latent, q_rope), dim=2).view(B, T * H, seen_blm.shape[2])
@@ -194,5 +194,5 @@ class MLA(nn.Module):
             o = F.scaled_dot_product_attention(
                 q_bhm.unsqueeze(1), seen, seen[..., : self.kv_rank], attn_mask=mask, scale=self.scale
             )
-        o_hnv = torch.bmm(o.reshape(B * T, H, -1).transpose(0, 1), w_v.transpose(1, 2))
+        o_hnv = torch.bmm(o.reshape(B * T, H, self.kv_rank).transpose(0, 1), w_v.transpose(1, 2))
         return o_hnv.transpose(0, 1).reshape(B, T, H, self.value_dim)
