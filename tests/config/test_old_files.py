@@ -96,3 +96,15 @@ def test_muon_in_a_file_of_the_first_format_decays_what_it_did(held: dict[str, o
     assert old["optim"] == {**optim, "no_decay": held.get("no_decay", [])}
     new = {"format": config.FORMAT, "optim": optim}
     assert migrations.migrate(new, "config.json")["optim"] == optim
+
+
+@pytest.mark.parametrize(("eps", "latent"), [(1e-6, {}), (1e-5, {"norm_eps": 1e-6})])
+def test_latent_attention_in_a_file_of_the_first_format_keeps_the_eps_of_its_own_norms(
+    eps: float, latent: dict[str, float]
+) -> None:
+    mla, gqa = {"type": "danlu.nn.attention.mla:MLAConfig", "kv_rank": 8}, {"type": "GQAConfig"}
+    old = {"model": {"attention": mla, "mixers": [None, gqa, mla], "norm_eps": eps}}
+    expected = {"attention": {**latent, **mla}, "mixers": [None, gqa, {**latent, **mla}], "norm_eps": eps}
+    assert migrations.migrate(old, "config.json")["model"] == expected
+    new = {"format": config.FORMAT, **old}
+    assert migrations.migrate(new, "config.json") == old

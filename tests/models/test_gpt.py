@@ -59,3 +59,11 @@ def test_gpt2_computes_the_same_from_the_same_weights() -> None:
 def test_a_text_longer_than_the_positions_is_rejected() -> None:
     with pytest.raises(ValueError, match="23 positions"):
         build()(tokens(1, 24))
+
+
+def test_positions_of_packed_documents_begin_anew() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, dim=12, layers=2, num_heads=3, context=7)).double()
+    first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6, 7]])
+    packed = model(torch.cat((first, second), 1), documents=torch.tensor([[5, 5, 5, 2, 2, 2, 2]]))
+    torch.testing.assert_close(packed, torch.cat((model(first), model(second)), 1), rtol=1e-12, atol=1e-12)

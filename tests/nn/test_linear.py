@@ -17,9 +17,7 @@ from danlu.nn import FeedForward, GQAConfig, Linear, as_torch_linear
 
 def model() -> Transformer:
     torch.manual_seed(0)
-    return Transformer(
-        TransformerConfig(vocab_size=32, dim=16, layers=1, hidden=32, attention=GQAConfig(num_heads=2))
-    )
+    return Transformer(TransformerConfig(vocab_size=32, dim=16, layers=1, hidden=32, attention=GQAConfig(num_heads=2)))
 
 
 @pytest.fixture

@@ -109,9 +109,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(c.dim, eps=c.norm_eps)
         self.feed_forward_norm = RMSNorm(c.dim, eps=c.norm_eps)
         kind = c.mixers[index % len(c.mixers)] or c.attention
-        self.attention: Mixer = kind.build(
-            c.dim, out_std=depth / math.sqrt(c.dim), index=index, norm_eps=c.norm_eps
-        )
+        self.attention: Mixer = kind.build(c.dim, out_std=depth / math.sqrt(c.dim), index=index, norm_eps=c.norm_eps)
         _check_mixer(self.attention, kind)
         self.feed_forward: MoE | FeedForward
         if c.experts is not None and index >= c.dense_layers:
@@ -204,8 +202,8 @@ class Transformer(nn.Module):
             prefix: for layers with the mask "prefix", how many first tokens (of each document) all tokens see, or
                 booleans ``(batch, time)`` that are True for such tokens; booleans and documents need a mask in memory.
             real: booleans ``(batch, time)``, False for tokens that are padding, which take no part in the balance of
-                experts; None: there is none. Padding behind a text is seen by no token of it; in front of one, give it a
-                document number of its own.
+                experts; None: there is none. Padding behind a text is seen by no token of it; in front of one, give it
+                a document number of its own.
 
         Raises:
             ValueError: documents together with a cache, a shape that does not match, or positions or a prefix where

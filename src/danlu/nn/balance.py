@@ -74,7 +74,7 @@ class Balancer(nn.Module):
                 return new
             return tensor.to(new.device, wide)  # of the old numbers: the new ones are rounded
 
-        return super()._apply(at_least_float32, recurse)  # type: ignore[no-any-return,no-untyped-call]
+        return super()._apply(at_least_float32, recurse)  # type: ignore[no-any-return]
 
     def counts_now(self, scores_ne: Tensor) -> bool:
         """Whether the choices of these tokens are to be counted: in training or within `watching`, of real numbers.
@@ -126,7 +126,7 @@ class Balancer(nn.Module):
         """
         if self.upstream is None:
             raise RuntimeError(
-                "an auxiliary balancing loss follows the scale of the training loss, and does not know which tensor that "
+                "an auxiliary balancing loss follows the scale of the training loss and does not know which tensor that "
                 "is: call danlu.nn.balance.follow_loss(loss, model) before its backward pass, or once "
                 "attach(model, optimizer, summed_loss=module) for a module that returns the loss summed over tokens"
             )
@@ -279,7 +279,7 @@ def follow_loss(loss: Tensor, model: nn.Module, *, summed: bool = False) -> Tens
         for balancer in balancers:
             balancer.upstream = (upstream.detach(), summed)
         # The next loss has its own scale.
-        torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(forget)
 
     if balancers and loss.requires_grad:
         loss.register_hook(arrived)

@@ -102,9 +102,7 @@ class _Experts(Fused):
     plain = staticmethod(_dense)
 
     @staticmethod
-    def fast(
-        ctx: Any, x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor
-    ) -> tuple[Tensor, ...]:
+    def fast(ctx: Any, x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, ...]:
         order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
         dtype, (_, dim, hidden) = x_nd.dtype, w_down.shape
         # Rows of the grouped product are multiples of 16 bytes.
@@ -123,9 +121,7 @@ class _Experts(Fused):
         return y_nd, gate_s1, order_s, token_s, *kept
 
     @staticmethod
-    def derivative(
-        ctx: Any, grad: Tensor, inputs: Sequence[Any], saved: Sequence[Tensor]
-    ) -> tuple[Tensor | None, ...]:
+    def derivative(ctx: Any, grad: Tensor, inputs: Sequence[Any], saved: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         x_nd, gate, _, w_up, w_down = inputs
         gate_s1, order_s, token_s, *kept = saved
         grad_nd = grad.contiguous()
@@ -192,21 +188,21 @@ def routed_experts(
         rms: root mean square that every expert's output is brought to; None leaves it as it is.
 
     Returns:
-        ``(N, D)`` in the dtype of ``x_nd``, under ``torch.autocast`` in its dtype. Differentiable any number of times in
-        ``x_nd``, ``gate`` and both weights; where a transform or an exporter looks on, and for the derivative of a
+        ``(N, D)`` in the dtype of ``x_nd``, under ``torch.autocast`` in its dtype. Differentiable any number of times
+        in ``x_nd``, ``gate`` and both weights; where a transform or an exporter looks on, and for the derivative of a
         derivative, every expert works on every token.
 
     >>> x, w_up, w_down = torch.randn(5, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
     >>> routed_experts(x, torch.ones(5, 2), torch.tensor([[0, 2]]).expand(5, 2), w_up, w_down).shape
     torch.Size([5, 4])
     """
+    plain = not ordinary(x_nd, gate, chosen, w_up, w_down)
     few = chosen.dtype != torch.bool and chosen.numel() <= _FEW and x_nd.device.type == "cpu"
-    if few and rms is None and not torch.is_grad_enabled() and ordinary(x_nd, gate, chosen, w_up, w_down):
-        if not torch.is_autocast_enabled("cpu"):
-            return _few_choices(x_nd, gate, chosen, w_up, w_down)
+    if few and rms is None and not torch.is_grad_enabled() and not plain and not torch.is_autocast_enabled("cpu"):
+        return _few_choices(x_nd, gate, chosen, w_up, w_down)
     if rms is None:
         return _Experts.of(x_nd, gate, chosen, w_up, w_down)
-    if not ordinary(x_nd, gate, chosen, w_up, w_down):
+    if plain:
         return _dense(x_nd, gate, chosen, w_up, w_down, rms)
     order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
     # Sorted rows of their own: each choice is a token with one expert, whose output can be seen before the gate.

@@ -113,9 +113,10 @@ class Linear(nn.Linear):
 
 
 def as_torch_linear(model: nn.Module) -> nn.Module:
-    """Put a ``torch.nn.Linear`` with the same weight in the place of every `Linear`, for tools that know that class only.
+    """Put a ``torch.nn.Linear`` with the same weight in the place of every `Linear`.
 
-    Among them is ``torch.ao.quantization.quantize_dynamic``. The product then needs activations of the weight's dtype.
+    That is for tools which take no class but that very one, such as ``torch.ao.quantization.quantize_dynamic``. The
+    product then needs activations of the weight's dtype.
 
     Args:
         model: what holds the layers, changed in place; it is none itself.

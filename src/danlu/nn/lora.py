@@ -60,7 +60,8 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """A linear layer with an adapter; the layer itself is frozen.
 
-    The factors are float32 at least, on a base of 16 bits too. A is drawn from N(0, 1 / in), so that ``A x`` is of the size of ``x``; B is zero, so that nothing has changed yet.
+    The factors are float32 at least, on a base of 16 bits too. A is drawn from N(0, 1 / in), so that ``A x`` is of the
+    size of ``x``; B is zero, so that nothing has changed yet.
 
     Args:
         base: ``torch.nn.Linear``, which `danlu.nn.Linear` is.
@@ -193,8 +194,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
         bare = [name for name, p in model.named_parameters() if p.ndim > 1 and fnmatchcase(name, pattern)]
         if bare and not _names_a_layer(model, pattern):
             raise ValueError(
-                f"targets must name linear layers or embeddings; {pattern!r} names {bare[0]}, a parameter that the model "
-                "uses without a layer of its own (a stack of experts, a Transformer's embedding): it has no adapter"
+                f"targets must name linear layers or embeddings; {pattern!r} names {bare[0]}, a parameter that the "
+                "model uses without a layer of its own (a stack of experts, a Transformer's embedding)"
             )
     if not layers:
         kinds = f"{', '.join(config.targets)} without {', '.join(config.exclude) or 'exceptions'}"
@@ -211,8 +212,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Add every adapter to its layer's weight and put the layers back in their places.
 
-    A weight that is used elsewhere as well (a head tied to its embedding) stays as it is there: the layer with the adapter
-    gets one of its own, and is no longer tied.
+    A weight that is used elsewhere as well (a head tied to its embedding) stays as it is there: the layer with the
+    adapter gets one of its own, and is no longer tied.
 
     Returns:
         ``model``, changed in place: of the modules it had before `apply_lora`. They stay frozen.

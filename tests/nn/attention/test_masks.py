@@ -234,3 +234,10 @@ def test_impossible_masks_and_prefixes_are_rejected_by_name() -> None:
     network = model("prefix")
     with pytest.raises(ValueError, match="a number of tokens when there is a cache"):
         network(torch.arange(5)[None], prefix=torch.ones(1, 5, dtype=torch.bool), cache=network.new_cache(1, 5))
+
+
+def test_two_runs_of_one_number_are_two_documents() -> None:
+    twice, own = torch.tensor([[4, 4, 9, 4, 4]]), torch.tensor([[0, 0, 1, 2, 2]])
+    for mask in MASKS:
+        prefix = 1 if mask == "prefix" else None
+        assert torch.equal(document_mask(twice, mask, prefix=prefix), document_mask(own, mask, prefix=prefix))

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu.nn import MLA, causal_mask, rotary_angles
+from danlu.models import Transformer, TransformerConfig
+from danlu.nn import MLA, MLAConfig, causal_mask, rotary_angles
 from danlu.protocols import Context
 
 from .kinds import DIM, build, random, reference, rope
@@ -80,3 +81,29 @@ def test_rotating_what_was_compressed_breaks_the_absorbed_form() -> None:
     scores_rotated = q[0, :, 0, :6] @ turned.T
     scores_merged = (q[0, :, 0, :6] @ w_k) @ c[0].T
     assert (scores_rotated - scores_merged).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("q_rank", [None, 5])
+@pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0), (0, 1)])
+def test_of_nothing_it_makes_nothing(q_rank: int | None, batch: int, time: int) -> None:
+    layer = MLA(12, MLAConfig(num_heads=3, kv_rank=8, q_rank=q_rank, nope_dim=4, rope_dim=2, value_dim=6))
+    tables = rotary_angles(torch.arange(time), 2)
+    x = torch.randn(batch, time, 12, requires_grad=True)
+    y = layer(x, Context(rope=tables))
+    y.sum().backward()
+    assert y.shape == x.shape
+    cache = layer.new_cache(batch, 8, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        assert layer(x, Context(rope=tables, cache=cache)).shape == x.shape
+
+
+def test_the_norms_of_the_latents_have_the_eps_of_the_model_or_their_own() -> None:
+    sizes = {"num_heads": 3, "kv_rank": 8, "q_rank": 5, "nope_dim": 4, "rope_dim": 2, "value_dim": 6}
+    for own, expected in ((None, 1e-3), (1e-6, 1e-6)):
+        config = TransformerConfig(dim=12, layers=1, attention=MLAConfig(norm_eps=own, **sizes), norm_eps=1e-3)
+        layer = Transformer(config).mixers[0]
+        assert isinstance(layer, MLA)
+        assert layer.q_norm is not None
+        assert (layer.q_norm.eps, layer.kv_norm.eps) == (expected, expected)
+    alone = MLA(12, MLAConfig(**sizes))
+    assert alone.kv_norm.eps == 1e-6

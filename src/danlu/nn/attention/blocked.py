@@ -256,7 +256,7 @@ def _hider(bias: Tensor | None, batch: int, repeats: int, span: _Span) -> Callab
 
 
 def _along(grad_o: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
-    """``rowsum(dO o O)`` as a number of their dtype and what this rounding leaves, for a difference of almost equals."""
+    """``rowsum(dO o O)`` as a number of their dtype, and what this rounding leaves."""
     wide = torch.promote_types(o.dtype, torch.float32)
     exact = torch.linalg.vecdot(grad_o.to(wide), o.to(wide)).unsqueeze(-1)
     along = exact.to(o.dtype)

@@ -98,7 +98,8 @@ class MLA(nn.Module):
         self.num_heads, self.kv_rank = config.num_heads, config.kv_rank
         self.nope_dim, self.rope_dim, self.value_dim = config.nope_dim, config.rope_dim, config.value_dim
         self.mask = check_mask(config.mask, config.num_heads, config.num_heads)
-        self.scale = 1 / math.sqrt(config.nope_dim + config.rope_dim)
+        self.key_dim = config.nope_dim + config.rope_dim
+        self.scale = 1 / math.sqrt(self.key_dim)
         q_out = config.num_heads * (config.nope_dim + config.rope_dim)
         # The maps that read x share one product. Queries come first: compressed, or whole.
         self.q_rows = q_out if config.q_rank is None else config.q_rank
@@ -141,7 +142,7 @@ class MLA(nn.Module):
         if self.q_up is not None and self.q_norm is not None:
             q = self.q_up(self.q_norm(q))
         cos, sin = context.tables(self.rope_dim)
-        q_bthk = rotate(q.view(B, T, self.num_heads, self.nope_dim + self.rope_dim), cos.unsqueeze(-2), sin.unsqueeze(-2))
+        q_bthk = rotate(q.view(B, T, self.num_heads, self.key_dim), cos.unsqueeze(-2), sin.unsqueeze(-2))
         c_btc, k_btr = self.kv_norm(c_btc), rotate(k_btr, cos, sin)
         if cache is None:
             o_bthv = self._expanded(q_bthk, c_btc, k_btr, mask, prefix)
@@ -180,7 +181,7 @@ class MLA(nn.Module):
         weight: Tensor = self.kv_up.weight
         weight = weight if weight.dtype == q_bthk.dtype else weight.to(q_bthk.dtype)
         w_k, w_v = weight.unflatten(0, (H, -1)).split((self.nope_dim, self.value_dim), dim=1)
-        q_nope, q_rope = q_bthk.reshape(B * T, H, self.nope_dim + self.rope_dim).split((self.nope_dim, self.rope_dim), dim=2)
+        q_nope, q_rope = q_bthk.reshape(B * T, H, self.key_dim).split((self.nope_dim, self.rope_dim), dim=2)
         # Serial products, heads as the batch: a merged W_q W_k would be larger than both factors together.
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)
         q_bhm = torch.cat((q_latent, q_rope), dim=2).view(B, T * H, seen_blm.shape[2])
