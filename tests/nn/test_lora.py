@@ -206,7 +206,7 @@ def test_factors_on_a_base_of_sixteen_bits_are_float32_and_the_result_keeps_its_
 def test_a_pattern_that_names_a_stack_of_experts_is_an_error():
     model = Transformer(
         TransformerConfig(
-            vocab_size=11, dim=12, layers=1, hidden=8, experts=MoEConfig(num_experts=4, top_k=2, hidden=8)
+            vocab_size=11, dim=12, layers=2, hidden=8, experts=MoEConfig(num_experts=4, top_k=2, hidden=8)
         )
     )
     for pattern in ("*w_up", "embedding"):

@@ -114,9 +114,9 @@ def generate(
 ) -> Iterator[int]:
     """Continue ``prompt``, yielding each token number as soon as it is drawn.
 
-    The model works in evaluation mode, and between two tokens and afterwards is in the mode that it was in. The cache is
-    allocated once for prompt and continuation. On a CPU float32 weights are copied once, into a layout that suits products
-    with vectors, and decoding is in float32.
+    The model works in evaluation mode, and is in the mode that it was in between two tokens and afterwards. The cache
+    is allocated once for prompt and continuation. On a CPU float32 weights are copied once, into a layout that suits
+    products with vectors, and decoding is in float32.
 
     Args:
         model: a `Transformer` or `GPT`.

@@ -126,8 +126,8 @@ class Balancer(nn.Module):
         """
         if self.upstream is None:
             raise RuntimeError(
-                "an auxiliary balancing loss follows the scale of the training loss and does not know which tensor that "
-                "is: call danlu.nn.balance.follow_loss(loss, model) before its backward pass, or once "
+                "an auxiliary balancing loss follows the scale of the training loss and does not know which tensor "
+                "that is: call danlu.nn.balance.follow_loss(loss, model) before its backward pass, or once "
                 "attach(model, optimizer, summed_loss=module) for a module that returns the loss summed over tokens"
             )
         counts = self.counts.clone()

@@ -157,8 +157,8 @@ def _in_best_groups(scores_ne: Tensor, num_groups: int, top_k: int) -> Tensor:
 class MoE(nn.Module):
     """Shared and routed SwiGLU experts, balanced.
 
-    Router scores are computed in float32 whatever the dtype of ``x``, under ``torch.autocast`` too. In training mode the
-    choices are counted in ``balancer`` when the backward pass comes by; attach it to an optimizer with
+    Router scores are computed in float32 whatever the dtype of ``x``, under ``torch.autocast`` too. In training mode
+    the choices are counted in ``balancer`` when the backward pass comes by; attach it to an optimizer with
     `danlu.nn.balance.attach`. A token whose scores are not finite gets an output that is not finite, and harms no other
     token. Under ``torch.func`` and ``torch.export`` every expert works on every token, and nothing is counted.
 
