@@ -316,10 +316,19 @@ def test_a_terminal_is_not_given_the_escape_sequences_that_a_model_may_write(mon
 
 def test_eval_prints_the_measures_of_the_last_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(trained)]) == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    said = capsys.readouterr()
+    assert said.err == "all of the validation data (training measured 16 batches of it)\n"
+    printed = dict(line.split() for line in said.out.splitlines())
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert float(printed["val_loss"]) == pytest.approx(last["val_loss"], rel=1e-5)
     assert float(printed["val_bpb"]) == pytest.approx(last["val_bpb"], rel=1e-5)
+
+
+def test_eval_says_how_much_it_measured(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(trained), "--batches", "2"]) == 0
+    assert capsys.readouterr().err == "2 batches of the validation data (training measured 16 batches of it)\n"
+    assert main(["eval", str(trained), "--batches", "16"]) == 0
+    assert capsys.readouterr().err == "16 batches of the validation data\n"
 
 
 def test_a_run_folder_is_never_overwritten(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

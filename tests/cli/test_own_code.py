@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +66,6 @@ def smooth() -> RunConfig:
 def plain() -> RunConfig:
     return replace(smooth(), model=TransformerConfig(dim=32, layers=2, hidden=48, attention=GQAConfig(num_heads=2)))
 '''
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder; modules loaded in it are forgotten afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DANLU_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 def forget(*names: str) -> None:
@@ -265,9 +251,6 @@ def test_installed_packages_register_recipes(
     assert main(["recipes"]) == 0
     assert "smooth-lm" in capsys.readouterr().out
     assert main(["show", "smooth-lm", "--format", "json"]) == 0
-    registered("lm")
-    assert main(["recipes"]) == 2
-    assert "registers a recipe 'lm', which is there already" in capsys.readouterr().err
 
 
 def test_recipes_are_read_from_their_folder_and_language_models_come_first() -> None:

@@ -110,3 +110,15 @@ def test_short_names_find_their_class(word: str, name: str) -> None:
     found = place(Root.__dataclass_fields__["schedule"].type).find(word)
     assert found is not None
     assert found.__name__ == name
+
+
+def test_a_class_that_no_import_finds_is_not_written() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Inner(Mine):
+        pass
+
+    with pytest.raises(ValueError, match=r"class Inner is defined inside test_a_class.* top level of a file"):
+        config.to_document(Root(mixer=Inner()))
+    Script = type("Script", (Mine,), {"__module__": "__main__"})
+    with pytest.raises(ValueError, match=r"class Script is defined in the script that is run \(__main__\)"):
+        config.dumps(Root(schedule=Script()))

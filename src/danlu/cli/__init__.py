@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show_progress() -> None:
     """Print what the library logs (the first look at a corpus takes seconds) on stderr, in the first process only."""
     log = logging.getLogger("danlu")
+    for handler in log.handlers:
+        if isinstance(handler, _Lines):
+            handler.warned.clear()
     if not log.handlers:
         main_process = os.environ.get("RANK", "0") == "0"
         log.addHandler(_Lines() if main_process else logging.NullHandler())
@@ -68,11 +71,21 @@ def _show_progress() -> None:
 
 
 class _Lines(logging.Handler):
-    """Prints every record as a line on stderr, whatever that is by then."""
+    """Prints every record as a line on stderr, whatever that is by then; a warning once in a command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warned: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        print(self.format(record), file=sys.stderr, flush=True)
+        line = self.format(record)
+        if record.levelno >= logging.WARNING:
+            # A command reads a run's configuration several times.
+            if line in self.warned:
+                return
+            self.warned.add(line)
+        print(line, file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception) -> str:

@@ -42,11 +42,22 @@ def run(arguments: argparse.Namespace) -> int:
     from danlu.train import run
 
     parts = run.restore(arguments.folder)
+    print(_measured(arguments.batches, parts.config.train.eval_batches), file=sys.stderr, flush=True)
     for name, value in run.evaluate(parts, batches=arguments.batches).items():
         print(f"{name} {value:.6g}", flush=True)
     if not text:
         _measure(arguments, parts)
     return 0
+
+
+def _measured(batches: int | None, trained: int | None) -> str:
+    """Say which validation data are measured, and whether training measured others.
+
+    >>> _measured(None, 16)
+    'all of the validation data (training measured 16 batches of it)'
+    """
+    now, then = ("all" if n is None else f"{n} batch{'' if n == 1 else 'es'}" for n in (batches, trained))
+    return f"{now} of the validation data" + ("" if now == then else f" (training measured {then} of it)")
 
 
 def _measure(arguments: argparse.Namespace, parts: Any) -> None:

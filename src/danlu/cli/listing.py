@@ -1,5 +1,6 @@
 """All options of a configuration for people to read: type, default and meaning, in columns, by section."""
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from danlu.config.draft import Spot, element
 __all__ = ["table"]
 
 _WIDEST = 36
+_ROLE = re.compile(r":[a-z:]+:`(?:~(?:\w+\.)*)?([^`]*)`")
 
 
 def table(config: Any) -> Iterator[str]:
@@ -33,8 +35,7 @@ def table(config: Any) -> Iterator[str]:
     widths[1:] = [min(width, _WIDEST) for width in widths[1:]]
     for path, section in rows.items():
         held = sections.get(path)
-        summary = "" if held is None else (held.cls.__doc__ or "").partition("\n")[0].replace("`", "")
-        yield path if path and held is None else f"{path}: {held.cls.__name__}. {summary}" if held else "components"
+        yield f"{path}: {_heading(held.cls)}" if held else path or "components"
         for row in section:
             yield from _lines(row, widths)
         yield ""
@@ -44,7 +45,24 @@ def _row(spot: Spot) -> tuple[str, str, str, str]:
     owner, name = spot.doc
     several = element(spot.hint)
     kinds = accepted(spot.hint) if several is None else f"{accepted(several)} ..."
-    return f"--{spot.path}", kinds, _default(spot), describe(owner).get(name, "").replace("``", "").replace("`", "")
+    return f"--{spot.path}", kinds, _default(spot), _plain(describe(owner).get(name, ""))
+
+
+def _heading(cls: type) -> str:
+    """A class's name, and what it is if it says so (a dataclass that says nothing is given its signature)."""
+    first = (cls.__doc__ or "").partition("\n")[0]
+    return (
+        f"{cls.__name__}." if not first or first.startswith(f"{cls.__name__}(") else f"{cls.__name__}. {_plain(first)}"
+    )
+
+
+def _plain(text: str) -> str:
+    """A docstring's text without its markup.
+
+    >>> _plain("as in :func:`danlu.approx.published`, :class:`~danlu.optim.Muon` or ``auto``")
+    'as in danlu.approx.published, Muon or auto'
+    """
+    return _ROLE.sub(r"\1", text).replace("`", "")
 
 
 def _default(spot: Spot) -> str:

@@ -2,16 +2,17 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from danlu._validate import nearest
 from danlu.cli.values import accepted, is_none, parse, words_of
-from danlu.config import Draft, place, short_name
+from danlu.config import Draft, describe, place, short_name
 from danlu.config.draft import Spot, element
 from danlu.config.hints import loaded_class, missing_methods
+from danlu.config.tree import new_names
 
-__all__ = ["COMMON", "apply", "change", "kind_name", "options", "settable", "values"]
+__all__ = ["COMMON", "apply", "change", "kind_name", "one_length", "options", "settable", "values"]
 
 T = TypeVar("T")
 Find = Callable[[str], type]
@@ -89,12 +90,14 @@ def apply(config: T, words: Sequence[str], *, fixed: Sequence[str] = (), find: F
 
 def change(draft: Draft, words: Sequence[str], *, fixed: Sequence[str] = (), find: Find | None = None) -> list[str]:
     """Apply ``words`` to a draft as :func:`apply` does; return a sentence for every old name that was used."""
-    said, named = list[str](), set[str]()
+    said, named = list[str](), dict[str, str]()
     pairs = [(name if name in draft.values else COMMON.get(name, name), values) for name, values in _pairs(words)]
     for name, values in sorted(pairs, key=lambda pair: pair[0].count(".")):
         path, old = draft.today(name)
         said += old
-        named.add(path)
+        if named.setdefault(path, name) != name:
+            earlier = name if old else named[path]
+            raise ValueError(f"--{earlier} is the old name of --{path}, and both are given")
         found = {spot.path: spot for spot in draft.spots() if spot.path not in fixed}
         if path not in found:
             _unknown(path, found)
@@ -106,15 +109,26 @@ def change(draft: Draft, words: Sequence[str], *, fixed: Sequence[str] = (), fin
             raise ValueError(f"--{path} is a section; set one of its options: {', '.join(inside)}")
         else:
             _choose(draft, spot, values, option, find)
-    for given, other in (_LENGTHS, _LENGTHS[::-1]):
-        if given in named and other not in named and any(spot.path == other for spot in draft.spots()):
-            draft.set(other, None)
+    one_length(draft, named)
     for spot in list(draft.spots()):
         # A recipe may have relative paths of its own.
         absolute = _absolute(spot.value, spot.hint)
         if absolute != spot.value:
             draft.set(spot.path, absolute)
     return said
+
+
+def one_length(draft: Draft, named: Collection[str]) -> None:
+    """Take back the recipe's steps where minutes were given without steps, and the other way round.
+
+    Args:
+        draft: after the changes.
+        named: the paths that were changed.
+    """
+    held = {spot.path: spot.value for spot in draft.spots() if spot.path in _LENGTHS}
+    for given, other in (_LENGTHS, _LENGTHS[::-1]):
+        if given in named and held.get(given) is not None and other in held and other not in named:
+            draft.set(other, None)
 
 
 def _pairs(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -193,9 +207,22 @@ def _component(held: Any, name: str, hint: Any, option: str, find: Find | None) 
     if cls is None:
         known = [short_name(known) for known in where.known().values()]
         close = nearest(name.lower(), known)
-        did = f"; did you mean {close!r}?" if close else ""
+        did = _spelled_out(name, where.known().values()) or (f"; did you mean {close!r}?" if close else "")
         raise ValueError(f"{option} must be {accepted(hint)}, got {name!r}{did}")
     return held if isinstance(held, Draft) and held.cls is cls else Draft(cls, {})
+
+
+def _spelled_out(name: str, classes: Iterable[type]) -> str:
+    """Suggest the component of which a field's description has what a name such as mha or mqa abbreviates."""
+    letters = name.lower().removesuffix("a")  # the a is for attention
+    if not letters.isalpha() or len(letters) < 2:
+        return ""
+    phrase = re.compile(r"\b" + r"\w*-".join(letters), re.IGNORECASE)
+    for cls in classes:
+        for field, text in describe(cls).items():
+            if phrase.search(text):
+                return f"; did you mean {short_name(cls)!r}? Its {field}: {text}"
+    return ""
 
 
 def _absolute(value: Any, hint: Any) -> Any:
@@ -204,6 +231,12 @@ def _absolute(value: Any, hint: Any) -> Any:
     if isinstance(value, str):
         return os.path.abspath(value)
     return tuple(map(os.path.abspath, value)) if isinstance(value, tuple) else value
+
+
+def _old_names(spot: Spot) -> list[str]:
+    """The names that an option had before."""
+    owner, name = spot.doc
+    return [old for old, new in new_names(owner).items() if new == name]
 
 
 def _unknown(path: str, found: dict[str, Spot]) -> NoReturn:
@@ -216,6 +249,9 @@ def _unknown(path: str, found: dict[str, Spot]) -> NoReturn:
     while section and section not in found:
         section, _, inner = section.rpartition(".")
         name = f"{inner}.{name}"
+    last = path.rpartition(".")[2]
+    # People remember an option's name better than its section, and may remember the name that it had.
+    same = [other for other, there in found.items() if last in (other.rpartition(".")[2], *_old_names(there))]
     spot = found.get(section)
     if spot is not None and spot.value is None and _is_section(spot):
         first = next(iter(place(spot.hint).known().values()), None)
@@ -223,14 +259,11 @@ def _unknown(path: str, found: dict[str, Spot]) -> NoReturn:
         raise ValueError(f"--{path}: there is no {section} here{choose}")
     if spot is not None and isinstance(spot.value, Draft):
         owners = [cls for cls in place(spot.hint).known().values() if name in getattr(cls, "__dataclass_fields__", {})]
-        if owners:
+        if owners and not any(other.startswith(f"{section}.") for other in same):
             raise ValueError(
                 f"--{path}: {section} is {short_name(spot.value.cls)} here, which has no {name}; "
                 f"it belongs to --{section} {' or '.join(map(short_name, owners))}"
             )
-    # People remember an option's name better than its section.
-    last = path.rpartition(".")[2]
-    same = [other for other in found if other.rpartition(".")[2] == last]
     close = same or [match for match in [nearest(path, found) if section else None] if match]
     if not close:
         by_name = nearest(last, {other.rpartition(".")[2] for other in found})

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     else:
         arguments, unknown = parser.parse_known_args(rest)
         if unknown:
-            _reject(command, unknown[0], parser)
+            _reject(command, unknown[0], parser, getattr(module, "OTHER_OPTIONS", ""))
     arguments.run = module.run
     return arguments
 
@@ -104,10 +104,12 @@ def _parser(command: str, module: ModuleType) -> argparse.ArgumentParser:
     return parser
 
 
-def _reject(command: str, word: str, parser: argparse.ArgumentParser) -> NoReturn:
+def _reject(command: str, word: str, parser: argparse.ArgumentParser, others: str) -> NoReturn:
     if not word.startswith("-"):
         raise ValueError(f"danlu {command} takes no further argument {word!r} (see danlu {command} --help)")
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     close = nearest(word.split("=")[0], known)
     hint = f"; did you mean {close}?" if close else f" (see danlu {command} --help)"
+    if others:
+        hint = f": {others}"
     raise ValueError(f"danlu {command} has no option {word.split('=')[0]}{hint}")

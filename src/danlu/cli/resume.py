@@ -5,6 +5,9 @@ from pathlib import Path
 
 from danlu.cli.common import add_run, load_code
 
+__all__ = ["EXAMPLES", "OTHER_OPTIONS", "add_arguments", "run"]
+
+OTHER_OPTIONS = "a resumed run keeps its configuration; options are set by danlu train"
 EXAMPLES = """\
   danlu resume runs/lm-1
   danlu resume runs/smooth-1 --code my_recipe.py      a run of a recipe of your own"""

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from danlu._validate import nearest
-from danlu.usercode import CodeFile, UserCode, call, load
+from danlu.usercode import CodeFile, UserCode, call, code_of, load
 
 if TYPE_CHECKING:
     from danlu.config.tree import Reader
@@ -37,9 +37,9 @@ def recipe_of(word: str) -> "tuple[str, RunConfig, tuple[CodeFile, ...]]":
     """
     from danlu import recipes
 
-    more = recipes.installed()
     if word in recipes.REGISTRY:
         return word, recipes.load(word), ()
+    more = recipes.installed()
     if word in more:
         target, _, function = more[word].target.partition(":")
         module, file = load(target)
@@ -54,6 +54,8 @@ def recipe_of(word: str) -> "tuple[str, RunConfig, tuple[CodeFile, ...]]":
     target, function = word, ""
     if ":" in word and not word.endswith(".py"):
         target, _, function = word.rpartition(":")
+        if not function:
+            raise ValueError(f"{word!r} names no function after the colon")
     if not target.endswith(".py") and Path(word).exists():
         raise ValueError(f"no recipe is called {word!r}. Data are given by --data.")
     module, file = load(target)
@@ -70,8 +72,8 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
     Raises:
         ValueError, TypeError, OSError: one of them is wrong.
     """
-    from danlu.cli.overrides import change
-    from danlu.config import Draft
+    from danlu.cli.overrides import change, one_length
+    from danlu.config import Draft, flatten, to_document
     from danlu.config.migrations import migrate
     from danlu.config.tree import Reader
     from danlu.recipes import REGISTRY
@@ -87,7 +89,9 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
         name, config, own = recipe_of(arguments.recipe or "lm")
         files += own
         draft = Draft.of(config)
-        draft.overlay({key: value for key, value in (saved or {}).items() if key not in FIXED}, reader)
+        part = {key: value for key, value in (saved or {}).items() if key not in FIXED}
+        draft.overlay(part, reader)
+        one_length(draft, flatten(part))
 
     def find(word: str) -> Any:
         target, _, cls = word.rpartition(":")
@@ -104,7 +108,9 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
     data = ["--data.path", *arguments.data] if arguments.data else []
     reader.old += change(draft, [*data, *arguments.overrides], fixed=FIXED, find=find)
     reader.warn()
-    return name, draft.build(), UserCode(tuple({file.module: file for file in files}.values()))
+    config = draft.build()
+    to_document(config)  # raises: a class that its name does not lead to is rejected before any data are prepared
+    return name, config, code_of(config, files)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -121,9 +121,22 @@ def short_name(cls: type) -> str:
 
 
 def tag_of(cls: type, where: Place) -> str:
-    """Return what is written under ``"type"`` for an object of ``cls``."""
+    """Return what is written under ``"type"`` for an object of ``cls``.
+
+    Raises:
+        ValueError: no import finds the class under its name, so that what is written could not be read.
+    """
     own = where.package is not None and f"{cls.__module__}.".startswith(f"{where.package}.")
-    return cls.__name__ if own or cls in where.classes.values() else f"{cls.__module__}:{cls.__qualname__}"
+    if own or cls in where.classes.values():
+        return cls.__name__
+    inside = cls.__qualname__.rpartition(".")[0]
+    if inside or cls.__module__ == "__main__":
+        place_of_it = f"inside {inside.removesuffix('.<locals>')}" if inside else "in the script that is run (__main__)"
+        raise ValueError(
+            f"class {cls.__name__} is defined {place_of_it}, where a saved configuration cannot find it again: "
+            "define it at the top level of a file that is imported, such as my_recipe.py"
+        )
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def loaded_class(tag: str, path: str) -> type:

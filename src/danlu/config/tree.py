@@ -25,7 +25,8 @@ def to_tree(config: Any) -> dict[str, Any]:
 
     Raises:
         TypeError: ``config`` is no dataclass, or an option is neither a plain value nor a tuple, list or dict of them.
-        ValueError: an option is infinite or not a number, which JSON cannot hold.
+        ValueError: an option is infinite or not a number, which JSON cannot hold, or the class of a component is
+            defined where no import finds it: inside a function, or in ``__main__``.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Sizes:

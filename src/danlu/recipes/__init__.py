@@ -6,8 +6,10 @@ An installed package adds recipes by the entry point group ``danlu.recipes``.
 """
 
 import ast
+import functools
 import importlib
 import importlib.metadata
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from danlu.train import RunConfig
 
 __all__ = ["REGISTRY", "Recipe", "installed", "load"]
+
+_log = logging.getLogger("danlu.recipes")
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,28 @@ REGISTRY: dict[str, Recipe] = _own()
 def installed() -> dict[str, Recipe]:
     """Return the recipes that installed packages register, by name.
 
-    Raises:
-        ValueError: one has the name of another recipe.
+    One that has the name of a recipe of danlu, or of another package's, is left out with a warning.
     """
-    found: dict[str, Recipe] = {}
+    claims: dict[str, dict[str, Recipe]] = {}
     for entry in importlib.metadata.entry_points(group="danlu.recipes"):
         package = entry.dist.name if entry.dist is not None else "an installed package"
-        if entry.name in REGISTRY or entry.name in found:
-            raise ValueError(
-                f"{package} registers a recipe {entry.name!r}, which is there already; "
-                f"its own is danlu train {entry.value}"
-            )
-        found[entry.name] = Recipe(f"of {package}", entry.value)
+        # By target: a package that is installed twice registers the same recipe twice.
+        claims.setdefault(entry.name, {})[entry.value] = Recipe(f"of {package}", entry.value)
+    found: dict[str, Recipe] = {}
+    for name, claim in claims.items():
+        if name in REGISTRY or len(claim) > 1:
+            there = "danlu has one of this name" if name in REGISTRY else "several packages have one of this name"
+            ways = " or ".join(f"danlu train {target}" for target in claim)
+            packages = " and ".join(dict.fromkeys(recipe.summary.removeprefix("of ") for recipe in claim.values()))
+            _warn_once(f"the recipe {name!r} of {packages} is left out: {there}; run it by {ways}")
+        else:
+            found[name] = next(iter(claim.values()))
     return found
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    _log.warning("%s", sentence)
 
 
 def load(name: str) -> "RunConfig":
