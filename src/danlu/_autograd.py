@@ -118,15 +118,17 @@ class Fused:
     derivative: ClassVar[Callable[..., _Gradients]]
 
     @classmethod
-    def of(cls, *inputs: Any) -> Tensor:
-        """Apply the function; the first input is a tensor."""
+    def of(cls, *inputs: Any, by_hand: bool = True) -> Tensor:
+        """Apply the function, whose first input is a tensor; ``by_hand=False``: by its plain formula in any case."""
         device = inputs[0].device.type
         if _autocast(device):
             if cls.products:
                 inputs = tuple(_cast(x, torch.get_autocast_dtype(device)) for x in inputs)
             with torch.autocast(device, enabled=False):
-                return cls.of(*inputs)
-        if not (cls.compiled and compiling()) and (not ordinary(*inputs) or inputs[0].numel() == 0):
+                return cls.of(*inputs, by_hand=by_hand)
+        if not (cls.compiled and compiling()):
+            by_hand = by_hand and ordinary(*inputs) and inputs[0].numel() > 0
+        if not by_hand:
             return cls.plain(*inputs)
         y: Tensor = _Call.apply(cls, *inputs)
         return y

@@ -94,13 +94,13 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate_by(x: Tensor, frequencies: Tensor) -> Tensor:
     angles = torch.arange(x.shape[1], dtype=frequencies.dtype, device=x.device)[:, None] * frequencies
-    angles = torch.cat((angles, angles), -1)
+    angles = angles.repeat(1, 2)
     return rotate(x, angles.cos(), angles.sin())
 
 
 def rotation_by(x: Tensor, frequencies: Tensor) -> Tensor:
     angles = torch.arange(x.shape[1], dtype=frequencies.dtype, device=x.device)[:, None] * frequencies
-    angles = torch.cat((angles, angles), -1)
+    angles = angles.repeat(1, 2)
     return rotation(x, angles.cos(), angles.sin())
 
 

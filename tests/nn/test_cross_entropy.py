@@ -76,6 +76,29 @@ def test_bfloat16_hidden_states_give_a_float32_loss_and_float32_weight_gradients
     assert (grad - expected).norm() / expected.norm() < 0.02
 
 
+@pytest.mark.parametrize("wrong", [-1, -99, 7, 100])
+def test_a_target_outside_of_the_vocabulary_raises_as_in_torch(wrong: int) -> None:
+    x, w, targets = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5), torch.tensor([2, wrong, -100])
+    with pytest.raises(IndexError):
+        F.cross_entropy(x @ w.T, targets)
+    with pytest.raises(IndexError, match=rf"targets must be in \[0, 7\), or -100 .* got {wrong}"):
+        linear_cross_entropy(x, w, targets)
+
+
+def test_a_loss_scale_beyond_float16_reaches_float16_gradients_unharmed() -> None:
+    x, w = torch.randn(9, 8), torch.randn(17, 8)
+    targets = torch.arange(9)
+    low, exact = x.half().requires_grad_(), x.half().float().requires_grad_()
+    (linear_cross_entropy(low, w, targets) * 2.0**17 / 2**10).backward()
+    scaled = torch.autograd.grad(linear_cross_entropy(low, w.half(), targets) * 2.0**17, low)[0]
+    linear_cross_entropy(exact, w, targets).backward()
+    assert low.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(low.grad.float() / 2**7, exact.grad, rtol=1e-2, atol=1e-3)
+    fits = exact.grad.abs() * 2**17 < 6e4
+    assert scaled[fits].isfinite().all()
+
+
 def test_shapes_that_do_not_match_are_rejected() -> None:
     with pytest.raises(ValueError, match="must fit together"):
         linear_cross_entropy(torch.randn(3, 5), torch.randn(7, 4), torch.zeros(3, dtype=torch.int64))

@@ -387,6 +387,6 @@ def _logsnr_of(decay: Tensor) -> Tensor:
 def _decay(schedule: Betas, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return ``-ln a^2`` after 0, 1, ..., n steps."""
     root = 1 / schedule.power
-    betas = torch.linspace(schedule.start**root, schedule.end**root, schedule.steps, dtype=torch.float64)
+    betas = torch.linspace(schedule.start**root, schedule.end**root, schedule.steps, dtype=torch.float64, device="cpu")
     decay = -torch.log1p(-(betas**schedule.power)).cumsum(0)
     return torch.cat([decay.new_zeros(1), decay]).to(device, dtype)

@@ -138,9 +138,8 @@ def squareplus(x: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:
         return F.relu(x)
     wide = _wide(x)
     b = _number_or_tensor(b, wide)
-    if torch.is_grad_enabled() and (wide.requires_grad or b.requires_grad):
-        return _SquarePlus.of(wide, b).to(x.dtype)
-    return _SquarePlus.plain(wide, b).to(x.dtype)
+    by_hand = torch.is_grad_enabled() and (wide.requires_grad or b.requires_grad)
+    return _SquarePlus.of(wide, b, by_hand=by_hand).to(x.dtype)
 
 
 def squareplus_derivative(x: Tensor, b: float | Tensor = EQUAL_CURVATURE) -> Tensor:

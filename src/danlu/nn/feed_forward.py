@@ -46,7 +46,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     >>> swiglu(torch.tensor([[1.0, 2.0]])).round(decimals=4)
     tensor([[1.4621]])
     """
-    return _SwiGLU.of(gate_up) if torch.is_grad_enabled() else _SwiGLU.plain(gate_up)
+    return _SwiGLU.of(gate_up, by_hand=torch.is_grad_enabled())
 
 
 class FeedForward(nn.Module):

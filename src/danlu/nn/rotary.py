@@ -207,9 +207,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     few = not torch.is_grad_enabled() and x.numel() <= _FEW
     # Angles that are learned need a derivative of their own, which the plain formula has.
-    if torch.compiler.is_compiling() or few or cos.requires_grad or sin.requires_grad:
-        return _Rotate.plain(x, cos, sin)
-    return _Rotate.of(x, cos, sin)
+    plain = torch.compiler.is_compiling() or few or cos.requires_grad or sin.requires_grad
+    return _Rotate.of(x, cos, sin, by_hand=not plain)
 
 
 def grid_coordinates(grid: Tensor, scheme: Scheme = "tie", *, start: float = 0.0) -> Tensor:

@@ -113,5 +113,4 @@ def causal_convolution(u_bht: Tensor, k_ht: Tensor) -> Tensor:
     wide = torch.promote_types(u_bht.dtype, torch.float32)
     u, k = u_bht.to(wide), k_ht.to(wide)
     size = fast_length(max(2 * u.shape[-1] - 1, 2))
-    y = _Convolution.of(u, k, size) if torch.is_grad_enabled() else _Convolution.plain(u, k, size)
-    return y.to(u_bht.dtype)
+    return _Convolution.of(u, k, size, by_hand=torch.is_grad_enabled()).to(u_bht.dtype)
