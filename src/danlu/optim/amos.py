@@ -16,17 +16,19 @@ arXiv:2210.11693, algorithm 1, with the decays of the program that its authors k
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from danlu._roles import ROLES, declared, oriented
 from danlu._validate import choice, integer, number, positive
-from danlu.optim._common import MomentumOptimizer, check_rate, finite_or_zero, fusable, is_dtensor, on_cpu, row_pieces
+from danlu.optim._base import MomentumOptimizer
+from danlu.optim._common import check_rate, finite_or_zero, fusable, is_dtensor, on_cpu, row_pieces
 from danlu.optim._config import probe, without_decay
 from danlu.optim._sharded import check_placement, local, sum_shards_
 from danlu.optim.groups import Group, param_groups
+from danlu.optim.rounding import check_rounding
 
 #: Roles of which every row, one input of a table or one output of a map, keeps slots of its own.
 _BY_ROWS = ("matrix", "head", "embedding")
@@ -57,6 +59,8 @@ class Amos(MomentumOptimizer):
         d_coef: how fast the steps become smaller.
         eps: smallest mean square of a gradient.
         maximize: climb instead of descending.
+        rounding: of bfloat16 parameters, ``nearest``, ``stochastic`` or ``compensated``: see docs/optim/rounding.md.
+        rounding_seed: of ``stochastic``.
 
     Raises:
         ValueError, TypeError: naming the argument, or the group and the parameter.
@@ -83,6 +87,8 @@ class Amos(MomentumOptimizer):
         d_coef: float = 0.25,
         eps: float = 2.0**-125,
         maximize: bool = False,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -97,7 +103,10 @@ class Amos(MomentumOptimizer):
             "role": None,
             "transposed": None,
             "eta": None,
+            "rounding": rounding,
+            "rounding_seed": rounding_seed,
         }
+        check_rounding("", defaults)
         self.check_options("", defaults)
         super().__init__(params, defaults)
 
@@ -369,6 +378,8 @@ class AmosConfig:
         c_coef: how fast the decay slows down.
         d_coef: how fast the steps become smaller.
         embedding_eta: scale expected of embeddings; None for sqrt(2 / width).
+        rounding: of bfloat16 weights: ``nearest``, ``stochastic`` or ``compensated``; wider ones are left as they are.
+        rounding_seed: of ``stochastic``.
     """
 
     lr: float = 0.01
@@ -379,6 +390,8 @@ class AmosConfig:
     c_coef: float = 0.25
     d_coef: float = 0.25
     embedding_eta: float | None = None
+    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"
+    rounding_seed: int = 0
 
     def __post_init__(self) -> None:
         Amos(probe(), **self.options())
@@ -395,6 +408,8 @@ class AmosConfig:
             "extra_l2": self.extra_l2,
             "c_coef": self.c_coef,
             "d_coef": self.d_coef,
+            "rounding": self.rounding,
+            "rounding_seed": self.rounding_seed,
         }
 
     def build(self, model: nn.Module, **others: Any) -> Amos:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from danlu._roles import ROLES, declared
 from danlu._validate import choice
-from danlu.optim._common import MomentumOptimizer, label
+from danlu.optim._base import MomentumOptimizer
+from danlu.optim._common import label
 from danlu.optim.groups import check_partition
 
 Rule = tuple[Optimizer, Sequence[str]]

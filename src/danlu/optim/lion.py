@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from danlu._validate import choice, number
-from danlu.optim._common import MomentumOptimizer, check_rate, descend_, finite_or_zero, pieces
+from danlu.optim._base import MomentumOptimizer
+from danlu.optim._common import check_rate, descend_, finite_or_zero, pieces
 from danlu.optim._config import by_role, check_by_role, dtype_of, probe
 from danlu.optim._sharded import check_placement, local
 from danlu.optim.groups import param_groups
+from danlu.optim.rounding import check_rounding
 
 
 class Lion(MomentumOptimizer):
@@ -40,6 +42,8 @@ class Lion(MomentumOptimizer):
         maximize: climb instead of descending.
         momentum_dtype: dtype of the momentum; None for the parameter's own. The paper keeps bfloat16.
         foreach: update by fused multi-tensor calls. None: not on a CPU, where a loop that stays in cache is faster.
+        rounding: of bfloat16 parameters, ``nearest``, ``stochastic`` or ``compensated``: see docs/optim/rounding.md.
+        rounding_seed: of ``stochastic``.
 
     Raises:
         ValueError, TypeError: naming the argument, or the group and the parameter.
@@ -65,11 +69,15 @@ class Lion(MomentumOptimizer):
         maximize: bool = False,
         momentum_dtype: torch.dtype | None = None,
         foreach: bool | None = None,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         if momentum_dtype is not None:
             choice("momentum_dtype", momentum_dtype, (torch.float32, torch.float64, torch.bfloat16))
         self.momentum_dtype, self.foreach = momentum_dtype, foreach
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        defaults |= {"rounding": rounding, "rounding_seed": rounding_seed}
+        check_rounding("", defaults)
         self.check_options("", defaults)
         super().__init__(params, defaults)
 
@@ -163,6 +171,8 @@ class LionConfig:
         momentum_dtype: dtype of the momentum; ``auto`` is the parameter's own.
         embedding_lr: learning rate of the embeddings; None for lr.
         no_decay: roles without decay.
+        rounding: of bfloat16 weights: ``nearest``, ``stochastic`` or ``compensated``; wider ones are left as they are.
+        rounding_seed: of ``stochastic``.
     """
 
     lr: float = 3e-4
@@ -171,6 +181,8 @@ class LionConfig:
     momentum_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     embedding_lr: float | None = None
     no_decay: tuple[str, ...] = ("gain", "bias")
+    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"
+    rounding_seed: int = 0
 
     def __post_init__(self) -> None:
         Lion(probe(), **self.options())
@@ -183,6 +195,8 @@ class LionConfig:
             "betas": self.betas,
             "weight_decay": self.weight_decay,
             "momentum_dtype": dtype_of("momentum_dtype", self.momentum_dtype),
+            "rounding": self.rounding,
+            "rounding_seed": self.rounding_seed,
         }
 
     def build(self, model: nn.Module, **others: Any) -> Lion:

@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from danlu._roles import MATRIX_ROLES, ROLES
 from danlu._validate import choice, integer, number
 from danlu.approx import Composition
-from danlu.optim._common import MomentumOptimizer, check_rate, is_dtensor
+from danlu.optim._base import MomentumOptimizer
+from danlu.optim._common import check_rate, is_dtensor
 from danlu.optim._config import by_role, dtype_of, probe
 from danlu.optim._layout import layout, parts
 from danlu.optim._sharded import local, sharing_group
@@ -31,6 +32,7 @@ from danlu.optim.combined import CombinedOptimizer
 from danlu.optim.decay import check_decay, decay_
 from danlu.optim.groups import param_groups
 from danlu.optim.muon_step import SCALES, Iteration, Options, Plan, composition_of, muon_, muon_plan
+from danlu.optim.rounding import check_rounding, watch_resolution
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -78,6 +80,8 @@ class Muon(MomentumOptimizer):
             DistributedDataParallel: each then iterates a share of the matrices. None: this process does all.
             DTensors (FSDP2) need no group: their matrices are collected, iterated once and scattered in the mesh they
             lie in, and the momentum is sharded as its parameter is. They may be sharded over one dimension of the mesh.
+        rounding: of bfloat16 parameters, ``nearest``, ``stochastic`` or ``compensated``: see docs/optim/rounding.md.
+        rounding_seed: of ``stochastic``.
 
     Raises:
         ValueError, TypeError: naming the argument, or the group and the parameter.
@@ -115,6 +119,8 @@ class Muon(MomentumOptimizer):
         chunk_bytes: int | None = None,
         foreach: bool | None = None,
         process_group: Any = None,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         for name, value in (("dtype", dtype), ("momentum_dtype", momentum_dtype)):
             if value is not None:
@@ -137,8 +143,11 @@ class Muon(MomentumOptimizer):
             "role": None,
             "split": None,
             "transposed": None,
+            "rounding": rounding,
+            "rounding_seed": rounding_seed,
         }
         self._plans: dict[int, tuple[Any, Plan]] = {}
+        check_rounding("", defaults)
         self.check_options("", defaults)
         super().__init__(params, defaults)
 
@@ -202,7 +211,7 @@ class Muon(MomentumOptimizer):
         said = {name: group[name] for name in ("role", "split", "transposed")}
         if torch.compiler.is_compiling():  # the graph is the plan
             return muon_plan(params, momenta, iteration, **said)
-        seen = [(id(p), p.shape, p.dtype, p.device, m.dtype) for p, m in zip(params, momenta)]
+        seen = [(id(m), p.shape, p.dtype, p.device, m.dtype) for p, m in zip(params, momenta)]
         signature = (said, seen, id(iteration.composition), iteration[1:])
         known = self._plans.get(id(group))
         if known is None or known[0] != signature:
@@ -269,6 +278,8 @@ class MuonConfig:
         betas: AdamW's decays of the first and of the second moment.
         eps: added to the root of AdamW's second moment.
         no_decay: roles without decay.
+        rounding: of bfloat16 weights: ``nearest``, ``stochastic`` or ``compensated``; wider ones are left as they are.
+        rounding_seed: of ``stochastic``.
     """
 
     lr: float = 1e-3
@@ -287,6 +298,8 @@ class MuonConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     no_decay: tuple[str, ...] = ("gain", "bias")
+    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"
+    rounding_seed: int = 0
 
     def __post_init__(self) -> None:
         Muon(probe(), **self.muon_options())
@@ -308,6 +321,8 @@ class MuonConfig:
             "steps": self.steps,
             "dtype": dtype_of("dtype", self.dtype),
             "momentum_dtype": dtype_of("momentum_dtype", self.momentum_dtype),
+            "rounding": self.rounding,
+            "rounding_seed": self.rounding_seed,
         }
 
     def _adamw(self) -> AdamWConfig:
@@ -318,6 +333,8 @@ class MuonConfig:
             weight_decay=self.weight_decay,
             embedding_lr=self.embedding_lr,
             no_decay=self.no_decay,
+            rounding=self.rounding,
+            rounding_seed=self.rounding_seed,
         )
 
     def build(self, model: nn.Module, *, process_group: Any = None, **others: Any) -> Optimizer:
@@ -346,4 +363,8 @@ class MuonConfig:
         if not rest:
             return muon
         others_roles = [role for role in ROLES if role not in MATRIX_ROLES]
-        return CombinedOptimizer([(muon, MATRIX_ROLES), (self._adamw().of_groups(rest), others_roles)], model=model)
+        adamw = self._adamw().of_groups(rest)
+        both = CombinedOptimizer([(muon, MATRIX_ROLES), (adamw, others_roles)], model=model)
+        if self.rounding == "nearest":  # torch's, whose own hooks are not called
+            watch_resolution(both, adamw.param_groups, "AdamW")
+        return both

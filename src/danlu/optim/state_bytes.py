@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danlu._roles import ATTRIBUTES
-from danlu.optim._common import MomentumOptimizer
+from danlu.optim._base import MomentumOptimizer
 from danlu.optim._sharded import local
 from danlu.optim.combined import CombinedOptimizer
 
@@ -61,7 +61,7 @@ _PLAIN = {"foreach": False, "fused": False, "capturable": False}
 @state_bytes.register
 def _(optimizer: MomentumOptimizer) -> int:
     pairs = ((p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-    slots = (optimizer.slots(_on_meta(parameter), group) for parameter, group in pairs)
+    slots = (optimizer.all_slots(_on_meta(parameter), group) for parameter, group in pairs)
     return sum(tensor.nbytes for slot in slots for tensor in slot.values())
 
 

@@ -11,26 +11,19 @@ Source: Su, "Tiger: A Tight-fisted Optimizer" (kexue.fm 9512, 2023).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from danlu._roles import ROLES, declared
 from danlu._validate import choice, integer, number
-from danlu.optim._common import (
-    MomentumOptimizer,
-    all_finite,
-    check_rate,
-    descend_,
-    is_dtensor,
-    on_cpu,
-    pieces,
-    row_pieces,
-)
+from danlu.optim._base import MomentumOptimizer
+from danlu.optim._common import all_finite, check_rate, descend_, is_dtensor, on_cpu, pieces, row_pieces
 from danlu.optim._config import probe, without_decay
 from danlu.optim._sharded import check_placement, local, sum_shards_
 from danlu.optim.groups import param_groups
+from danlu.optim.rounding import check_rounding
 
 SCALES = ("rms", "none")
 _SMALL = ("gain", "bias")  # roles whose s(W) is 1/2, and which do not decay
@@ -56,6 +49,8 @@ class Tiger(MomentumOptimizer):
         scale: ``rms`` for s(W) above; ``none`` for 1 and decay everywhere, which makes Tiger Lion with equal betas.
         shrink: factor of the NaN rule.
         maximize: climb instead of descending.
+        rounding: of bfloat16 parameters, ``nearest``, ``stochastic`` or ``compensated``: see docs/optim/rounding.md.
+        rounding_seed: of ``stochastic``.
 
     Raises:
         ValueError, TypeError: naming the argument, or the group and the parameter.
@@ -81,6 +76,8 @@ class Tiger(MomentumOptimizer):
         scale: str = "rms",
         shrink: float = 0.99,
         maximize: bool = False,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -92,7 +89,10 @@ class Tiger(MomentumOptimizer):
             "maximize": maximize,
             "role": None,
             "micro_step": 0,
+            "rounding": rounding,
+            "rounding_seed": rounding_seed,
         }
+        check_rounding("", defaults)
         self.check_options("", defaults)
         super().__init__(params, defaults)
 
@@ -261,18 +261,28 @@ class TigerConfig:
         lr: relative learning rate.
         beta: decay of the momentum.
         weight_decay: decoupled decay, not for gains and biases.
+        rounding: of bfloat16 weights: ``nearest``, ``stochastic`` or ``compensated``; wider ones are left as they are.
+        rounding_seed: of ``stochastic``.
     """
 
     lr: float = 2e-3
     beta: float = 0.965
     weight_decay: float = 0.01
+    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"
+    rounding_seed: int = 0
 
     def __post_init__(self) -> None:
         Tiger(probe(), **self.options())
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of :class:`Tiger`."""
-        return {"lr": self.lr, "beta": self.beta, "weight_decay": self.weight_decay}
+        return {
+            "lr": self.lr,
+            "beta": self.beta,
+            "weight_decay": self.weight_decay,
+            "rounding": self.rounding,
+            "rounding_seed": self.rounding_seed,
+        }
 
     def build(self, model: nn.Module, **others: Any) -> Tiger:
         """Return the optimizer of all parameters of ``model`` that require a gradient, grouped by role.
