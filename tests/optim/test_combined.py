@@ -3,12 +3,13 @@
 import copy
 import io
 import pickle
+from collections import defaultdict
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 from danlu.optim import (
     AdamWConfig,
@@ -16,6 +17,7 @@ from danlu.optim import (
     Lion,
     Muon,
     MuonConfig,
+    build_optimizers,
     clip_grad_norm_,
     merged_state_dicts,
     param_groups,
@@ -88,6 +90,85 @@ def test_a_scheduler_reaches_every_rule_also_after_loading():
     schedule.step()
     assert [group["lr"] for group in optimizer.rules[0].param_groups] == [0.01]
     assert [group["lr"] for group in optimizer.rules[1].param_groups] == [0.025, 0.005, 0.005]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(OneCycleLR, {"total_steps": 6}), (CyclicLR, {"base_lr": 0.01, "step_size_up": 3})]
+)
+def test_torchs_cycles_of_the_rate_reach_every_rule_and_those_of_the_momentum_are_refused(kind, options):
+    network = model()
+    optimizer = CONFIG.build(network)
+    schedule = kind(optimizer, max_lr=0.1, cycle_momentum=False, **options)
+    train(network, optimizer, 1)
+    before = optimizer.param_groups[0]["lr"]
+    schedule.step()
+    rates = {group["lr"] for rule in optimizer.rules for group in rule.param_groups}
+    assert rates == set(schedule.get_last_lr())
+    assert before not in rates
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        kind(optimizer, max_lr=0.1, **options)
+
+
+@pytest.mark.parametrize("use", [lambda optimizer: optimizer.step(), lambda optimizer: optimizer.state_dict()])
+@pytest.mark.parametrize("removed", [0, -1])
+def test_a_group_that_was_removed_is_neither_updated_nor_saved(removed, use):
+    network = model()
+    optimizer = CONFIG.build(network)
+    train(network, optimizer, 1)
+    gone = optimizer.param_groups[removed]["params"]
+    before = [parameter.detach().clone() for parameter in gone]
+    del optimizer.param_groups[removed]
+    use(optimizer)
+    assert sum(len(rule.param_groups) for rule in optimizer.rules) == len(optimizer.param_groups) == 3
+    train(network, optimizer, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, gone, strict=True))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(optimizer.state_dict()["param_groups"]) == 3
+
+
+def test_groups_that_were_assigned_in_another_order_are_saved_in_that_order():
+    optimizer = CONFIG.build(model())
+    optimizer.param_groups = optimizer.param_groups[::-1]
+    roles = [group["role"] for group in optimizer.state_dict()["param_groups"]]
+    assert roles == ["bias", "gain", "embedding", "matrix"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [group["role"] for group in optimizer.param_groups] == roles
+
+
+def test_a_state_that_was_assigned_is_the_one_the_rules_use():
+    network = model()
+    optimizer = CONFIG.build(network)
+    train(network, optimizer)
+    fresh_network = copy.deepcopy(network)
+    fresh = CONFIG.build(fresh_network)
+    optimizer.state = defaultdict(dict)
+    assert train(network, optimizer) == train(fresh_network, fresh)
+    assert same(network, fresh_network)
+    assert len(optimizer.state) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda optimizer: optimizer.step(),
+        lambda optimizer: optimizer.state_dict(),
+        lambda optimizer: optimizer.load_state_dict({"state": {}, "param_groups": []}),
+        copy.deepcopy,
+    ],
+)
+def test_groups_and_states_that_only_one_side_was_given_are_errors(use):
+    optimizer = CONFIG.build(model())
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match=r"parameter 1\.weight of group 0 has no rule; accepted in param_groups are"):
+        use(optimizer)
+    optimizer = CONFIG.build(model())
+    optimizer.rules[1].add_param_group({"params": [("late", nn.Parameter(torch.zeros(2)))]})
+    with pytest.raises(ValueError, match="a rule was given groups or a state by itself"):
+        use(optimizer)
+    optimizer = CONFIG.build(model())
+    optimizer.rules[1].state = defaultdict(dict)
+    with pytest.raises(ValueError, match="a rule was given groups or a state by itself"):
+        use(optimizer)
 
 
 def saved_and_loaded(state):
@@ -331,6 +412,24 @@ class TestBadInput:
         with pytest.raises(ValueError, match="at least one"):
             CombinedOptimizer([])
 
+    def test_a_rule_that_evaluates_the_loss_itself(self):
+        network = model()
+        muon, _ = self.rules(network)
+        with pytest.raises(TypeError, match="rules must step by the gradients alone, got LBFGS"):
+            CombinedOptimizer([(muon, ("matrix",)), (torch.optim.LBFGS([network[3].bias]), ("bias",))])
+
+    def test_the_list_of_states_of_the_previous_release(self):
+        network = model()
+        saved = [optimizer.state_dict() for optimizer in apart(network)]
+        with pytest.warns(DeprecationWarning, match="build_optimizers"):
+            optimizers = build_optimizers(network, CONFIG)
+        for optimizer, state in zip(optimizers, saved):  # as the loop of such a training goes
+            with pytest.raises(ValueError, match=r"loaded as merged_state_dicts"):
+                optimizer.load_state_dict(state)
+            with pytest.raises(TypeError, match=r"must be a dictionary, got a list; .*merged_state_dicts"):
+                optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(merged_state_dicts(saved))
+
     def test_the_state_of_other_groups(self):
         optimizer = CONFIG.build(model())
         with pytest.raises(ValueError, match=r"groups of \[1, 1, 2\] parameters, expected \[2, 1, 1, 3\]"):
@@ -346,3 +445,23 @@ class TestBadInput:
             optimizer.load_state_dict(state)
         assert optimizer.param_groups[0] is optimizer.rules[0].param_groups[0]
         train(network, optimizer)
+
+    def test_a_second_rule_that_rejects_its_state_leaves_the_first_as_it_was(self):
+        network = model()
+        rules = self.rules(network)
+        optimizer = CombinedOptimizer(list(zip(rules, [("matrix",), ("bias",)])))
+        schedule = LambdaLR(optimizer, lambda count: 0.5**count)
+        train(network, optimizer)
+        state = copy.deepcopy(optimizer.state_dict())
+        momentum = optimizer.state[network[1].weight]["momentum_buffer"].clone()
+        state["state"][0]["momentum_buffer"].zero_()
+        state["param_groups"][0]["lr"] = 7.0
+        state["state"][1] = {"strange": torch.zeros(2)}
+        with pytest.raises(ValueError, match="it holds strange, expected exp_avg"):
+            optimizer.load_state_dict(state)
+        assert all(group is rule.param_groups[0] for group, rule in zip(optimizer.param_groups, rules, strict=True))
+        assert all(rule.state is optimizer.state for rule in rules)
+        assert torch.equal(optimizer.state[network[1].weight]["momentum_buffer"], momentum)
+        rate = optimizer.param_groups[0]["lr"]
+        schedule.step()
+        assert rules[0].param_groups[0]["lr"] == 0.5 * rate

@@ -368,3 +368,49 @@ def test_a_parameter_without_entries_is_stepped_past(decay):
     Muon([empty, weight], decay=decay).step()
     Muon([plain], decay=decay).step()
     assert torch.equal(weight, plain)
+
+
+def test_a_declaration_that_changes_between_two_steps_holds_from_then_on():
+    weight, twin = (torch.nn.Parameter(gaussian(6, 4)) for _ in range(2))
+    gradients = gaussian(6, 4, seed=1), gaussian(6, 4, seed=2)
+    optimizer = Muon([weight])
+    step(optimizer, gradients[0])
+    twin.data.copy_(weight.detach())
+    fresh = Muon([twin])
+    fresh.load_state_dict(optimizer.state_dict())
+    weight.danlu_split = twin.danlu_split = 2
+    step(optimizer, gradients[1])
+    step(fresh, gradients[1])
+    assert torch.equal(weight, twin)
+    weight.danlu_role = "embedding"
+    with pytest.raises(ValueError, match="is declared 'embedding'; Muon takes matrices"):
+        step(optimizer, gradients[1])
+
+
+def test_plans_of_groups_that_are_gone_are_dropped():
+    optimizer = Muon([{"params": [torch.nn.Parameter(gaussian(3, 2))]} for _ in range(3)])
+    for _ in range(3):
+        step(optimizer, *[gaussian(3, 2) for _ in range(3)])
+        del optimizer.param_groups[0]
+        optimizer.add_param_group({"params": [torch.nn.Parameter(gaussian(3, 2))]})
+    step(optimizer, *[gaussian(3, 2) for _ in range(3)])
+    assert optimizer._plans.keys() == {id(group) for group in optimizer.param_groups}
+
+
+def test_a_new_parameter_in_the_memory_of_one_that_is_gone_has_a_plan_of_its_own():
+    gradient = gaussian(6, 4)
+    optimizer = Muon([torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))], weight_decay=0.0)
+    step(optimizer, gradient)
+    group = optimizer.param_groups[0]
+    for _ in range(50):  # Python gives the place of an object to the next of its size
+        split = torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+        split.danlu_split = (2, 4)
+        group["params"] = [split]
+        optimizer.state.clear()
+        step(optimizer, gradient)
+        plain = torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+        group["params"] = [plain]
+        optimizer.state.clear()
+        step(optimizer, gradient)
+        assert not torch.equal(split, plain)
+        del split, plain

@@ -107,7 +107,8 @@ class MomentumOptimizer(Optimizer):
                         shapes = f"{tuple(held[slot].shape)}, expected {tuple(tensor.shape)}"
                         raise ValueError(f"{slot} of {name} in state_dict has shape {shapes}")
                 found[parameter] = {
-                    slot: placed_like(held[slot].to(tensor.device, tensor.dtype, copy=True), tensor)
+                    # Into memory that lies as the parameter's: a file keeps no strides, and updates go through views.
+                    slot: tensor.copy_(placed_like(held[slot].to(tensor.device, tensor.dtype), tensor))
                     for slot, tensor in fresh.items()
                 }
             # Fewer options are those of an earlier version, more those of a scheduler or a later one.

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
 from danlu._validate import number, positive
 from danlu.optim._base import MomentumOptimizer
-from danlu.optim._common import check_rate
+from danlu.optim._common import check_rate, is_dtensor
 from danlu.optim._config import by_role, check_betas, check_by_role
 from danlu.optim._sharded import check_placement, local
 from danlu.optim.groups import Group, param_groups
@@ -126,6 +125,23 @@ def dense(parameter: Tensor) -> bool:
         and parameter.device.type in ("cpu", "cuda")
         and torch.empty_like(parameter, device="meta").stride() == parameter.stride()
     )
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, whose moments lie in memory as their parameters do, also where they were loaded from a file.
+
+    The fused kernel goes through the memory of weights, gradients and moments alike without looking at strides, and
+    files keep none: the weights of ``channels_last`` would meet the moments of others.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore state and options; each moment takes the strides of its parameter."""
+        super().load_state_dict(state_dict)
+        for parameter in (p for group in self.param_groups for p in group["params"] if not is_dtensor(p)):
+            state = self.state.get(parameter, {})
+            for name, held in state.items():
+                if held.shape == parameter.shape and held.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=held.dtype).copy_(held)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,10 @@ from danlu.optim.groups import check_partition
 
 Rule = tuple[Optimizer, Sequence[str]]
 
+_MERGE = (
+    "the states of Muon and AdamW, stepped apart in release 0.1, are loaded as merged_state_dicts([muon's, adamw's])"
+)
+
 
 class CombinedOptimizer(Optimizer):
     """One optimizer whose groups are each updated by one of several rules.
@@ -24,7 +28,11 @@ class CombinedOptimizer(Optimizer):
     Its ``param_groups`` are the rules' own dictionaries, so that a scheduler that writes ``lr`` reaches them, its
     ``state`` is the state of all, and its ``state_dict`` has torch's format. Schedulers, hooks, closures,
     ``torch.amp.GradScaler`` and ``torch.distributed.checkpoint.state_dict`` see an ordinary optimizer. The rules belong
-    to it from then on: step, save and load the whole, not a part.
+    to it from then on: step, save and load the whole, not a part. Groups that are taken out of ``param_groups``, and a
+    ``state`` that is assigned, are followed at the next step.
+
+    ``OneCycleLR`` and ``CyclicLR`` need ``cycle_momentum=False``, or raise torch's ValueError: they write either
+    ``momentum`` or ``betas`` into all groups, of which each rule has its own.
 
     Args:
         rules: each an optimizer with its groups, and the roles (see :data:`danlu.optim.ROLES`) of the groups that
@@ -32,7 +40,7 @@ class CombinedOptimizer(Optimizer):
         model: if given, each of its parameters that requires a gradient has to be in a group.
 
     Raises:
-        TypeError: a rule is no optimizer.
+        TypeError: a rule is no optimizer, or one that evaluates the loss itself (LBFGS).
         ValueError: a parameter is in two rules, or in none of them, and is named; a role has two rules.
 
     >>> hidden, head = nn.Linear(2, 4, bias=False), nn.Linear(4, 2, bias=False)
@@ -49,6 +57,8 @@ class CombinedOptimizer(Optimizer):
         for rule, _ in rules:
             if not isinstance(rule, Optimizer):
                 raise TypeError(f"rules must hold torch.optim.Optimizer objects, got {type(rule).__name__}")
+            if isinstance(rule, torch.optim.LBFGS):
+                raise TypeError("rules must step by the gradients alone, got LBFGS, which calls a closure many times")
         self.rules = tuple(rule for rule, _ in rules)
         self._by_role = _by_role(rules)
         groups = [group for rule in self.rules for group in rule.param_groups]
@@ -62,11 +72,40 @@ class CombinedOptimizer(Optimizer):
         held = [(parameter, state) for rule in self.rules for parameter, state in rule.state.items()]
         self._share(defaultdict(dict, held))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._linked = tuple(self.param_groups)
+
     def _share(self, state: "defaultdict[Any, Any]") -> None:
         """Let the rules keep what they know of each parameter in the one state of this optimizer."""
         self.state = state
         for rule in self.rules:
             rule.state = state
+        self._linked = tuple(self.param_groups)
+
+    def _follow(self) -> None:
+        """Let the rules have what was assigned to ``param_groups`` and ``state`` of the whole.
+
+        Raises:
+            ValueError: a group is no rule's, or groups or state of a rule were replaced by themselves.
+        """
+        linked, here = [id(group) for group in self._linked], [id(group) for group in self.param_groups]
+        held = {id(group): index for index, rule in enumerate(self.rules) for group in rule.param_groups}
+        for position, group in enumerate(self.param_groups):
+            if id(group) not in held:
+                accepted = "accepted in param_groups are the groups that add_param_group and load_state_dict made"
+                raise ValueError(f"{label(position, group, 0)} has no rule; {accepted}")
+        if held.keys() - linked or any(rule.state is not self.rules[0].state for rule in self.rules):
+            raise ValueError("a rule was given groups or a state by itself; add or load them by the combined optimizer")
+        if here == linked and self.state is self.rules[0].state:
+            return
+        for index, rule in enumerate(self.rules):
+            rule.param_groups = [group for group in self.param_groups if held[id(group)] == index]
+        for group in self._linked:
+            if id(group) not in here:
+                for parameter in group["params"]:
+                    self.state.pop(parameter, None)
+        self._share(self.state)
 
     def _places(self) -> list[tuple[int, int]]:
         """Return for each group which rule holds it, and at which place among that rule's groups."""
@@ -78,6 +117,7 @@ class CombinedOptimizer(Optimizer):
         return [held[id(group)] for group in self.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
+        self._follow()
         return {**super().__getstate__(), "rules": self.rules, "_by_role": self._by_role}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,6 +133,7 @@ class CombinedOptimizer(Optimizer):
         if any(param_group is group for rule in self.rules for group in rule.param_groups):
             super().add_param_group(param_group)  # a rule's own, while this optimizer is made of them
             return
+        self._follow()
         param_group = _unnamed(param_group)
         position = len(self.param_groups)
         _check_once([*self.param_groups, param_group], {})
@@ -103,13 +144,23 @@ class CombinedOptimizer(Optimizer):
         except (TypeError, ValueError):
             rule.param_groups.pop()
             raise
+        self._linked = tuple(self.param_groups)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore state and options of all the rules, each in the dtypes that it keeps.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all the rules in torch's format, the parameters numbered in the order of the groups."""
+        self._follow()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Restore state and options of all the rules, each in the dtypes that it keeps; on an error nothing changes.
 
         Raises:
+            TypeError: it is no dictionary, as the list of two that earlier releases saved.
             ValueError: the state is of other groups, or of other rules.
         """
+        if isinstance(state_dict, (list, tuple)):
+            raise TypeError(f"state_dict must be a dictionary, got a {type(state_dict).__name__}; {_MERGE}")
+        self._follow()
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
@@ -117,17 +168,26 @@ class CombinedOptimizer(Optimizer):
         sizes = [len(group["params"]) for group in self.param_groups]
         saved = [len(group["params"]) for group in state_dict["param_groups"]]
         if sizes != saved:
-            raise ValueError(f"state_dict has groups of {saved} parameters, expected {sizes}")
-        for index, rule in enumerate(self.rules):
-            groups = [group for group, (owner, _) in zip(state_dict["param_groups"], places) if owner == index]
-            keys = {key for group in groups for key in group["params"]}
-            state = {key: value for key, value in state_dict["state"].items() if key in keys}
-            rule.load_state_dict({"state": state, "param_groups": groups})
+            raise ValueError(f"state_dict has groups of {saved} parameters, expected {sizes}; {_MERGE}")
+        before_loading = [(rule.state, rule.param_groups) for rule in self.rules]
+        try:
+            self._load_rules(state_dict, places)
+        except BaseException:
+            for rule, (state, groups) in zip(self.rules, before_loading):
+                rule.state, rule.param_groups = state, groups
+            raise
         # Loading gave each rule new dictionaries.
         self.param_groups = [self.rules[index].param_groups[place] for index, place in places]
         self._share(defaultdict(dict, [item for rule in self.rules for item in rule.state.items()]))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _load_rules(self, state_dict: Mapping[str, Any], places: Sequence[tuple[int, int]]) -> None:
+        for index, rule in enumerate(self.rules):
+            groups = [group for group, (owner, _) in zip(state_dict["param_groups"], places) if owner == index]
+            keys = {key for group in groups for key in group["params"]}
+            state = {key: value for key, value in state_dict["state"].items() if key in keys}
+            rule.load_state_dict({"state": state, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -137,20 +197,22 @@ class CombinedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():  # torch's fused kernels and hooks cannot be traced: one break for all of them
-            _step_untraced([rule for rule in self.rules if not isinstance(rule, MomentumOptimizer)])
+            self._step_untraced()
             for rule in self.rules:
                 if isinstance(rule, MomentumOptimizer):
                     _unhooked_step(type(rule))(rule)
             return loss
+        self._follow()
         for rule in self.rules:
             _unhooked_step(type(rule))(rule)
         return loss
 
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _step_untraced(rules: Sequence[Optimizer]) -> None:
-    for rule in rules:
-        _unhooked_step(type(rule))(rule)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step_untraced(self) -> None:
+        self._follow()
+        for rule in self.rules:
+            if not isinstance(rule, MomentumOptimizer):
+                _unhooked_step(type(rule))(rule)
 
 
 def _unhooked_step(kind: type[Optimizer]) -> Callable[[Optimizer], Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from danlu._roles import MATRIX_ROLES, ROLES
+from danlu._roles import ATTRIBUTES, MATRIX_ROLES, ROLES
 from danlu._validate import choice, integer, number
 from danlu.approx import Composition
 from danlu.optim._base import MomentumOptimizer
@@ -35,6 +35,13 @@ from danlu.optim.muon_step import SCALES, Iteration, Options, Plan, composition_
 from danlu.optim.rounding import check_rounding, watch_resolution
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_ROLE, _SPLIT, _TURNED = ATTRIBUTES
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+def _any_dtensor(params: list[Tensor]) -> bool:
+    """Say whether one is a DTensor, of thousands of plain ones by their types."""
+    return not _PLAIN.issuperset(map(type, params)) and any(map(is_dtensor, params))
 
 
 class Muon(MomentumOptimizer):
@@ -187,7 +194,7 @@ class Muon(MomentumOptimizer):
         """Update parameters and momenta of a group in place."""
         if not params:
             return
-        if self.process_group is not None or any(map(is_dtensor, params)):
+        if self.process_group is not None or _any_dtensor(params):
             self._exchanging(group, params, grads, *slots)
         else:
             self._step(group, params, grads, *slots)
@@ -211,12 +218,29 @@ class Muon(MomentumOptimizer):
         said = {name: group[name] for name in ("role", "split", "transposed")}
         if torch.compiler.is_compiling():  # the graph is the plan
             return muon_plan(params, momenta, iteration, **said)
-        seen = [(id(m), p.shape, p.dtype, p.device, m.dtype) for p, m in zip(params, momenta)]
-        signature = (said, seen, id(iteration.composition), iteration[1:])
+        # All that a plan is made of: where a parameter lay that is gone, another may lie now.
+        everything: list[Any] = params
+        seen = [
+            (
+                p.shape,
+                p.dtype,
+                p.device,
+                m.dtype,
+                (notes := p.__dict__).get(_ROLE),
+                notes.get(_SPLIT),
+                notes.get(_TURNED),
+            )
+            for p, m in zip(everything, momenta)
+        ]
+        placed = _any_dtensor(params) and [(p.device_mesh, p.placements) if is_dtensor(p) else None for p in everything]
+        signature = (said, seen, placed, id(iteration.composition), iteration[1:])
         known = self._plans.get(id(group))
         if known is None or known[0] != signature:
             known = signature, muon_plan(params, momenta, iteration, **said)
             self._plans[id(group)] = known
+        if len(self._plans) > len(self.param_groups):
+            here = {id(group) for group in self.param_groups}
+            self._plans = {key: plan for key, plan in self._plans.items() if key in here}
         return known[1]
 
     def before_update(self, group: Mapping[str, Any], W: Tensor, update: Tensor, *slots: Tensor) -> None:
