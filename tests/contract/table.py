@@ -32,6 +32,8 @@ from danlu.nn import (
     squareplus,
     swiglu,
 )
+from danlu.nn.attention.blocked import blocked_attention
+from danlu.nn.grouped import routed_experts
 from danlu.nn.ssm import causal_convolution
 
 Function = Callable[..., Tensor]
@@ -120,6 +122,38 @@ def convolution(u: Tensor, k: Tensor) -> Tensor:
     return (matrix @ u[..., None])[..., 0]
 
 
+def experts(x: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    y = routed_experts(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1), w_up, w_down)
+    return y.view(x.shape)
+
+
+def sum_of_experts(x: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    total = torch.zeros_like(x)
+    for e in range(len(w_up)):
+        weight = (gate * (chosen == e)).sum(-1, keepdim=True)
+        total = total + weight.to(x.dtype) * (gated(x @ w_up[e].T) @ w_down[e].T)
+    return total
+
+
+def with_choices(b: int, t: int) -> tuple[Tensor, ...]:
+    first = torch.arange(b * t).view(b, t, 1) * 3 % 5
+    return gaussian(b, t, 6, seed=1), gaussian(b, t, 2, seed=2).sigmoid(), torch.cat((first, (first + 2) % 5), -1)
+
+
+def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return blocked_attention(q, k, v, causal=True, scale=0.3)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    return (0.3 * q @ k.mT).masked_fill(later, -torch.inf).softmax(-1) @ v
+
+
+def heads(b: int, t: int) -> tuple[Tensor, ...]:
+    return gaussian(b, 4, 5, 2, seed=1), gaussian(b, 2, 5, 2, seed=2), gaussian(b, 2, 5, 2, seed=3)
+
+
 def numbers(*sizes: int) -> Callable[[int, int], tuple[Tensor, ...]]:
     """Return activations ``(batch, time, *sizes)``."""
     return lambda b, t: (gaussian(b, t, *sizes, seed=1),)
@@ -144,6 +178,9 @@ CASES = [
          with_targets, lambda: (gaussian(11, 6, seed=2),), products=True, loss=True),
     Case("causal_convolution", causal_convolution, convolution, lambda b, t: (gaussian(b, 3, 9, seed=1),),
          lambda: (gaussian(3, 9, seed=2),), dynamic=None),
+    Case("experts", experts, sum_of_experts, with_choices,
+         lambda: (gaussian(5, 8, 6, seed=3), gaussian(5, 6, 4, seed=4)), products=True),
+    Case("blocked attention", blocked, attention, heads, products=True, dynamic=None),
     layer("RMSNorm", lambda: RMSNorm(8), rms_norm, numbers(8)),
     layer("FeedForward", lambda: FeedForward(6, 5), feed_forward, numbers(6), products=True),
     layer("Linear", lambda: Linear(6, 5), lambda x, w: x @ w.T, numbers(6), products=True),
