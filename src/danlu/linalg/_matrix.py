@@ -1,11 +1,42 @@
-"""The check that every function of a matrix makes on its argument."""
+"""The check that every function of a matrix makes on its argument, and the dtype in which it computes."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from danlu._autograd import ordinary
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_own_dtype(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function compute in the dtype that it states, also where ``torch.autocast`` would round its products.
+
+    >>> product = in_own_dtype(lambda A: A @ A)
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     product(torch.eye(2)).dtype, (torch.eye(2) @ torch.eye(2)).dtype
+    (torch.float32, torch.bfloat16)
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
 
 def check_matrix(name: str, M: Tensor, *, finite: bool = True) -> None:
     """Raise unless ``M`` is a real floating tensor ``(…, m, n)``, with finite entries if ``finite``.
+
+    The entries are not read where they cannot be: in transforms, in traces and on the meta device.
 
     >>> check_matrix("W", torch.ones(3))
     Traceback (most recent call last):
@@ -18,5 +49,5 @@ def check_matrix(name: str, M: Tensor, *, finite: bool = True) -> None:
         raise TypeError(f"{name} must have a real floating dtype, got {M.dtype}")
     if M.ndim < 2:
         raise ValueError(f"{name} must have at least 2 dimensions (…, m, n), got shape {tuple(M.shape)}")
-    if finite and M.numel() and not bool(torch.isfinite(M).all()):
+    if finite and ordinary(M) and M.numel() and not bool(torch.isfinite(M).all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity in a tensor of shape {tuple(M.shape)}")

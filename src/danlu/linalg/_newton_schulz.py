@@ -108,13 +108,17 @@ def chunk_length(m: int, n: int, dtype: torch.dtype, device: torch.device, chunk
 def power_of_two_scale(M: Tensor) -> Tensor:
     """Return the power of two, shape ``(…, 1, 1)``, that brings the largest entry of each matrix into [1/2, 1).
 
-    Multiplying by it is exact. A zero matrix gets 1.
+    Multiplying by it is exact. A zero matrix gets 1. The dtype is that of ``M``, but float32 for float16, whose largest
+    power of two does not bring its smallest numbers there.
     """
     # On a CPU thirty times as fast as the norm of order infinity, which is a loop over numbers there.
     largest = M.abs().amax(dim=(-2, -1), keepdim=True)
-    exponent = torch.frexp(largest.float() if largest.dtype != torch.float64 else largest).exponent
-    # 2^127 is the largest power that float32 holds; entries that small are subnormal and count as zero.
-    return torch.ldexp(torch.ones_like(largest), (-exponent).clamp(max=126))
+    wide = largest.to(at_least_float32(largest.dtype))
+    # The exponent in the same dtype: the power of an integer tensor would be one of float32.
+    exponent = -torch.frexp(wide).exponent.to(wide.dtype)
+    # Numbers for which a larger power would be needed are subnormal.
+    scale = torch.ldexp(torch.ones_like(wide), exponent.clamp(max=1022 if wide.dtype == torch.float64 else 126))
+    return scale.to(largest.dtype) if largest.dtype == torch.bfloat16 else scale
 
 
 def default_gram_steps(steps: Sequence[Sequence[float]], m: int, n: int, dtype: torch.dtype) -> int:

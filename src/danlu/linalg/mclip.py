@@ -5,14 +5,15 @@ of products and matrix signs (without any decomposition) are here too, each unde
 them fails on some spectra, which `mclip` lists.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from danlu._autograd import Fused
 from danlu._validate import choice, integer, number, positive
-from danlu.linalg._matrix import check_matrix
+from danlu.linalg._matrix import check_matrix, in_own_dtype
 from danlu.linalg._newton_schulz import at_least_float32, power_of_two_scale
 from danlu.linalg.msign import msign, rank_tolerance
 
@@ -21,13 +22,15 @@ __all__ = ["mclip", "mstep", "singular_power", "spectral_relu"]
 Sign = Callable[[Tensor], Tensor]
 Method = Literal["auto", "svd", "gram", "v1", "v2", "v3", "block", "general", "hard_cap"]
 
-METHODS = ("auto", "svd", "gram", "v1", "v2", "v3", "block", "general", "hard_cap")
+METHODS: tuple[Method, ...] = get_args(Method)
+SpectralMethod = Literal["svd", "sign"]
 
 # A Gram matrix in precision eps resolves a singular value s only to eps * s_1^2 / s. Values are lowered by at most this
 # factor at a time, so that the error stays below about 16 eps of the largest value.
 _REACH = 32.0
 
 
+@in_own_dtype
 def mclip(M: Tensor, low: float = -1.0, high: float = 1.0, *, method: Method = "auto", sign: Sign = msign) -> Tensor:
     """Return ``U clip(S, low, high) V^T`` where ``M = U S V^T``; singular values that are zero stay zero.
 
@@ -56,7 +59,7 @@ def mclip(M: Tensor, low: float = -1.0, high: float = 1.0, *, method: Method = "
         sign: the matrix sign from which these forms are built.
 
     Returns:
-        ``(…, m, n)`` in the dtype of ``M``. No gradient is recorded.
+        ``(…, m, n)`` in the dtype of ``M``, differentiable where no singular value is at a threshold.
 
     Raises:
         TypeError: ``M`` is not a real floating tensor.
@@ -89,21 +92,19 @@ def mclip(M: Tensor, low: float = -1.0, high: float = 1.0, *, method: Method = "
         return torch.zeros_like(M)
     if M.numel() == 0:
         return torch.empty_like(M)
-    with torch.no_grad():
-        if method == "svd":
-            return _map_singular_values(M, lambda S: S.clamp(low, high), keep_zero=not capping)
-        # Every form commutes with transposition; a wide matrix keeps the square factors on the small side.
-        wide = M if M.shape[-2] <= M.shape[-1] else M.mT
-        if method == "gram":
-            X = _cap(wide, high)
-        elif method == "general":
-            X = _general(wide, max(low, -high), high, sign)
-        else:
-            X = high * _UNIT_FORMS[method](wide / high, sign)
-        return X if wide is M else X.mT
+    if method in ("svd", "gram"):
+        return _Clip.of(M, None if capping else low, high, method == "gram")
+    # Every form commutes with transposition; a wide matrix keeps the square factors on the small side.
+    wide = M if M.shape[-2] <= M.shape[-1] else M.mT
+    if method == "general":
+        X = _general(wide, max(low, -high), high, sign)
+    else:
+        X = high * _UNIT_FORMS[method](wide / high, sign)
+    return X if wide is M else X.mT
 
 
-def spectral_relu(M: Tensor, threshold: float, *, method: Literal["svd", "sign"] = "svd", sign: Sign = msign) -> Tensor:
+@in_own_dtype
+def spectral_relu(M: Tensor, threshold: float, *, method: SpectralMethod = "svd", sign: Sign = msign) -> Tensor:
     """Return ``U max(S, threshold) V^T``: every non-zero singular value is raised to at least ``threshold``.
 
     ``method="sign"`` evaluates ``(a s + M + (a s - M) msign(a s - M)^T s) / 2`` with ``s = msign(M)``.
@@ -115,16 +116,16 @@ def spectral_relu(M: Tensor, threshold: float, *, method: Literal["svd", "sign"]
     """
     check_matrix("M", M)
     positive("threshold", threshold)
-    choice("method", method, ("svd", "sign"))
-    with torch.no_grad():
-        if method == "svd":
-            return _map_singular_values(M, lambda S: S.clamp(min=threshold), keep_zero=True)
-        s = sign(M)
-        D = threshold * s - M
-        return (threshold * s + M + _absolute(D, s, sign)) / 2
+    choice("method", method, get_args(SpectralMethod))
+    if method == "svd":
+        return _Clip.of(M, threshold, None, False)
+    s = sign(M)
+    D = threshold * s - M
+    return (threshold * s + M + _absolute(D, s, sign)) / 2
 
 
-def mstep(M: Tensor, threshold: float = 1.0, *, method: Literal["svd", "sign"] = "svd", sign: Sign = msign) -> Tensor:
+@in_own_dtype
+def mstep(M: Tensor, threshold: float = 1.0, *, method: SpectralMethod = "svd", sign: Sign = msign) -> Tensor:
     """Return ``U step(S - threshold) V^T``: values above ``threshold`` become 1, values below 0, equal ones 1/2.
 
     ``method="sign"`` evaluates ``(msign(M) + msign(M - threshold msign(M))) / 2``.
@@ -136,15 +137,14 @@ def mstep(M: Tensor, threshold: float = 1.0, *, method: Literal["svd", "sign"] =
     """
     check_matrix("M", M)
     positive("threshold", threshold)
-    choice("method", method, ("svd", "sign"))
-    with torch.no_grad():
-        if method == "svd":
-            half = torch.tensor(0.5)
-            return _map_singular_values(M, lambda S: torch.heaviside(S - threshold, half.to(S)))
-        s = sign(M)
-        return (s + sign(M - threshold * s)) / 2
+    choice("method", method, get_args(SpectralMethod))
+    if method == "svd":
+        return _Step.of(M, threshold)
+    s = sign(M)
+    return (s + sign(M - threshold * s)) / 2
 
 
+@in_own_dtype
 def singular_power(M: Tensor, exponent: int, *, sign: Sign = msign) -> Tensor:
     """Return ``U S**exponent V^T`` by products: ``M (M^T M)^k`` if odd, ``msign(M) (M^T M)^k`` if even.
 
@@ -165,10 +165,80 @@ def singular_power(M: Tensor, exponent: int, *, sign: Sign = msign) -> Tensor:
     return X
 
 
+class _Clip(Fused):
+    """The clip by a decomposition, with the derivative of the exact one: differentiable as often as `msign` is."""
+
+    @staticmethod
+    def plain(M: Tensor, low: float | None, high: float | None, gram: bool) -> Tensor:
+        if M.numel() == 0:
+            return M.clone()
+        if M.shape[-2] > M.shape[-1]:
+            return _Clip.plain(M.mT, low, high, gram).mT
+        scale = power_of_two_scale(M.detach()).double()
+        # In float64, for the square of the matrix decides which singular values are above a threshold.
+        A = M.double() * scale
+        s, X = msign(A), A
+        if high is not None:
+            X = X - _above(A, high * scale) @ (A - high * scale * s)
+        if low is not None:
+            raised = low * scale * s - A
+            X = X + raised - _above(A, low * scale) @ raised
+        value = _map_singular_values(M.detach(), lambda S: S.clamp(low, high), low is not None)
+        return value + ((X - X.detach()) / scale).to(M.dtype)
+
+    @staticmethod
+    def fast(_: Any, M: Tensor, low: float | None, high: float | None, gram: bool) -> tuple[Tensor]:
+        if not gram or high is None:
+            return (_map_singular_values(M, lambda S: S.clamp(low, high), low is not None),)
+        return (_cap(M, high) if M.shape[-2] <= M.shape[-1] else _cap(M.mT, high).mT,)
+
+    @staticmethod
+    def derivative(_: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        return _derivative(_Clip.plain, grad, inputs)
+
+
+class _Step(Fused):
+    """The step function of singular values, with its derivative: they stay, the singular vectors turn."""
+
+    @staticmethod
+    def plain(M: Tensor, threshold: float) -> Tensor:
+        if M.numel() == 0:
+            return M.clone()
+        if M.shape[-2] > M.shape[-1]:
+            return _Step.plain(M.mT, threshold).mT
+        scale = power_of_two_scale(M.detach()).double()
+        A = M.double() * scale
+        X = _above(A, threshold * scale) @ msign(A)
+        return _Step.fast(None, M.detach(), threshold)[0] + (X - X.detach()).to(M.dtype)
+
+    @staticmethod
+    def fast(_: Any, M: Tensor, threshold: float) -> tuple[Tensor]:
+        return (_map_singular_values(M, lambda S: ((threshold < S).to(S) + (threshold <= S).to(S)) / 2),)
+
+    @staticmethod
+    def derivative(_: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        return _derivative(_Step.plain, grad, inputs)
+
+
+def _derivative(plain: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    M, *others = inputs
+    with torch.enable_grad():
+        M = M.detach().requires_grad_()
+        (found,) = torch.autograd.grad(plain(M, *others), M, grad)
+    return found, *(None for _ in others)
+
+
+def _above(A: Tensor, threshold: Tensor) -> Tensor:
+    """Return the projector on the left singular vectors of values above a threshold, half of it for equal ones."""
+    eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
+    return (eye + msign(A @ A.mT - threshold.square() * eye)) / 2
+
+
 def _map_singular_values(M: Tensor, function: Callable[[Tensor], Tensor], keep_zero: bool = False) -> Tensor:
-    work = M.to(at_least_float32(M.dtype))
+    scale = power_of_two_scale(M)
+    work = (M * scale).to(at_least_float32(M.dtype))
     U, S, Vh = torch.linalg.svd(work, full_matrices=False)
-    mapped = function(S)
+    mapped = function(S / scale[..., 0].to(S.dtype))
     if keep_zero:
         mapped = torch.where(rank_tolerance(work) * S[..., :1] < S, mapped, 0)
     result: Tensor = (U * mapped.unsqueeze(-2)) @ Vh
@@ -190,7 +260,8 @@ def _cap(M: Tensor, high: float) -> Tensor:
         X = X - (Q * excess.unsqueeze(-2)) @ (Q.mT @ X)
         if bool((target <= cap).all()):
             break
-    return X.to(M.dtype) / scale
+    # For float16 the scale is float32: its numbers would not hold what is divided.
+    return (X.to(M.dtype) / scale).to(M.dtype)
 
 
 def _v1(M: Tensor, sign: Sign) -> Tensor:

@@ -6,20 +6,26 @@ gram_steps=None, chunk_bytes=None)``, with compositions from `default_compositio
 """
 
 import functools
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from danlu._autograd import Fused
 from danlu._validate import choice, integer, number
 from danlu.approx import TABLES, Composition, optimal_composition, published
-from danlu.linalg._matrix import check_matrix
-from danlu.linalg._newton_schulz import at_least_float32, orthogonalize, power_of_two_scale
+from danlu.linalg._matrix import check_matrix, in_own_dtype
+from danlu.linalg._newton_schulz import at_least_float32, iterate, orthogonalize, power_of_two_scale
 
 __all__ = ["METHODS", "default_compositions", "msign", "orthogonalize", "polar", "rank_tolerance"]
 
 # Names accepted by `msign`: "auto", "svd", "designed" and the published coefficient sets of danlu.approx.
 METHODS = ("auto", "svd", "designed", *sorted(TABLES))
+
+
+Side = Literal["right", "left"]
+Scale = Literal["schatten8", "frobenius"]
 
 
 @functools.lru_cache
@@ -98,14 +104,14 @@ def msign(
     if working == torch.float16:
         working = torch.float32
     composition, short = _resolve(method, steps, lower, working)
-    result: Tensor = _MSign.apply(M, composition, short, "frobenius" if method in TABLES else "schatten8", working)
-    return result
+    return _MSign.of(M, composition, short, "frobenius" if method in TABLES else "schatten8", working)
 
 
+@in_own_dtype
 def polar(
     M: Tensor,
     *,
-    side: Literal["right", "left"] = "right",
+    side: Side = "right",
     method: str | Composition = "svd",
 ) -> tuple[Tensor, Tensor]:
     """Return the polar decomposition ``M = U P`` (``side="right"``) or ``M = P U`` (``"left"``), ``P`` symmetric PSD.
@@ -127,12 +133,14 @@ def polar(
     >>> torch.allclose(U @ P, M)
     True
     """
-    choice("side", side, ("right", "left"))
+    choice("side", side, get_args(Side))
     U = msign(M, method=method)
     P = U.mT @ M if side == "right" else M @ U.mT
     return U, (P + P.mT) / 2
 
 
+# A compiler takes the answer for a constant instead of tracing the design.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _resolve(
     method: str | Composition, steps: int | str, lower: float | None, dtype: torch.dtype
 ) -> tuple[Composition | None, Composition | None]:
@@ -177,33 +185,51 @@ def _designed(steps: int | None, lower: float | None, dtype: torch.dtype) -> tup
     return composition, None
 
 
-class _MSign(torch.autograd.Function):
+class _MSign(Fused):
+    """The sign by SVD or by iteration, with the derivative of the exact sign in both cases."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
+    def plain(
         M: Tensor,
         composition: Composition | None,
         short: Composition | None,
-        scale: Literal["schatten8", "frobenius"],
+        scale: Scale,
         dtype: torch.dtype,
     ) -> Tensor:
         if M.numel() == 0:
-            X = torch.empty_like(M)
-        elif composition is None:
-            X = _svd_msign(M.to(at_least_float32(dtype))).to(M.dtype)
+            return M.clone()
+        if M.shape[-2] > M.shape[-1]:
+            return _MSign.plain(M.mT, composition, short, scale, dtype).mT
+        A = (M * power_of_two_scale(M.detach())).to(at_least_float32(M.dtype))
+        if composition is None:
+            X = _svd_msign(A.detach())
         else:
-            # Scale before the cast, which could overflow or underflow.
+            # Not the shorter one for flat spectra: a trace cannot look at the spectrum.
+            X = iterate(A.detach().to(dtype), composition.coefficients, None, scale, None).to(A.dtype)
+        polar = _polished(A, X)
+        return (X + (polar - polar.detach())).to(M.dtype)
+
+    @staticmethod
+    def fast(
+        _: Any,
+        M: Tensor,
+        composition: Composition | None,
+        short: Composition | None,
+        scale: Scale,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        if composition is None:
+            X = _svd_msign((M * power_of_two_scale(M)).to(at_least_float32(dtype))).to(M.dtype)
+        else:
+            # The scale comes before the cast, which could overflow or underflow.
             scaled = M if dtype == M.dtype else (M * power_of_two_scale(M)).to(dtype)
             stack = scaled.reshape(-1, *M.shape[-2:])
             X = orthogonalize(stack, composition, short=short, scale=scale).reshape(M.shape).to(M.dtype)
-        ctx.save_for_backward(M, X)
-        return X
+        return X, X
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None, None]:
-        M, X = ctx.saved_tensors
-        return _msign_backward(M, X, G), None, None, None, None
+    def derivative(_: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        return _msign_backward(inputs[0], kept[0], grad), None, None, None, None
 
 
 def _svd_msign(M: Tensor) -> Tensor:
@@ -213,14 +239,37 @@ def _svd_msign(M: Tensor) -> Tensor:
     return X
 
 
+_ORDERS = 4
+
+
+def _polished(M: Tensor, X: Tensor) -> Tensor:
+    """Return ``X = msign(M)`` of a wide ``M`` as a function of ``M`` that can be differentiated four times.
+
+    It is Newton's method from the answer, with the inverse of the first step: each step makes one more derivative
+    right, and none differentiates a decomposition, which repeated singular values do not bear. One step makes the rows
+    of X orthonormal, then rotates them by ``Ω`` until ``M X^T`` is symmetric and turns them into the row space of M.
+    """
+    H = (M @ X.mT).detach()
+    S, U = torch.linalg.eigh((H + H.mT) / 2)
+    S = S.clamp_min(0)
+    tolerance = rank_tolerance(M) * S[..., -1:]
+    sums = S.unsqueeze(-1) + S.unsqueeze(-2)
+    rotation = torch.where(sums > 2 * tolerance.unsqueeze(-1), 1 / sums, 0)
+    inverse = (U * torch.where(tolerance < S, 1 / S, 0).unsqueeze(-2)) @ U.mT
+    for _ in range(_ORDERS):
+        X = 1.5 * X - X @ X.mT @ X / 2
+        N = M @ X.mT
+        turn = U @ (rotation * (U.mT @ (N - N.mT) @ U)) @ U.mT
+        X = X + turn @ X + inverse @ (M - N @ X)
+    return X
+
+
 def _msign_backward(M: Tensor, X: Tensor, G: Tensor) -> Tensor:
     """Return the gradient with respect to ``M`` from ``G``, the one with respect to ``X = msign(M)``.
 
     With ``M = H X`` and ``H = U S U^T``, a change ``dM`` gives ``dX = Ω X + H^+ dM (I - X^T X)``; the antisymmetric
     ``Ω`` solves ``H Ω + Ω H = dM X^T - X dM^T``. The adjoint map solves the same equation, diagonal in the basis ``U``.
     """
-    if M.numel() == 0:
-        return torch.zeros_like(M)
     if M.shape[-2] > M.shape[-1]:
         return _msign_backward(M.mT, X.mT, G.mT).mT
     work = at_least_float32(M.dtype)
@@ -237,5 +286,5 @@ def _msign_backward(M: Tensor, X: Tensor, G: Tensor) -> Tensor:
     Y = torch.where(sums > 2 * tolerance.unsqueeze(-1), (K - K.mT) / sums, 0)
     inverse = torch.where(tolerance < S, 1 / S, 0).unsqueeze(-1)
     normal = UG - K @ VT  # the part of G outside the row space of M
-    gradient: Tensor = (U @ (Y @ VT + inverse * normal)).to(M.dtype) * scale
-    return gradient
+    gradient: Tensor = (U @ (Y @ VT + inverse * normal)).to(M.dtype if M.dtype != torch.float16 else work) * scale
+    return gradient.to(M.dtype)

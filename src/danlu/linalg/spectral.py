@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from danlu._autograd import ordinary
 from danlu._validate import integer
-from danlu.linalg._matrix import check_matrix
+from danlu.linalg._matrix import check_matrix, in_own_dtype
 from danlu.linalg._newton_schulz import at_least_float32, power_of_two_scale
 
 __all__ = ["TopSingular", "spectral_norm", "spectral_norm_gradient"]
@@ -16,7 +17,7 @@ class TopSingular(NamedTuple):
     """The largest singular value of ``M`` and its vectors: ``M right = value * left``.
 
     Attributes:
-        value: ``(…)``, differentiable; the gradient is ``left right^T``.
+        value: ``(…)``, differentiable once (the vectors count as constants); the gradient is ``left right^T``.
         left: ``(…, m)``, a unit vector.
         right: ``(…, n)``, a unit vector.
         start: ``(…, n)`` or ``(…, n, block)``: pass it as ``start`` to the next call.
@@ -28,6 +29,7 @@ class TopSingular(NamedTuple):
     start: Tensor
 
 
+@in_own_dtype
 def spectral_norm(M: Tensor, *, start: Tensor | None = None, iterations: int = 10, block: int = 1) -> TopSingular:
     """Return the largest singular value of ``M`` by power iteration, from below.
 
@@ -59,13 +61,13 @@ def spectral_norm(M: Tensor, *, start: Tensor | None = None, iterations: int = 1
     """
     check_matrix("M", M)
     m, n = M.shape[-2:]
-    if M.numel() == 0:
+    if 0 in (m, n):
         raise ValueError(f"M must not be empty, got shape {tuple(M.shape)}")
     integer("iterations", iterations)
     integer("block", block, high=min(m, n))
     with torch.no_grad():
-        scale = power_of_two_scale(M)
-        A = (M * scale).to(at_least_float32(M.dtype))
+        scale = power_of_two_scale(M.detach())
+        A = (M.detach() * scale).to(at_least_float32(M.dtype))
         V = _start(A, start, block)
         for _ in range(iterations):
             V = _orthonormal(A.mT @ (A @ V))
@@ -82,9 +84,11 @@ def spectral_norm(M: Tensor, *, start: Tensor | None = None, iterations: int = 1
         left = torch.where(norm > 0, image / norm, torch.eye(m, 1, dtype=A.dtype, device=A.device)[:, 0])
         left, right, V = left.to(M.dtype), right.to(M.dtype), V.to(M.dtype)
     value = ((M * scale * right.unsqueeze(-2)).sum(-1) * left).sum(-1) / scale[..., 0, 0]
+    value = value.to(M.dtype)
     return TopSingular(value, left, right, V[..., 0] if block == 1 else V)
 
 
+@in_own_dtype
 def spectral_norm_gradient(M: Tensor, *, start: Tensor | None = None, iterations: int = 10, block: int = 1) -> Tensor:
     """Return ``u v^T``, the gradient of the spectral norm where the largest singular value is simple.
 
@@ -102,8 +106,13 @@ def spectral_norm_gradient(M: Tensor, *, start: Tensor | None = None, iterations
 
 def _start(A: Tensor, start: Tensor | None, block: int) -> Tensor:
     shape = (*A.shape[:-2], A.shape[-1], block)
-    generator = torch.Generator().manual_seed(10648)
-    fresh = torch.randn(shape[-2:], generator=generator, dtype=torch.float64).to(A).expand(shape)
+    if ordinary(A):
+        generator = torch.Generator().manual_seed(10648)
+        fresh = torch.randn(shape[-2:], generator=generator, dtype=torch.float64).to(A).expand(shape)
+    else:
+        # Transforms and traces have no generators of their own; any vector without a structure serves.
+        places = torch.arange(shape[-2] * block, dtype=torch.float64, device=A.device).view(shape[-2:])
+        fresh = torch.sin(10648 * (places + 1) ** 0.5).to(A.dtype).expand(shape)
     if start is None:
         return fresh
     V = start.unsqueeze(-1) if block == 1 and start.ndim == A.ndim - 1 else start

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import integer
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.interpolative import interpolative
 from danlu.linalg.lowrank.matrix import MatrixLike
 
@@ -25,6 +26,7 @@ class Anncur:
     weights: Tensor
     error: Tensor
 
+    @in_own_dtype
     def complete(self, scores: Tensor) -> Tensor:
         """Return approximate scores (…, items) of queries from their scores (…, a) against the anchors, in order."""
         if scores.shape[-1] != self.items.shape[-1]:
@@ -59,6 +61,7 @@ class Anncur:
         return pool[best.indices], best.values
 
 
+@in_own_dtype
 def anncur(
     scores: MatrixLike,
     anchors: int | None = None,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.matrix import (
     ImplicitMatrix,
     Matrix,
@@ -37,6 +38,7 @@ _LLOYD_STEPS = 10
 _LLOYD_SAMPLE = 4096
 
 
+@in_own_dtype
 def choose_columns(
     M: MatrixLike,
     rank: int,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.matrix import as_tensor, check_finite, columns_of, rows_of
 from danlu.linalg.lowrank.svd import PROBES
 
@@ -27,11 +28,13 @@ class CRProduct:
     weights: Tensor | None
     error: Tensor
 
+    @in_own_dtype
     def reconstruct(self) -> Tensor:
         """The approximate product, (…, n, m)."""
         return self.left @ self.right
 
 
+@in_own_dtype
 def cr(
     X: Tensor,
     Y: Tensor,
@@ -115,6 +118,7 @@ def cr(
     return CRProduct(indices, left, right, used, torch.linalg.vector_norm(residual, dim=(-2, -1)) / PROBES**0.5)
 
 
+@in_own_dtype
 def cr_variance(X: Tensor, Y: Tensor, rank: int, *, probabilities: Tensor | None = None) -> Tensor:
     """E‖XY − sampled product‖²_F of r independent draws: (Σ_i ‖x_i‖²‖y_i‖²/p_i − ‖XY‖²_F)/r, (…).
 

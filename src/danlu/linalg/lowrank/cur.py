@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.columns import CHOOSERS, SPECTRAL, _dominant, choose_columns, from_singular_vectors
 from danlu.linalg.lowrank.interpolative import columns_and_probes
 from danlu.linalg.lowrank.matrix import (
@@ -58,11 +59,13 @@ class CUR:
         middle: Tensor = inner @ self.core @ outer
         return middle
 
+    @in_own_dtype
     def reconstruct(self) -> Tensor:
         """C U R, (…, m, n), through the well-conditioned factors."""
         return self.left @ self.core @ self.right
 
 
+@in_own_dtype
 def cur(
     M: MatrixLike,
     rank: int | None = None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.columns import choose_columns, sketch
 from danlu.linalg.lowrank.matrix import (
     Matrix,
@@ -38,11 +39,13 @@ class Interpolative:
     Z: Tensor
     error: Tensor
 
+    @in_own_dtype
     def reconstruct(self) -> Tensor:
         """C Z, (…, m, n)."""
         return self.C @ self.Z
 
 
+@in_own_dtype
 def interpolative(
     M: MatrixLike,
     rank: int | None = None,

@@ -5,10 +5,12 @@ from torch import Tensor
 from torch.nn.functional import softmax
 
 from danlu._validate import choice, integer, number
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.matrix import as_tensor, check_finite
 from danlu.linalg.lowrank.pinv import iterative_pinv, pinv
 
 
+@in_own_dtype
 def landmark_attention(
     q: Tensor,
     k: Tensor,

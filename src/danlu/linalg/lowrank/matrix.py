@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from danlu._autograd import ordinary
 from danlu._validate import integer
 
 BLOCK_BYTES = 64 << 20
@@ -233,7 +234,7 @@ def check_finite(name: str, witness: Tensor, M: Matrix) -> None:
 
     Checking the witness is far cheaper than a pass over the matrix, which is read only to find out what is wrong.
     """
-    if bool(torch.isfinite(witness).all()):
+    if not ordinary(witness) or bool(torch.isfinite(witness).all()):
         return
     if isinstance(M, Tensor) and bool(torch.isfinite(M).all()):
         raise ValueError(f"{name} overflows {M.dtype}: scale it down")

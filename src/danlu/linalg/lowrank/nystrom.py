@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.matrix import (
     ImplicitMatrix,
     Matrix,
@@ -34,15 +35,18 @@ class Nystrom:
     factor: Tensor
     error: Tensor
 
+    @in_own_dtype
     def reconstruct(self) -> Tensor:
         """F Fᵀ, (…, n, n)."""
         return self.factor @ self.factor.mT
 
+    @in_own_dtype
     def matmul(self, X: Tensor) -> Tensor:
         """F (Fᵀ X) for X (…, n, k), without the n x n matrix."""
         return self.factor @ (self.factor.mT @ X)
 
 
+@in_own_dtype
 def nystrom(
     K: MatrixLike,
     rank: int | None = None,

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.matrix import as_tensor, check_finite, solve_triangular
 
 
+@in_own_dtype
 def pinv(A: Tensor, *, rtol: float | None = None) -> Tensor:
     """Moore–Penrose inverse A⁺ (…, n, m), the minimiser of ‖AB − I‖_F with the smallest norm; differentiable.
 
@@ -33,6 +35,7 @@ def pinv(A: Tensor, *, rtol: float | None = None) -> Tensor:
     return inverse
 
 
+@in_own_dtype
 def least_squares(A: Tensor, M: Tensor) -> Tensor:
     """A⁺ M (…, n, k), the minimiser of ‖AB − M‖_F, by QR and never through A⁺ itself.
 
@@ -75,6 +78,7 @@ def least_squares(A: Tensor, M: Tensor) -> Tensor:
     return solve_triangular(R, Q.mT @ M, size)
 
 
+@in_own_dtype
 def iterative_pinv(A: Tensor, *, method: str = "chebyshev", condition: float = 1e3, steps: int | None = None) -> Tensor:
     """Pseudo-inverse (…, n, m) by matrix products, four of the small side per step: for accelerators and autograd.
 

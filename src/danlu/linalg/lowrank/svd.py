@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer
+from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.matrix import (
     ImplicitMatrix,
     MatrixLike,
@@ -38,11 +39,13 @@ class TruncatedSVD:
     Vh: Tensor
     error: Tensor
 
+    @in_own_dtype
     def reconstruct(self) -> Tensor:
         """U diag(S) Vh, (…, m, n)."""
         return (self.U * self.S.unsqueeze(-2)) @ self.Vh
 
 
+@in_own_dtype
 def svd(
     M: MatrixLike,
     rank: int,
