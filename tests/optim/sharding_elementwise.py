@@ -104,15 +104,15 @@ def check_amos_keeps_the_slots_of_cut_rows_with_the_rows(world):
     optimizer = Amos(params)
     with CommDebugMode() as counted:
         optimizer.step()
-    assert counted.get_total_counts() == 1, counted.get_comm_counts()
+    assert counted.get_total_counts() == 2, counted.get_comm_counts()  # which gradients there are, and the sums
     placements = [optimizer.state[p]["exp_avg_sq"].placements for p in params]
     assert placements == [(Shard(0),), (Replicate(),), (Replicate(),)]
     assert [tuple(optimizer.state[p]["decay"].shape) for p in params] == [(5, 1), (5, 1), (1,)]
     assert optimizer.state[params[0]]["decay"].to_local().shape == (params[0].to_local().shape[0], 1)
 
 
-def check_lion_exchanges_nothing_and_tiger_once(world):
-    for make, most in ((KINDS["Lion"], 0), (KINDS["Tiger"], 1)):
+def check_lion_exchanges_nothing_and_tiger_one_sum_and_which_gradients_there_are(world):
+    for make, most in ((KINDS["Lion"], 0), (KINDS["Tiger"], 2)):
         params = [nn.Parameter(cut_over(world.four)(gaussian(5, 3, seed=i), i % 2)) for i in range(4)]
         for parameter in params:
             parameter.grad = parameter.detach().clone()
@@ -171,3 +171,32 @@ def check_a_whole_state_of_amos_is_cut_and_a_cut_one_made_whole(world):
         torch.testing.assert_close(optimizers[1].state[whole][slot], expected, rtol=0, atol=1e-14)
         torch.testing.assert_close(full(optimizers[0].state[cut][slot]), expected, rtol=0, atol=1e-14)
     assert optimizers[0].state[cut]["decay"].placements == (Shard(0),)
+
+
+def check_rounding_draws_the_same_however_a_parameter_is_cut(world):
+    for shape, dim in (((10, 6), 0), ((6, 10), 1), ((7,), 0)):
+        for rounding in ("stochastic", "compensated"):
+            whole = nn.Parameter(gaussian(*shape).bfloat16())
+            cut = nn.Parameter(placed(whole.detach().clone(), world.four, [Shard(dim)]))
+            for parameter in (whole, cut):
+                optimizer = Lion([parameter], lr=1e-3, rounding=rounding)
+                for seed in range(3):
+                    grad = gaussian(*shape, seed=seed).bfloat16()
+                    parameter.grad = grad if parameter is whole else placed(grad, world.four, [Shard(dim)])
+                    optimizer.step()
+            assert torch.equal(cut.full_tensor(), whole.detach()), (shape, dim, rounding)
+
+
+def check_a_shard_without_a_gradient_counts_as_zero_in_tiger_and_amos(world):
+    for make in (KINDS["Tiger"], KINDS["Amos"]):
+        whole, cut = nn.Parameter(gaussian(8, 6)), nn.Parameter(placed(gaussian(8, 6), world.four, [Shard(0)]))
+        for parameter in (whole, cut):
+            grad = gaussian(8, 6, seed=1)
+            grad[:2] = 0.0  # what the first process holds
+            optimizer = make([{"params": [parameter], "role": "conv"}])
+            if parameter is whole:
+                parameter.grad = grad
+            elif world.rank:
+                parameter.grad = placed(grad, world.four, [Shard(0)])
+            optimizer.step()
+        torch.testing.assert_close(cut.full_tensor(), whole.detach(), rtol=0, atol=1e-11)

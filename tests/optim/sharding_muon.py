@@ -150,16 +150,17 @@ def check_a_bucket_costs_two_collectives_cut_and_one_replicated(world):
         optimizer = Muon(params, process_group=group)
         with CommDebugMode() as counted:
             optimizer.step()
-        assert counted.get_total_counts() == 2 * each, counted.get_comm_counts()
+        # And one that compares which parameters have a gradient.
+        assert counted.get_total_counts() == 2 * each + 1, counted.get_comm_counts()
 
 
-def check_experts_that_lie_whole_on_a_process_cost_nothing(world):
+def check_experts_that_lie_whole_on_a_process_send_nothing_of_themselves(world):
     weight = nn.Parameter(cut_over(world.four)(gaussian(6, 4, 5), 0))
     weight.grad = weight.detach().clone()
     optimizer = Muon([weight])
     with CommDebugMode() as counted:
         optimizer.step()
-    assert counted.get_total_counts() == 0
+    assert counted.get_total_counts() == 1  # which parameters have a gradient
 
 
 def check_a_copy_shares_with_the_same_processes(world):
@@ -227,3 +228,43 @@ def check_weights_kept_transposed_step_as_their_transposes_however_they_are_cut(
         Muon([{"params": [weight], "split": split, "transposed": True}], lr=1.0, scale="mup").step()
         Muon([{"params": [upright], "split": split}], lr=1.0, scale="mup").step()
         torch.testing.assert_close(full(weight).mT, upright.detach(), rtol=0, atol=1e-11)
+
+
+def check_replicas_whose_gradients_differ_are_named_on_every_process(world):
+    params = [nn.Parameter(gaussian(4, 6, seed=i)) for i in range(3)]
+    optimizer = Muon([(f"p{i}", p) for i, p in enumerate(params)], process_group=dist.group.WORLD)
+    before = [p.detach().clone() for p in params]
+    for index, parameter in enumerate(params):
+        parameter.grad = None if index == 1 and world.rank else torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="parameter p1 of group 0 has a gradient on 1 of 4 processes"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params))
+    for parameter in params[:2]:  # on none it is passed over, as ever
+        parameter.grad = None
+    optimizer.step()
+    assert torch.equal(before[0], params[0])
+    assert not torch.equal(before[2], params[2])
+
+
+def check_a_shard_without_a_gradient_has_a_zero_one(world):
+    def grads(place):
+        made = []
+        for i, (shape, dim) in enumerate((((8, 6), 0), ((8, 4, 6), 0), ((6, 8), 1))):
+            whole = gaussian(*shape, seed=10 + i)
+            whole.narrow(dim, 0, 2).zero_()  # what the first process holds
+            made.append(place(whole, dim))
+        return made
+
+    results = []
+    for place in (here, cut_over(world.four)):
+        params = [
+            nn.Parameter(place(gaussian(*shape), dim)) for shape, dim in (((8, 6), 0), ((8, 4, 6), 0), ((6, 8), 1))
+        ]
+        optimizer = Muon(params, lr=0.1)
+        for _ in range(2):
+            for parameter, grad in zip(params, grads(place)):
+                parameter.grad = None if place is not here and world.rank == 0 else grad
+            optimizer.step()
+        results.append([full(p) for p in params])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-11)

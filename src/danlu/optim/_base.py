@@ -1,13 +1,14 @@
 """The base of danlu's optimizers: checking groups, making and restoring state, rounding, one loop over the groups."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from danlu.optim._common import label, placed_like
+from danlu.optim._common import is_dtensor, label, placed_like
+from danlu.optim._sharded import missing_here
 from danlu.optim.rounding import (
     SLOTS,
     Resolution,
@@ -35,6 +36,10 @@ class MomentumOptimizer(Optimizer):
     slot: ClassVar[str] = ""
     own: ClassVar[tuple[str, ...]] = ()
     momentum_dtype: torch.dtype | None = None
+    #: Whether the processes that share a parameter exchange anything in a step.
+    exchanges: ClassVar[bool] = True
+    process_group: Any = None
+    _absent: Set[int] = frozenset()
     _watch: Resolution | None = None
 
     def check_options(self, where: str, options: Mapping[str, Any]) -> None:
@@ -136,19 +141,23 @@ class MomentumOptimizer(Optimizer):
         rests: list[Tensor],
         keys: list[int | None],
     ) -> None:
+        absent = self._absent
         position = next(position for position, other in enumerate(self.param_groups) if other is group)
         place = sum(len(other["params"]) for other in self.param_groups[:position])
         for index, parameter in enumerate(group["params"]):
-            if parameter.grad is None:
+            grad = parameter.grad
+            if grad is None and place + index in absent:
+                grad = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if grad is None:
                 continue
-            if parameter.grad.is_sparse:
+            if grad.is_sparse:
                 name = label(position, group, index)
                 raise TypeError(f"{name} has a sparse gradient; accepted are dense gradients")
             state = self.state[parameter]
             if not state:
                 state.update(self.all_slots(parameter, group))
             params.append(parameter)
-            grads.append(parameter.grad)
+            grads.append(grad)
             held.extend(value for slot, value in state.items() if slot not in SLOTS.values())
             rest = [value for slot, value in state.items() if slot in SLOTS.values()]
             rests.extend(rest)
@@ -161,6 +170,9 @@ class MomentumOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        everything = (parameter for group in self.param_groups for parameter in group["params"])
+        if self.exchanges and (self.process_group is not None or any(map(is_dtensor, everything))):
+            self._agree()
         watch = None if torch.compiler.is_compiling() else self._watched()
         if watch is not None:
             watch.before(self.param_groups)
@@ -184,6 +196,14 @@ class MomentumOptimizer(Optimizer):
         if watch is not None:
             watch.after()
         return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _agree(self) -> None:
+        """Find out which shards have a gradient elsewhere only, which counts as zero here."""
+        groups = list(enumerate(self.param_groups))
+        params = [parameter for _, group in groups for parameter in group["params"]]
+        names = [label(position, group, index) for position, group in groups for index in range(len(group["params"]))]
+        self._absent = missing_here(params, names, self.process_group)
 
     def _watched(self) -> Resolution:
         if self._watch is None:

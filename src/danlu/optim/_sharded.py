@@ -171,6 +171,59 @@ def sum_shards_(sums: Sequence[Tensor], tensors: Sequence[Any], kept: Sequence[i
         torch._foreach_copy_(members, _views(flat, [tuple(found.shape) for found in members]))
 
 
+def _groups_of(parameter: Any, replicas: Any) -> list[Any]:
+    """Return the process groups in which a parameter is exchanged: those of its shards, else that of its replicas."""
+    placements = parameter.placements if is_dtensor(parameter) else ()
+    cut = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
+    return [parameter.device_mesh.get_group(axis) for axis in cut] or ([] if replicas is None else [replicas])
+
+
+@functools.cache
+def _host_group(group: Any) -> Any:
+    """Return a group of the same processes that carries tensors of the host, made by all at their first step."""
+    if dist.get_backend(group) == "gloo" or any(device.type == "cpu" for device in group._device_types):
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def missing_here(params: Sequence[Tensor], names: Sequence[str], replicas: Any) -> set[int]:
+    """Return the places of sharded parameters that have a gradient on another process and none here.
+
+    What each process steps decides what it sends, so that the processes have to know it of each other: one all-reduce
+    of a few bytes between the hosts, for each group. A shard without a gradient has a zero one.
+
+    Args:
+        params: all the parameters of an optimizer that may be exchanged, the same on all processes.
+        names: what errors call them.
+        replicas: the processes that hold replicas of what is not sharded; None for none.
+
+    Raises:
+        ValueError: a replica has a gradient on some processes only; said on all of them.
+    """
+    members: dict[Any, list[int]] = {}
+    for place, parameter in enumerate(params):
+        for group in _groups_of(parameter, replicas):
+            members.setdefault(group, []).append(place)
+    found: set[int] = set()
+    for group, places in members.items():
+        have = torch.tensor([params[place].grad is not None or place in found for place in places], dtype=torch.int32)
+        count = have.clone()
+        dist.all_reduce(count, group=_host_group(group))
+        world = dist.get_world_size(group)
+        for place, here, there in zip(places, have.tolist(), count.tolist()):
+            if not 0 < there < world:
+                continue
+            if group is replicas:
+                raise ValueError(
+                    f"{names[place]} has a gradient on {there} of {world} processes that hold replicas of it; accepted "
+                    "is on all or none: average zeros where a process has none"
+                )
+            if not here:
+                found.add(place)
+    return found
+
+
 def check_placement(name: str, parameter: Tensor) -> None:
     """Raise ValueError unless each process holds a shard or all of a parameter, and not a term of a sum."""
     placed: tuple[Any, ...] = getattr(parameter, "placements", ())

@@ -49,6 +49,8 @@ class RoundedAdamW(MomentumOptimizer):
     [0.98828125, 0.98828125]
     """
 
+    exchanges = False
+
     def __init__(
         self,
         params: Any,

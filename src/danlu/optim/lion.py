@@ -57,6 +57,7 @@ class Lion(MomentumOptimizer):
     """
 
     slot = "exp_avg"
+    exchanges = False
     own = ("momentum_dtype", "foreach")
 
     def __init__(
