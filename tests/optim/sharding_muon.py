@@ -195,7 +195,9 @@ def check_a_compiled_step_is_the_eager_one(world):
 
 def check_a_parameter_cut_twice_is_refused_by_name(world):
     weight = nn.Parameter(placed(gaussian(4, 6), world.grid, [Shard(0), Shard(1)]))
-    with pytest.raises(ValueError, match=r"parameter w of group 0 is placed as .*accepted is one Shard"):
+    with pytest.raises(
+        ValueError, match=r"parameter w of group 0 is placed as .*accepted is one Shard of its matrices"
+    ):
         Muon([("w", weight)])
 
 
@@ -268,3 +270,21 @@ def check_a_shard_without_a_gradient_has_a_zero_one(world):
         results.append([full(p) for p in params])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-11)
+
+
+def check_experts_sharded_over_two_dimensions_of_a_mesh_step_as_whole_ones(world):
+    shape = (6, 4, 8)
+    for first, second in ((0, 1), (1, 0), (0, 2), (0, 0)):
+        for split in (None, 2):
+            params = [
+                nn.Parameter(gaussian(*shape)),
+                nn.Parameter(placed(gaussian(*shape), world.grid, [Shard(first), Shard(second)])),
+            ]
+            for parameter in params:
+                optimizer = Muon([{"params": [parameter], "split": split}], lr=0.1)
+                for seed in range(2):
+                    grad = gaussian(*shape, seed=seed)
+                    whole = parameter is params[0]
+                    parameter.grad = grad if whole else placed(grad, world.grid, [Shard(first), Shard(second)])
+                    optimizer.step()
+            torch.testing.assert_close(full(params[1]), params[0].detach(), rtol=0, atol=1e-11)

@@ -78,7 +78,7 @@ def parts(name: str, tensors: Views, layout: Layout, group: Any) -> Iterator[Par
     """
     role, split, transposed = layout
     whole = tensors[0]
-    shard = sharding(name, whole)
+    shard = sharding(name, whole, whole.ndim - 2 if role == "experts" else 0)
     held = [local(tensor, whole) for tensor in tensors]
     last = role == "conv" and not held[0].is_contiguous()
     row_axis = (whole.ndim - 2 if role == "experts" else 0) + transposed
@@ -90,7 +90,9 @@ def parts(name: str, tensors: Views, layout: Layout, group: Any) -> Iterator[Par
         yield from (Part(view, group) for view in views)
         return
     group, axis, lengths = shard
-    if rows_cut:
+    if group is None:  # complete here, though others have more of the stack
+        yield from (Part(view) for view in views)
+    elif rows_cut:
         rows = rows_of(role, oriented(whole.shape, transposed))
         yield from _cut_rows(views[0], group, lengths, _heights(split, rows))
     elif role == "experts" and axis < whole.ndim - 2:

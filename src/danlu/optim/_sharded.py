@@ -117,11 +117,15 @@ def agreed_matmul_dtype(device: torch.device, group: Any) -> torch.dtype:
     return _decided_by_first(group, device)
 
 
-def sharding(name: str, parameter: Tensor) -> tuple[Any, int, tuple[int, ...]] | None:
+def sharding(name: str, parameter: Tensor, stacked: int = 0) -> tuple[Any, int, tuple[int, ...]] | None:
     """Return (group, dimension, length on each process) of a DTensor's shards; None where each process holds all of it.
 
+    The first ``stacked`` dimensions count matrices. Where they are sharded besides the matrices themselves, the group
+    holds the same of them, so that the shards of the matrices are all there is to exchange. Where they are sharded
+    more than once, nothing is, and the group is None.
+
     Raises:
-        ValueError: the parameter is sharded over more than one dimension of its mesh, or not into even chunks.
+        ValueError: the matrices are sharded over more than one dimension of the mesh, or not into even chunks.
     """
     if not is_dtensor(parameter):
         return None
@@ -130,9 +134,15 @@ def sharding(name: str, parameter: Tensor) -> tuple[Any, int, tuple[int, ...]] |
     cuts = [(axis, p) for axis, p in enumerate(tensor.placements) if mesh.size(axis) > 1 and not p.is_replicate()]
     if not cuts:
         return None
-    axis, placement = cuts[0]
-    if len(cuts) > 1 or not placement.is_shard():
-        raise ValueError(f"{name} is placed as {tensor.placements}; accepted is one Shard, the rest Replicate")
+    inside = [(axis, p) for axis, p in cuts if not p.is_shard() or p.dim >= stacked]
+    if len(cuts) > 1 and not inside:
+        return None, cuts[0][1].dim, ()
+    axis, placement = (inside or cuts)[0]
+    if len(inside) > 1 or not placement.is_shard():
+        placed = f"{name} is placed as {tensor.placements}"
+        raise ValueError(
+            f"{placed}; accepted is one Shard of its matrices, any of a stack's first dimensions, Replicate"
+        )
     world, whole = mesh.size(axis), tensor.shape[placement.dim]
     step = -(-whole // world)
     lengths = tuple(max(0, min(step, whole - rank * step)) for rank in range(world))
