@@ -110,6 +110,8 @@ class Fused:
 
     products: ClassVar[bool] = False
     """made of matrix products, which autocast computes in its dtype"""
+    linear: ClassVar[bool] = False
+    """linear in its first input, of whose shape and dtype the result is: that input is not kept, and given as zeros"""
     compiled: ClassVar[bool] = False
     """a compiler takes the hand-written passes as well: the plain formula would need far more memory"""
 
@@ -141,7 +143,10 @@ class _Call(torch.autograd.Function):
         y: Tensor
         y, *extra = own.fast(ctx, *inputs)
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *extra)
+        tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+        if own.linear:
+            tensors[0] = None
+        ctx.save_for_backward(*tensors, *extra)
         return y
 
     @staticmethod
@@ -151,8 +156,14 @@ class _Call(torch.autograd.Function):
         device = grad.device.type
         with torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
             if not compiling() and (torch.is_grad_enabled() or not ordinary(grad) or _mapped(grad)):
+                if ctx.own.linear:
+                    inputs[0] = torch.zeros_like(grad)
                 return None, *_of_plain(ctx.own.plain, inputs, grad, ctx.needs)
             return None, *ctx.own.derivative(ctx, grad, inputs, saved[count:])
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
 def _mapped(grad: Tensor) -> bool:
@@ -174,7 +185,7 @@ def _of_plain(plain: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor,
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that a tensor given twice gets the gradient of each of its places.
-        views = [x.view_as(x) if wanted else x for x, wanted in zip(inputs, needs)]
+        views = [_differentiable(x) if wanted else x for x, wanted in zip(inputs, needs)]
         wanted = [x for x, needed in zip(views, needs) if needed]
         found = iter(torch.autograd.grad(plain(*views), wanted, grad, create_graph=again, allow_unused=True))
     return [next(found) if needed else None for needed in needs]

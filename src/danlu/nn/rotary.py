@@ -169,6 +169,8 @@ def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Rotate(Fused):
     """The rotation is linear and orthogonal: its derivative is the rotation by the opposite angle."""
 
+    linear = True
+
     @staticmethod
     def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         kept = x.shape[-1] - cos.shape[-1]
