@@ -7,7 +7,7 @@ from torch.nn.functional import softmax
 from danlu._validate import choice, integer, number
 from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.matrix import as_tensor, check_finite
-from danlu.linalg.lowrank.pinv import iterative_pinv, pinv
+from danlu.linalg.lowrank.pinv import ITERATIONS, iterative_pinv, pinv
 
 
 @in_own_dtype
@@ -64,7 +64,7 @@ def landmark_attention(
     if v.shape[-2] != k.shape[-2]:
         raise ValueError(f"v must have k's length {k.shape[-2]}, got shape {tuple(v.shape)}")
     integer("landmarks", landmarks, high=min(q.shape[-2], k.shape[-2]))
-    choice("inverse", inverse, ["chebyshev", "nystromformer", "svd"])
+    choice("inverse", inverse, (*ITERATIONS, "svd"))
     if scale is None:
         scale = q.shape[-1] ** -0.5
     number("scale", scale)

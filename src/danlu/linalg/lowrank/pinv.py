@@ -7,6 +7,8 @@ from danlu._validate import choice, integer, number
 from danlu.linalg._matrix import in_own_dtype
 from danlu.linalg.lowrank.matrix import as_tensor, check_finite, solve_triangular
 
+ITERATIONS = ("chebyshev", "nystromformer")
+
 
 @in_own_dtype
 def pinv(A: Tensor, *, rtol: float | None = None) -> Tensor:
@@ -108,7 +110,7 @@ def iterative_pinv(A: Tensor, *, method: str = "chebyshev", condition: float = 1
     True
     """
     as_tensor("A", A)
-    choice("method", method, ["chebyshev", "nystromformer"])
+    choice("method", method, ITERATIONS)
     check_finite("A", A.detach().abs().amax((-2, -1)), A)
     eps = torch.finfo(A.dtype).eps
     number("condition", condition, low=1, high=eps**-0.5)
