@@ -186,3 +186,12 @@ def test_compiled_it_gives_what_it_gives_otherwise() -> None:
     compiled = torch.compile(ours(True, 0.3), fullgraph=True, backend="aot_eager")
     for a, b in zip(with_gradients(compiled, *given_), with_gradients(ours(True, 0.3), *given_), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_do_not_lie_in_one_piece_give_what_contiguous_ones_give():
+    q, k, v = (torch.randn(2, heads, 37, 16, generator=torch.Generator().manual_seed(heads)) for heads in (6, 3, 2))
+    v = v.repeat(1, 2, 1, 1)[:, :3]
+    tensors = [t.bfloat16() for t in (q, k, v)]
+    expected = blocked_attention(*tensors, causal=True, scale=0.25)
+    found = blocked_attention(*(t.mT.contiguous().mT for t in tensors), causal=True, scale=0.25)
+    assert torch.equal(found, expected)

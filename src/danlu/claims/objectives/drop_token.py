@@ -17,13 +17,14 @@ def _difference(*, renumbered: bool) -> float:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(31, (3, 23), generator=generator)
     kept = kept_tokens(3, 23, 0.4, generator=generator)
-    # Kept and left out as two documents: a token that is kept then sees the kept columns alone, in every layer.
-    documents = torch.ones_like(tokens).scatter(1, kept, 0)
+    # Kept and left out as two documents, one behind the other: a kept token then sees the kept columns alone.
+    left_out = torch.ones_like(tokens).scatter(1, kept, 0)
+    documents, order = left_out.sort(dim=1, stable=True)
     positions = torch.arange(kept.shape[1], dtype=torch.int64).expand_as(kept) if renumbered else kept
     with torch.no_grad():
-        masked = model.hidden(tokens, documents=documents)
+        masked = model.hidden(tokens.gather(1, order), documents=documents, positions=order[..., None])
         short = model.hidden(tokens.gather(1, kept), positions=positions[..., None])
-    return float((masked.gather(1, kept[..., None].expand_as(short)) - short).abs().max())
+    return float((masked[:, : kept.shape[1]] - short).abs().max())
 
 
 def _matrix() -> Tensor:

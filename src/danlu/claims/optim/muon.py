@@ -336,10 +336,10 @@ CLAIMS = (
         seconds=0.1,
     ),
     Claim(
-        name="two-collectives-a-bucket",
+        name="three-collectives-a-bucket",
         statement="collectives in a step over six equal matrices cut over 4 processes; control: torch.optim.Muon",
-        source="design: one all-to-all brings the pieces of all matrices together, one takes the updates back",
-        expected=2,
+        source="design: one all-to-all there, one back, and one that compares which gradients there are",
+        expected=3,
         tolerance=exact(),
         measure=lambda: _collectives(_muon(dtype=torch.float32)),
         control=lambda: _collectives(_torch),

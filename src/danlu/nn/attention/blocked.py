@@ -169,6 +169,8 @@ def _tiles() -> bool:
 
 def _torch_forward(q_nrtk: Tensor, k_ntk: Tensor, v_ntv: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, ...]:
     """Output by PyTorch's kernel, and what the backward pass needs from the logarithm of its sums of weights."""
+    # The kernel reads rows in one piece and looks at no other stride: elsewhere it returns what was in the memory.
+    q_nrtk, k_ntk, v_ntv = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_nrtk, k_ntk, v_ntv))
     k, v = (t.unsqueeze(1).expand(-1, q_nrtk.shape[1], -1, -1) for t in (k_ntk, v_ntv))
     o, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_nrtk, k, v, 0.0, causal, scale=scale)
     logs = logs.unsqueeze(-1)
