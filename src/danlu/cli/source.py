@@ -73,7 +73,7 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
         ValueError, TypeError, OSError: one of them is wrong.
     """
     from danlu.cli.overrides import change, one_length
-    from danlu.config import Draft, flatten, to_document
+    from danlu.config import Draft, flatten
     from danlu.config.migrations import migrate
     from danlu.config.tree import Reader
     from danlu.recipes import REGISTRY
@@ -109,7 +109,6 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
     reader.old += change(draft, [*data, *arguments.overrides], fixed=FIXED, find=find)
     reader.warn()
     config = draft.build()
-    to_document(config)  # raises: a class that its name does not lead to is rejected before any data are prepared
     return name, config, code_of(config, files)
 
 

@@ -64,11 +64,12 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
             for line in sentences:
                 console.print(line, soft_wrap=True, highlight=False)
         barrier()
+        trainer = _trainer(parts, out)
         try:
-            return _fit(parts, out, console, stop, None)
+            return _fit(trainer, parts, out, console, stop)
         except Exception:
-            if world.main:
-                _remove_untrained(out)
+            if world.main and trainer.step == 0:
+                shutil.rmtree(out, ignore_errors=True)  # nothing was trained: the corrected command can make it again
             raise
 
 
@@ -102,7 +103,10 @@ def resume(path: Path | str, *, quiet: bool = False) -> int:
         if world.main:
             where = "its start: there is no complete checkpoint" if saved is None else f"step {saved.step}"
             console.print(f"Resuming {path} from {where}.", soft_wrap=True, highlight=False)
-        return _fit(parts, path, console, stop, saved)
+        trainer = _trainer(parts, path)
+        if saved is not None:
+            trainer.load_state_dict(saved.state)
+        return _fit(trainer, parts, path, console, stop)
 
 
 def restore(path: Path | str) -> Assembly:
@@ -132,8 +136,9 @@ def evaluate(run: Path | str | Assembly, *, batches: int | None = None) -> dict[
     return objectives.evaluate(parts.objective, moved)
 
 
-def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkpoint.Checkpoint | None) -> int:
-    config, main = parts.config.train, parts.world.main
+def _trainer(parts: Assembly, out: Path) -> Trainer:
+    """The loop at its first step."""
+    config = parts.config.train
     trainer = Trainer(
         parts.objective,
         parts.optimizer,
@@ -147,10 +152,14 @@ def _fit(parts: Assembly, out: Path, console: Console, stop: Stop, saved: checkp
         ema=None if config.ema is None else averaged(parts.objective, config.ema),
         flops=plan.training_flops(parts.model, parts.data),
     )
-    if saved is not None:
-        trainer.load_state_dict(saved.state)
-    elif parts.world.rank:
+    if parts.world.rank:
         rng.seed_all(config.seed + 1_000_003 * parts.world.rank)  # the weights are equal, what is drawn is not
+    return trainer
+
+
+def _fit(trainer: Trainer, parts: Assembly, out: Path, console: Console, stop: Stop) -> int:
+    """Train from where the loop is and say how it ended; return the exit code."""
+    main = parts.world.main
     if main:
         trainer.reporters = _reporters(parts, out, console, trainer)
     try:
@@ -188,13 +197,6 @@ def _is_complete(config: RunConfig, saved: checkpoint.Checkpoint) -> bool:
     if saved.state.get("length") is not None:
         length.load_state_dict(saved.state["length"])
     return length.reached(saved.step) and saved.state["unevaluated"] is None
-
-
-def _remove_untrained(out: Path) -> None:
-    """Remove the folder of a run that failed before its first step, so that the corrected command can make it again."""
-    metrics = out / "metrics.jsonl"
-    if not (out / "checkpoints").exists() and not (metrics.is_file() and metrics.stat().st_size):
-        shutil.rmtree(out, ignore_errors=True)
 
 
 def _check_new(out: Path, world: World) -> None:
