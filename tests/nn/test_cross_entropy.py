@@ -94,7 +94,7 @@ def test_a_loss_scale_beyond_float16_reaches_float16_gradients_unharmed() -> Non
     linear_cross_entropy(exact, w, targets).backward()
     assert low.grad is not None
     assert exact.grad is not None
-    torch.testing.assert_close(low.grad.float() / 2**7, exact.grad, rtol=1e-2, atol=1e-3)
+    assert (low.grad.float() / 2**7 - exact.grad).norm() < 2e-3 * exact.grad.norm()
     fits = exact.grad.abs() * 2**17 < 6e4
     assert scaled[fits].isfinite().all()
 
