@@ -9,6 +9,7 @@ from danlu.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from danlu.objectives.masked_image import MaskedImage, MaskedImageConfig
 from danlu.objectives.masked_lm import MaskedLM, MaskedLMConfig, expected_embedding
 from danlu.objectives.meanflow import MeanFlow, MeanFlowConfig, total_derivative
+from danlu.objectives.prefix_lm import PrefixLM, PrefixLMConfig, prefix_lengths
 from danlu.objectives.score_matching import (
     ScoreMatching,
     ScoreMatchingConfig,
@@ -38,6 +39,8 @@ __all__ = [
     "MaskedLMConfig",
     "MeanFlow",
     "MeanFlowConfig",
+    "PrefixLM",
+    "PrefixLMConfig",
     "ScoreMatching",
     "ScoreMatchingConfig",
     "SiD",
@@ -51,6 +54,7 @@ __all__ = [
     "implicit_loss",
     "kept_tokens",
     "multiscale_loss",
+    "prefix_lengths",
     "ratio_score",
     "sliced_loss",
     "total_derivative",

@@ -1,9 +1,9 @@
 """Next-token prediction."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,10 @@ class CausalLM(nn.Module):
     """
 
     unit = "tokens"
-    labels = {"val_bpb": "bits/byte", "max_vio": "imbalance"}  # noqa: RUF012
+    labels: Mapping[str, str] = {"val_bpb": "bits/byte", "max_vio": "imbalance"}  # noqa: RUF012
+
+    masks: ClassVar[tuple[str, ...]] = ("causal",)
+    """masks of attention under which nothing shows the tokens that the loss asks for"""
 
     byte_lengths: Tensor | None
 
@@ -75,7 +78,7 @@ class CausalLM(nn.Module):
         super().__init__()
         config = CausalLMConfig() if config is None else config
         check_language_model(self, model)
-        _check_masks(model)
+        _check_masks(model, self.masks)
         if config.drop_tokens:
             check_drops(model)
         self.model, self.config = model, config
@@ -84,13 +87,20 @@ class CausalLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats, float32."""
+        batch = self.asked(batch)
         if not (self.training and self.config.drop_tokens):
             return self._loss(batch)
         short = drop_tokens(batch, self.config.drop_tokens)
-        return self._loss(short) * (self.denominator(batch) / self.denominator(short).clamp_min(1))
+        return self._loss(short) * (_count(batch["targets"]) / _count(short["targets"]).clamp_min(1))
+
+    def asked(self, batch: Batch) -> Batch:
+        """Return the batch with the targets that count: here all of them."""
+        return batch
 
     def _loss(self, batch: Batch) -> Tensor:
-        x_btd = self.model.hidden(batch["tokens"], documents=batch.get("documents"), positions=batch.get("positions"))
+        # What a batch does not have is not an argument either: not every model knows prefixes.
+        read: dict[str, Any] = {name: batch[name] for name in ("documents", "positions", "prefix") if name in batch}
+        x_btd = self.model.hidden(batch["tokens"], **read)
         z_loss = self.config.z_loss if self.training else 0.0  # evaluation measures the cross-entropy alone
         return linear_cross_entropy(
             x_btd, self.model.head_weight, batch["targets"], chunk=self.config.chunk, z_loss=z_loss
@@ -98,7 +108,7 @@ class CausalLM(nn.Module):
 
     def denominator(self, batch: Batch) -> Tensor:
         """Number of tokens with a target, int64."""
-        return (batch["targets"] != IGNORE).sum()
+        return _count(self.asked(batch)["targets"])
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
         """Measure the loss over ``batches``.
@@ -111,9 +121,9 @@ class CausalLM(nn.Module):
         with watching(self.model) as loads:
             for batch in batches:
                 nats += self(batch)
-                tokens += self.denominator(batch)
+                targets = self.asked(batch)["targets"]
+                tokens += _count(targets)
                 if self.byte_lengths is not None:
-                    targets = batch["targets"]
                     size += self.byte_lengths[targets[targets != IGNORE]].sum()
         found = {"val_loss": Measure(nats, tokens), "val_bpb": Measure(nats, size, _bits)}
         if loads:
@@ -139,6 +149,10 @@ def byte_lengths_of(data: Data | None) -> Tensor | None:
     return data.byte_lengths
 
 
+def _count(targets_bt: Tensor) -> Tensor:
+    return (targets_bt != IGNORE).sum()
+
+
 def _bits(nats: Tensor, size: Tensor) -> Tensor:
     return nats / size / math.log(2)
 
@@ -154,17 +168,19 @@ def check_language_model(objective: nn.Module, model: object) -> None:
         raise TypeError(f"model must be a language model (hidden, head_weight, embedding) for {kind}, got {found}")
 
 
-def _check_masks(model: Transformer | GPT) -> None:
+def _check_masks(model: Transformer | GPT, masks: tuple[str, ...]) -> None:
     """Raise unless no layer shows a token the one after it: a loss of next tokens would then be near zero for nothing.
 
-    A layer with the mask "prefix" is causal here, for no prefix is passed.
+    With the mask "prefix" and no prefix a model is causal: that is refused as well, for nobody asks for it.
     """
     for index, mixer in enumerate(model.mixers):
-        if mixer.mask not in ("causal", "prefix", None):
-            raise ValueError(
-                f"mask must be 'causal' for next-token prediction, got {mixer.mask!r} in block {index}, which shows "
-                "the token to be predicted"
-            )
+        if mixer.mask is None or mixer.mask in masks:
+            continue
+        wanted = " or ".join(map(repr, masks))
+        why = "shows the token to be predicted" if mixer.mask != "prefix" else "PrefixLMConfig (prefix-lm) trains"
+        raise ValueError(
+            f"mask must be {wanted} for next-token prediction, got {mixer.mask!r} in block {index}, which {why}"
+        )
 
 
 def check_drops(model: Transformer | GPT) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from danlu.data import TextConfig
 from danlu.models import GPTConfig, TransformerConfig
 from danlu.nn import GQAConfig, MLAConfig, MoEConfig
-from danlu.objectives import CausalLMConfig, MaskedLMConfig
+from danlu.objectives import CausalLMConfig, MaskedLMConfig, PrefixLMConfig
 from danlu.optim import AdamWConfig, AmosConfig, Constant, LionConfig, MuonConfig, TigerConfig, WarmupStableDecay
 from danlu.train import RunConfig, TrainConfig
 
@@ -120,4 +120,18 @@ def lm_masked() -> RunConfig:
         recipe="lm-masked",
         model=replace(config.model, attention=GQAConfig(num_heads=4, mask="bidirectional")),
         objective=MaskedLMConfig(),
+    )
+
+
+def lm_prefix() -> RunConfig:
+    """lm-dense whose rows begin with a prefix that sees itself; the loss is of what follows.
+
+    UniLM beside GPT: ``--model.attention.mask causal`` is the same run without the view ahead.
+    """
+    config = lm_dense()
+    return replace(
+        config,
+        recipe="lm-prefix",
+        model=replace(config.model, attention=GQAConfig(num_heads=4, mask="prefix")),
+        objective=PrefixLMConfig(),
     )
