@@ -65,7 +65,7 @@ class CausalLM(nn.Module):
     """
 
     unit = "tokens"
-    labels: Mapping[str, str] = {"val_bpb": "bits/byte", "max_vio": "imbalance"}  # noqa: RUF012
+    labels: Mapping[str, str] = {"val_bpb": "bits/byte", "max_vio": "imbalance"}
 
     masks: ClassVar[tuple[str, ...]] = ("causal",)
     """masks of attention under which nothing shows the tokens that the loss asks for"""
