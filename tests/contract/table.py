@@ -1,4 +1,6 @@
-"""The functions and layers of the contract, one line each; `test_contract.py` puts each through every condition.
+"""The hand-written functions of the contract and the layers made of them, one line each.
+
+`test_contract.py` puts each through every condition of `conditions.py`.
 
 To add one, append a line to ``CASES``:
 
@@ -9,11 +11,13 @@ To add one, append a line to ``CASES``:
 
 ``products=True`` says that autocast computes it in its own dtype. ``loss=True``: the result is float32 at least,
 whatever the activations are. ``dynamic`` names the axes besides the batch that an exported program leaves open: 1 where
-the time is the second axis of every activation, None where a size is part of the function.
+the time is the second axis of every activation, None where a size is part of the function. ``slack`` multiplies what
+16 bits may round (deep networks, iterations); ``heavy`` tries compilers in one way only. ``raises`` names the
+conditions under which there is no right answer, each with words of the one error that says so.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +55,9 @@ class Case:
     products: bool = False
     loss: bool = False
     dynamic: int | None = 1
+    slack: float = 1
+    heavy: bool = False
+    raises: Mapping[str, str] = field(default_factory=dict)
 
 
 def layer(
@@ -61,6 +68,10 @@ def layer(
     *,
     products: bool = False,
     dynamic: int | None = 1,
+    slack: float = 1,
+    heavy: bool = False,
+    loss: bool = False,
+    raises: Mapping[str, str] | None = None,
 ) -> Case:
     """Return the case of a layer; ``plain`` takes the activations and its parameters in their order."""
     torch.manual_seed(0)
@@ -73,7 +84,7 @@ def layer(
         y: Tensor = torch.func.functional_call(module, dict(zip(names, weights)), x)
         return y
 
-    return Case(name, fast, plain, activations, lambda: values, products, dynamic=dynamic)
+    return Case(name, fast, plain, activations, lambda: values, products, loss, dynamic, slack, heavy, raises or {})
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:

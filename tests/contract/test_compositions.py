@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from contract.table import CASES, Case
-from contract.test_contract import HALF, close, inputs_of, leaves, towards
+from contract.conditions import HALF, close, inputs_of, leaves, towards
+from contract.support import CASES
+from contract.table import Case
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

@@ -1,325 +1,34 @@
-"""Every function of the table under every condition, against its plain formula in float64."""
+"""Every function and layer of the table under every condition, against its plain formula in float64.
+
+A cell works, or raises the error that its case names (`table.Case.raises`); none is skipped.
+"""
 
 import copy
-from collections.abc import Callable, Sequence
+import re
 
 import pytest
-import torch
-from contract.table import CASES, Case
-from tensors import gaussian
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from contract.conditions import CONDITIONS, Condition
+from contract.support import CASES, support
+from contract.table import Case
 
-HALF = (torch.bfloat16, torch.float16)
-every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 
-def close(found: object, expected: object, rtol: float = 1e-10) -> None:
-    """Compare tensors, or sequences of them, by the norm of the difference; NaN is close to nothing."""
-    if isinstance(expected, (tuple, list)):
-        assert isinstance(found, (tuple, list))
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected):
-            close(one, other, rtol)
+@pytest.mark.parametrize("condition", CONDITIONS, ids=lambda condition: condition.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_it_is_right_or_raises_one_clear_error(case: Case, condition: Condition) -> None:
+    if (words := case.raises.get(condition.name)) is None:
+        condition.check(case)
         return
-    assert isinstance(found, Tensor)
-    assert isinstance(expected, Tensor)
-    assert found.shape == expected.shape
-    error = (found.double() - expected.double()).norm()
-    assert error <= rtol * expected.double().norm() + 1e-30, f"error {error} of {expected.double().norm()}"
+    with pytest.raises(ERRORS, match=re.escape(words)):
+        condition.check(case)
 
 
-def inputs_of(case: Case, batch: int = 3, time: int = 7, *, grad: bool = True) -> list[Tensor]:
-    """Fresh leaves: activations, then weights."""
-    made = [*case.activations(batch, time), *case.weights()]
-    return [x.clone().requires_grad_(grad and x.is_floating_point()) for x in made]
-
-
-def leaves(inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [x for x in inputs if x.requires_grad]
-
-
-def towards(y: Tensor) -> Tensor:
-    """A cotangent, and weights that make a scalar of ``y`` for which no symmetry gives a gradient of zero."""
-    return (torch.arange(y.numel(), device=y.device, dtype=torch.float64) + 1).cos().view(y.shape).to(y.dtype)
-
-
-def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A number that is no linear function of the result."""
-
-    def call(*inputs: Tensor) -> Tensor:
-        y = function(*inputs)
-        return (y * towards(y)).pow(2).sum()
-
-    return call
-
-
-def value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    y = function(*inputs)
-    return y, *torch.autograd.grad(y, leaves(inputs), towards(y))
-
-
-def expected_of(case: Case, **sizes: int) -> tuple[Tensor, ...]:
-    return value_and_gradients(case.plain, inputs_of(case, **sizes))
-
-
-def second(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """A Hessian-vector product with respect to everything, the cotangent as well."""
-    y = function(*inputs)
-    upstream = towards(y).requires_grad_()
-    first = torch.autograd.grad((y * upstream).pow(2).sum() / 2, leaves(inputs), create_graph=True)
-    along = sum((g * gaussian(*g.shape, seed=4 + i)).sum() for i, g in enumerate(first))
-    assert isinstance(along, Tensor)
-    return [*first, *torch.autograd.grad(along, [*leaves(inputs), upstream])]
-
-
-@every
-def test_value_and_gradients(case: Case) -> None:
-    close(value_and_gradients(case.fast, inputs_of(case)), expected_of(case))
-
-
-@every
-def test_second_derivatives_by_grad_and_by_backward(case: Case) -> None:
-    expected = second(case.plain, inputs_of(case))
-    close(second(case.fast, inputs_of(case)), expected, 1e-9)
-    inputs = inputs_of(case)
-    scalar(case.fast)(*inputs).backward(create_graph=True)
-    total = sum(x.grad.pow(2).sum() for x in leaves(inputs) if x.grad is not None)
-    assert isinstance(total, Tensor)
-    found = torch.autograd.grad(total, leaves(inputs))
-    inputs = inputs_of(case)
-    first = torch.autograd.grad(scalar(case.plain)(*inputs), leaves(inputs), create_graph=True)
-    close(found, torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves(inputs)), 1e-9)  # type: ignore[arg-type]
-
-
-@every
-def test_a_tensor_given_twice_gets_the_second_derivative_of_both_its_places(case: Case) -> None:
-    results = []
-    for function in (case.fast, case.plain):
-        inputs = inputs_of(case)
-        shared = leaves(inputs)[0]
-        both = [(0.3 * x + shared.flatten()[1]).exp() if x.requires_grad else x for x in inputs]
-        (first,) = torch.autograd.grad(scalar(function)(*both), shared, create_graph=True)
-        results.append(torch.autograd.grad((first * towards(first)).sum(), shared))
-    close(results[0], results[1], 1e-9)
-
-
-@every
-def test_forward_mode(case: Case) -> None:
-    inputs = inputs_of(case, grad=False)
-    floats = [i for i, x in enumerate(inputs) if x.is_floating_point()]
-    directions = tuple(gaussian(*inputs[i].shape, seed=i) for i in floats)
-
-    def of_floats(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*values: Tensor) -> Tensor:
-            whole = list(inputs)
-            for i, value in zip(floats, values):
-                whole[i] = value
-            return function(*whole)
-
-        return call
-
-    values = tuple(inputs[i] for i in floats)
-    expected = torch.func.jvp(of_floats(case.plain), values, directions)
-    close(torch.func.jvp(of_floats(case.fast), values, directions), expected)
-    with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x, d) for x, d in zip(values, directions)]
-        close(list(forward_ad.unpack_dual(of_floats(case.fast)(*duals))), list(expected))
-
-
-@every
-def test_torch_func(case: Case) -> None:
-    inputs = inputs_of(case, grad=False)
-    count = len(case.activations(1, 1))
-    at = tuple(i for i, x in enumerate(inputs) if x.is_floating_point())
-
-    close(torch.func.grad(scalar(case.fast), at)(*inputs), torch.func.grad(scalar(case.plain), at)(*inputs))
-
-    def one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *xs: scalar(function)(*(x[None] for x in xs[:count]), *xs[count:])
-
-    axes = tuple(0 if i < count else None for i in range(len(inputs)))
-    mapped, per_sample = torch.func.vmap(one(case.fast), axes), torch.func.grad(one(case.fast), at)
-    close(mapped(*inputs), torch.func.vmap(one(case.plain), axes)(*inputs))
-    expected = torch.func.vmap(torch.func.grad(one(case.plain), at), axes)(*inputs)
-    close(torch.func.vmap(per_sample, axes)(*inputs), expected)
-    hessian = torch.func.jacfwd(torch.func.grad(scalar(case.fast), at[0]), at[0])(*inputs)
-    close(hessian, torch.func.jacfwd(torch.func.grad(scalar(case.plain), at[0]), at[0])(*inputs), 1e-9)
-
-
-@every
-def test_a_batch_of_cotangents(case: Case) -> None:
-    results = []
-    for function in (case.fast, case.plain):
-        inputs = inputs_of(case)
-        y = function(*inputs)
-        upstream = gaussian(4, *y.shape, seed=9)
-        results.append(torch.autograd.grad(y, leaves(inputs), upstream, is_grads_batched=True))
-    close(*results)
-
-
-@every
-@pytest.mark.parametrize("weights", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("activations", HALF, ids=str)
-def test_sixteen_bit_activations_with_weights_of_either_kind(
-    case: Case, activations: torch.dtype, weights: torch.dtype
-) -> None:
-    count = len(case.activations(1, 1))
-    low = [
-        x.detach().to(activations if i < count else weights).requires_grad_() if x.is_floating_point() else x
-        for i, x in enumerate(inputs_of(case))
-    ]
-    exact = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in low]
-    found = value_and_gradients(case.fast, low)
-    assert [x.dtype for x in found] == [torch.float32 if case.loss else activations, *(x.dtype for x in leaves(low))]
-    y = case.plain(*exact)
-    expected = (y, *torch.autograd.grad(y, leaves(exact), towards(found[0]).double()))
-    rounding = max(torch.finfo(activations).eps, torch.finfo(weights).eps)
-    close(found, expected, 3 * rounding)
-    with torch.no_grad():
-        close(case.fast(*low), y, 3 * rounding)
-
-
-@every
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("inside", [True, False])
-def test_autocast(case: Case, dtype: torch.dtype, inside: bool) -> None:
-    inputs = [x.detach().float().requires_grad_() if x.is_floating_point() else x for x in inputs_of(case)]
-    with torch.autocast("cpu", dtype):
-        y = case.fast(*inputs)
-        found = [y, *torch.autograd.grad(y, leaves(inputs), towards(y), retain_graph=True)]
-    if not inside:
-        found = [y, *torch.autograd.grad(y, leaves(inputs), towards(y))]
-    assert y.dtype == (dtype if case.products and not case.loss else torch.float32)
-    exact = inputs_of(case)
-    expected = case.plain(*exact)
-    rtol = 4 * torch.finfo(dtype).eps if case.products else 1e-5
-    close(found, [expected, *torch.autograd.grad(expected, leaves(exact), towards(y).double())], rtol)
-
-
-@every
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_a_break(case: Case, dynamic: bool) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(case.fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    close(value_and_gradients(compiled, inputs_of(case)), expected_of(case))
-    if dynamic:
-        close(value_and_gradients(compiled, inputs_of(case, batch=5)), expected_of(case, batch=5))
-    with torch.no_grad():
-        close(compiled(*inputs_of(case)), case.plain(*inputs_of(case)))
-    close(value_and_gradients(case.fast, inputs_of(case)), expected_of(case))
-
-
-class _Module(torch.nn.Module):
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.function = case.fast
-        self.held = torch.nn.ParameterList(torch.nn.Parameter(w.clone()) for w in case.weights())
-
-    def forward(self, *activations: Tensor) -> Tensor:
-        return self.function(*activations, *self.held)
-
-
-@every
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported_with_an_open_batch_and_time_and_eager_afterwards(case: Case, strict: bool) -> None:
-    torch._dynamo.reset()
-    axes = {0: torch.export.Dim.AUTO}
-    if case.dynamic is not None:
-        axes[case.dynamic] = torch.export.Dim.AUTO
-    activations = case.activations(3, 7)
-    program = torch.export.export(
-        _Module(case), activations, dynamic_shapes=((axes,) * len(activations),), strict=strict
-    ).module()
-    for batch, time in [(3, 7), (4, 6), (2, 9)]:
-        expected = case.plain(*inputs_of(case, batch, time))
-        close(program(*case.activations(batch, time)), expected)
-        close(case.fast(*inputs_of(case, batch, time)), expected)
-
-
-@every
-def test_fake_and_meta_tensors_have_the_shapes_and_leave_nothing_behind(case: Case) -> None:
-    expected = expected_of(case, batch=2)
-    inputs = inputs_of(case, batch=2)
-    with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(x) for x in inputs]
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                y = case.fast(*fake)
-            assert (y.shape, y.dtype) == (expected[0].shape, expected[0].dtype)
-        shapes = [x.shape for x in torch.autograd.grad(case.fast(*fake).sum(), leaves(fake))]
-        assert shapes == [x.shape for x in expected[1:]]
-    meta = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in inputs_of(case, batch=2)]
-    y = case.fast(*meta)
-    assert (y.shape, y.dtype) == (expected[0].shape, expected[0].dtype)
-    assert [x.shape for x in torch.autograd.grad(y.sum(), leaves(meta))] == shapes
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            close(case.fast(*inputs_of(case, batch=2)), expected[0])
-    with FakeTensorMode() as mode:
-        case.fast(*[mode.from_tensor(x) for x in inputs])
-
-
-@every
-def test_inference_mode_and_training_afterwards(case: Case) -> None:
-    with torch.inference_mode():
-        found = case.fast(*inputs_of(case, batch=4))
-    expected = expected_of(case, batch=4)
-    close(found.clone(), expected[0])
-    close(value_and_gradients(case.fast, inputs_of(case, batch=4)), expected)
-
-
-@every
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(case: Case, reentrant: bool) -> None:
-    inputs = inputs_of(case)
-    y = checkpoint(case.fast, *inputs, use_reentrant=reentrant)
-    y.backward(towards(y))
-    close([x.grad for x in leaves(inputs)], expected_of(case)[1:])
-
-
-@every
-def test_inputs_and_cotangents_of_any_layout(case: Case) -> None:
-    for change in (
-        lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
-        lambda x: torch.stack((x, x), -1)[..., 0],
-        lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
-    ):
-        inputs = inputs_of(case)
-        laid = [change(x.detach()).requires_grad_(x.requires_grad) if x.dim() else x for x in inputs]
-        close(value_and_gradients(case.fast, laid), expected_of(case))
-    inputs, plain = inputs_of(case), inputs_of(case)
-    found, expected = case.fast(*inputs), case.plain(*plain)
-    one = torch.tensor(0.7, dtype=torch.float64)
-    close(
-        torch.autograd.grad(found, leaves(inputs), one.expand_as(found)),
-        torch.autograd.grad(expected, leaves(plain), one.expand_as(expected)),
-    )
-
-
-@every
-def test_an_empty_batch(case: Case) -> None:
-    inputs = inputs_of(case, batch=0)
-    y = case.fast(*inputs)
-    assert y.shape == case.plain(*inputs).shape
-    found = torch.autograd.grad(y.sum(), leaves(inputs), allow_unused=True)
-    for x, g in zip(leaves(inputs), found):
-        assert g is None or (g.shape == x.shape and not g.any())
-    with torch.no_grad():
-        assert case.fast(*inputs).shape == y.shape
-
-
-@every
-def test_a_graph_kept_gives_the_same_gradients_again(case: Case) -> None:
-    inputs = inputs_of(case)
-    y = case.fast(*inputs)
-    first = torch.autograd.grad(y, leaves(inputs), towards(y), retain_graph=True)
-    again = torch.autograd.grad(y, leaves(inputs), towards(y))
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-
-
-def test_cases_have_names_of_their_own() -> None:
+def test_cases_have_names_of_their_own_and_name_conditions_that_there_are() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     assert copy.copy(CASES[0]) == CASES[0]
+    names = {condition.name for condition in CONDITIONS}
+    assert len(names) == len(CONDITIONS)
+    for case in CASES:
+        assert set(case.raises) <= names
+    assert all(set(row) == names for row in support().values())
