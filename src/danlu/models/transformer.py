@@ -47,6 +47,7 @@ from danlu.nn import (
     declare,
     layer_contexts,
 )
+from danlu.nn.effective import effective_weight, is_plain
 from danlu.protocols import ActivationConfig, Cache, Context, Mixer, MixerConfig
 
 AnyMixerConfig = MLAConfig | GQAConfig | KVSharedConfig | SSMConfig | MixerConfig
@@ -177,7 +178,9 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """``(vocab, dim)``: the weight that turns hidden states into logits."""
-        return self.embedding if self.head is None else self.head.weight
+        if self.head is None:
+            return self.embedding
+        return effective_weight(self.head, self.config.dim, like=self.embedding)
 
     def hidden(
         self,
@@ -247,6 +250,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits ``(batch, time, vocab)``; arguments as in `hidden`."""
         x_btd = self.hidden(tokens_bt, documents=documents, cache=cache, positions=positions, prefix=prefix, real=real)
+        if self.head is not None and not is_plain(self.head):  # an adapter or a quantized layer
+            return cast(Tensor, self.head(x_btd))
         return nn.functional.linear(x_btd, self.head_weight.to(x_btd.dtype))
 
     def new_cache(self, batch: int, capacity: int) -> list[Cache]:

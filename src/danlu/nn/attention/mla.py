@@ -31,6 +31,7 @@ from danlu.nn.attention.masks import (
     mask_of_layer,
     masked_attention,
 )
+from danlu.nn.effective import is_plain
 from danlu.nn.linear import Linear
 from danlu.nn.norm import RMSNorm
 from danlu.nn.rotary import rotate
@@ -155,7 +156,8 @@ class MLA(nn.Module):
             # Expanding costs the products with kv_up for the whole history, absorbing makes the scores wider.
             expanded = L * self.kv_rank + T * L
             absorbed = T * self.kv_rank + T * L * (2 * self.kv_rank + self.rope_dim) / (self.nope_dim + self.value_dim)
-            if absorbed < expanded and (T < L or T == 1):
+            # An adapter or a quantized layer is more than its weight: it is called, not absorbed.
+            if absorbed < expanded and (T < L or T == 1) and is_plain(self.kv_up):
                 o_bthv = self._absorbed(q_bthk, seen, mask)
             else:
                 o_bthv = self._expanded(q_bthk, seen[..., : self.kv_rank], seen[..., self.kv_rank :], mask, prefix)
