@@ -10,6 +10,7 @@ from danlu import config as configs
 from danlu.models import GPT, Transformer, UNet
 from danlu.protocols import ExpectsSizes
 from danlu.recipes import REGISTRY, load
+from danlu.recipes.attention import VARIANTS
 from danlu.train import RunConfig, assemble, run
 
 
@@ -91,3 +92,13 @@ def test_a_recipe_s_optimizer_updates_every_parameter_of_its_model_once(name: st
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     assert len(updated) == len(trained) == len({*updated, *trained})
     assert all(group["lr"] > 0 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_attention_caches_a_quarter_of_the_multi_head_one_unless_its_values_have_their_own(
+    name: str,
+) -> None:
+    with torch.device("meta"):
+        layer = VARIANTS[name].build(256, out_std=1.0, index=0)
+        cache = layer.new_cache(1, 1, dtype=torch.float32, device=torch.device("meta"))
+    assert cache.elements_per_token() == {"mha-32": 512, "kv-shared2-64-own": 160}.get(name, 128)

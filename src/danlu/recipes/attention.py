@@ -1,7 +1,8 @@
 """The attention variants of the study "why is MLA good" (kexue.fm 10907, 11111) on the dense language model.
 
-All but the multi-head one, the baseline, cache 128 elements per token and layer. They differ in the
-attention alone: parameters are not matched, as in the source.
+All cache 128 elements per token and layer but two: the multi-head one, the baseline, and
+``kv-shared2-64-own`` (160), whose values have coordinates of their own. They differ in the attention alone: parameters
+are not matched, as in the source.
 """
 
 from dataclasses import replace
@@ -17,6 +18,8 @@ VARIANTS: dict[str, GQAConfig | MLAConfig | KVSharedConfig] = {
     "gqa1-64-partial-rope": GQAConfig(num_heads=8, num_kv_heads=1, head_dim=64, rope_dim=16),
     "kv-shared2-64": KVSharedConfig(num_heads=8, num_kv_heads=2, head_dim=64, rope_dim=16),
     "kv-shared1-128": KVSharedConfig(num_heads=8, num_kv_heads=1, head_dim=128, rope_dim=16),
+    "kv-shared2-64-own": KVSharedConfig(num_heads=8, num_kv_heads=2, head_dim=64, rope_dim=16, value_rope="own"),
+    "kv-shared1-128-none": KVSharedConfig(num_heads=8, num_kv_heads=1, head_dim=128, rope_dim=16, value_rope="none"),
     "mla-48": MLAConfig(num_heads=8, kv_rank=112, nope_dim=32, rope_dim=16, value_dim=48),
     "mla-64": MLAConfig(num_heads=8, kv_rank=112, nope_dim=48, rope_dim=16, value_dim=64),
     "mla-64-query-96": MLAConfig(num_heads=8, kv_rank=112, q_rank=96, nope_dim=48, rope_dim=16, value_dim=64),

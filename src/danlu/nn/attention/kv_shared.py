@@ -9,17 +9,22 @@ output is rotated back by ``t``:
 which depends on ``t - i`` alone. A token costs ``num_kv_heads * head_dim`` cached elements, half of a grouped-query
 layer of the same heads: at an equal cache the heads can be twice as large.
 
-Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K head size, D model size.
+The study has two more ways with the rotated coordinates (`KVSharedConfig.value_rope`): values that have coordinates of
+their own in that place (there: S1), which costs ``rope_dim`` more cached elements a group, and values without them (S3,
+the form in which latent attention decodes, trained as it is).
+
+Shape suffixes: B batch, T new tokens, L all tokens so far, H heads, G groups, K head size, V value size,
+D model size.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from danlu._validate import integer
+from danlu._validate import integer, literals
 from danlu.nn.attention.cache import LayerCache
 from danlu.nn.attention.masks import (
     LayeredMask,
@@ -51,13 +56,20 @@ class KVSharedConfig:
     """size of a head; cached once a group"""
     rope_dim: int = 16
     """rotated coordinates of each head (the last ones); 0: no positions"""
+    value_rope: Literal["turned-back", "own", "none"] = "turned-back"
+    """in their place in the values: the same, and the output turned back; coordinates of their own; or nothing"""
     mask: LayeredMask = "causal"
     """which tokens a query sees, see `danlu.nn.attention.masks`"""
 
     def build(self, dim: int, *, out_std: float, index: int | None = None, **others: Any) -> "KVShared":
         """Make the layer of block ``index``; see `danlu.protocols.MixerConfig`."""
         own = replace(self, mask=mask_of_layer(self.mask, index))
-        return KVShared(dim, own, out_std=out_std * math.sqrt(dim / max(self.num_heads * self.head_dim, 1)))
+        return KVShared(dim, own, out_std=out_std * math.sqrt(dim / max(self.num_heads * self.value_dim, 1)))
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a value."""
+        return self.head_dim - self.rope_dim if self.value_rope == "none" else self.head_dim
 
 
 class KVShared(nn.Module):
@@ -67,10 +79,10 @@ class KVShared(nn.Module):
     Args:
         dim: model size D.
         config: sizes.
-        out_std: standard deviation of the output projection; None means ``1 / sqrt(num_heads * head_dim)``.
+        out_std: standard deviation of the output projection; None means ``1 / sqrt(num_heads * value size)``.
 
     Raises:
-        ValueError: sizes that do not divide, or an odd number of rotated coordinates.
+        ValueError: sizes that do not divide, an odd number of rotated coordinates, or values without coordinates.
 
     >>> from danlu.nn.rotary import rotary_angles
     >>> layer = KVShared(12, KVSharedConfig(num_heads=4, num_kv_heads=2, head_dim=6, rope_dim=2))
@@ -87,22 +99,29 @@ class KVShared(nn.Module):
         integer("rope_dim", config.rope_dim, low=0, high=config.head_dim)
         if config.rope_dim % 2:
             raise ValueError(f"rope_dim must be even (coordinates are rotated in pairs), got {config.rope_dim}")
+        literals(config)
+        if not config.value_dim:
+            raise ValueError(f"rope_dim must be below head_dim for value_rope 'none', got {config.rope_dim}")
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.rope_dim = config.rope_dim
+        self.rope_dim, self.value_rope, self.value_dim = config.rope_dim, config.value_rope, config.value_dim
         self.mask = check_mask(config.mask, config.num_heads, config.num_kv_heads)
-        rows = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim)
-        self.q_kv = Linear(dim, sum(rows), split=rows)
-        self.out = Linear(rows[0], dim, std=out_std)
+        rows = [config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim]
+        # Behind the queries and the shared vectors: the coordinates that values have instead of the rotated ones.
+        self.own_dim = config.rope_dim if config.value_rope == "own" else 0
+        if self.own_dim:
+            rows.append(config.num_kv_heads * self.own_dim)
+        self.q_kv = Linear(dim, sum(rows), split=tuple(rows))
+        self.out = Linear(config.num_heads * config.value_dim, dim, std=out_std)
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Cache of ``capacity`` tokens: ``num_kv_heads * head_dim`` elements per token."""
+        """Cache of ``capacity`` tokens: ``num_kv_heads * (head_dim + own coordinates of the value)`` elements each."""
         check_cached(self.mask)
-        shape = (batch, self.num_kv_heads, capacity, self.head_dim)
+        shape = (batch, self.num_kv_heads, capacity, self.head_dim + self.own_dim)
         return LayerCache(torch.empty(shape, dtype=dtype, device=device))
 
     def flops_per_token(self, length: int) -> float:
         """Operations per token of the score and value products at ``length`` tokens, two for a multiply-add."""
-        return 2 * self.num_heads * 2 * self.head_dim * keys_seen(self.mask, length)
+        return 2 * self.num_heads * (self.head_dim + self.value_dim) * keys_seen(self.mask, length)
 
     def forward(self, x_btd: Tensor, context: Context[LayerCache] | None = None) -> Tensor:
         """Attend; arguments and result as in `danlu.nn.GQA`."""
@@ -111,17 +130,34 @@ class KVShared(nn.Module):
         B, T, _ = x_btd.shape
         H, G = self.num_heads, self.num_kv_heads
         cos, sin = (table.unsqueeze(-2) for table in context.tables(self.rope_dim))
-        rotated = rotate(self.q_kv(x_btd).view(B, T, H + G, self.head_dim), cos, sin).transpose(1, 2)
-        q_bhtk, c_bglk = rotated[:, :H], rotated[:, H:]
+        q_kv, own = self.q_kv(x_btd), None
+        if self.own_dim:
+            q_kv, own = q_kv.split(((H + G) * self.head_dim, G * self.own_dim), dim=-1)
+        rotated = rotate(q_kv.view(B, T, H + G, self.head_dim), cos, sin).transpose(1, 2)
+        q_bhtk, c_bgln = rotated[:, :H], rotated[:, H:]
+        if own is not None:
+            c_bgln = torch.cat((c_bgln, own.view(B, T, G, self.own_dim).transpose(1, 2)), dim=-1)
         if cache is not None:
-            (c_bglk,) = cache.append(c_bglk)
-        L = c_bglk.shape[-2]
+            (c_bgln,) = cache.append(c_bgln)
+        k_bglk, v_bglv = self._keys_and_values(c_bgln)
+        L = k_bglk.shape[-2]
         if mask is None and T == L:
-            o = masked_attention(q_bhtk, c_bglk, c_bglk, self.mask, prefix=prefix)
+            o = masked_attention(q_bhtk, k_bglk, v_bglv, self.mask, prefix=prefix)
         else:
             check_start(prefix, L - T)
             if mask is None and T > 1:
                 mask = causal_mask(T, L, device=x_btd.device)
-            o = attention_under(q_bhtk, c_bglk, c_bglk, mask)
-        y: Tensor = self.out(rotate(o.transpose(1, 2), cos, -sin).reshape(B, T, H * self.head_dim))
+            o = attention_under(q_bhtk, k_bglk, v_bglv, mask)
+        o_bthv = o.transpose(1, 2)
+        if self.value_rope == "turned-back":
+            o_bthv = rotate(o_bthv, cos, -sin)
+        y: Tensor = self.out(o_bthv.reshape(B, T, H * self.value_dim))
         return y
+
+    def _keys_and_values(self, c_bgln: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is kept of a token: the shared vector and what the value has of its own."""
+        if self.value_rope == "turned-back":
+            return c_bgln, c_bgln
+        k_bglk, own = c_bgln[..., : self.head_dim], c_bgln[..., self.head_dim :]
+        shared = k_bglk[..., : self.head_dim - self.rope_dim]
+        return k_bglk, torch.cat((shared, own), dim=-1) if self.own_dim else shared
