@@ -6,6 +6,7 @@ parameter as well, for an optimizer that is handed bare parameters. Where the tw
 ``danlu_role``, ``danlu_split`` and ``danlu_transposed`` hold, so that whoever uses a layer has the last word.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -20,7 +21,7 @@ ROLES: tuple[str, ...] = get_args(Role)
 #: The roles whose parameters are linear maps, for optimizers that orthogonalise.
 MATRIX_ROLES = ("matrix", "experts", "conv")
 #: The roles of parameters that may be kept with inputs before outputs.
-TRANSPOSED_ROLES = ("matrix", "experts", "head")
+TRANSPOSED_ROLES = ("matrix", "experts", "conv", "head")
 #: The attribute of a module that holds {parameter's name: declaration}.
 _DECLARED = "danlu_roles"
 #: The attributes of a parameter, in the order of a declaration.
@@ -47,7 +48,9 @@ def declare(module: nn.Module, name: str, role: Role, split: Split = None, *, tr
             equal blocks, or a tuple of heights. An optimizer that acts on complete matrices treats each of them apart,
             as if they had been separate parameters.
         transposed: whether the weight is kept as (inputs, outputs), as GPT-2's ``Conv1D`` and some stacks of experts
-            do. "Rows" are outputs all the same: ``split`` then counts columns of the tensor.
+            do. "Rows" are outputs all the same: ``split`` then counts columns of the tensor. A transposed kernel is
+            kept as (inputs, outputs, ...), its rows are outputs times taps, and its split is a number of groups of
+            inputs, as torch's transposed convolutions have them.
 
     Raises:
         TypeError: ``module`` is no module, ``split`` no integers or ``transposed`` no bool.
@@ -113,7 +116,17 @@ def _check(name: str, said: Declaration, parameter: Tensor) -> None:
         raise ValueError(f"{name} is {kind}, which cannot be transposed; accepted are {', '.join(TRANSPOSED_ROLES)}")
     if split is not None and parameter.ndim >= 2:
         kind = role or ("experts" if parameter.ndim == 3 else "matrix")
-        check_split(name, split, rows_of(kind, oriented(parameter.shape, transposed)))
+        check_layout(name, kind, split, tuple(parameter.shape), transposed=transposed)
+
+
+def check_layout(name: str, role: str, split: Split, shape: Sequence[int], *, transposed: bool) -> None:
+    """Raise unless ``split`` fits the parameter called ``name``."""
+    if role != "conv" or not transposed:
+        check_split(name, split, rows_of(role, oriented(shape, transposed)))
+    elif isinstance(split, tuple):
+        raise TypeError(f"split of {name} must be a number of groups for a transposed kernel, got {split!r}")
+    else:
+        check_split(name, split, shape[0])
 
 
 def check_split(name: str, split: Split, rows: int) -> None:
@@ -131,12 +144,30 @@ def check_split(name: str, split: Split, rows: int) -> None:
 
 
 def oriented(shape: Sequence[int], transposed: bool) -> tuple[int, ...]:
-    """Return the shape with outputs before inputs.
+    """Return the shape of a matrix or of a stack with outputs before inputs.
 
     >>> oriented((8, 4, 6), True)
     (8, 6, 4)
     """
     return (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
+
+
+def map_of(role: str, shape: Sequence[int], split: Split = None, *, transposed: bool = False) -> tuple[int, int]:
+    """Return outputs and inputs of one of the maps that a parameter holds, before its rows are split.
+
+    The kernel of a transposed convolution maps the features of one place to all that it writes: its groups are maps
+    of their own.
+
+    >>> map_of("conv", (8, 4, 3, 3)), map_of("conv", (8, 4, 3, 3), 2, transposed=True), map_of("experts", (5, 4, 6))
+    ((8, 36), (36, 4), (4, 6))
+    """
+    if role == "experts":
+        rows, columns = oriented(shape, transposed)[-2:]
+        return rows, columns
+    rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
+    if not transposed:
+        return rows, columns
+    return columns, rows // (split if role == "conv" and isinstance(split, int) else 1)
 
 
 def rows_of(role: str, shape: Sequence[int]) -> int:

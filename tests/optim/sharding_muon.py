@@ -193,14 +193,6 @@ def check_a_compiled_step_is_the_eager_one(world):
     assert torch.equal(*made)
 
 
-def check_a_parameter_cut_twice_is_refused_by_name(world):
-    weight = nn.Parameter(placed(gaussian(4, 6), world.grid, [Shard(0), Shard(1)]))
-    with pytest.raises(
-        ValueError, match=r"parameter w of group 0 is placed as .*accepted is one Shard of its matrices"
-    ):
-        Muon([("w", weight)])
-
-
 def check_a_decay_of_singular_values_takes_whole_experts_and_refuses_cut_matrices(world):
     expert = nn.Parameter(cut_over(world.four)(gaussian(6, 4, 5), 0))
     whole = nn.Parameter(gaussian(6, 4, 5))

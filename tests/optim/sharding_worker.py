@@ -15,6 +15,7 @@ import sharding_clip
 import sharding_elementwise
 import sharding_models
 import sharding_muon
+import sharding_twice
 import torch.distributed as dist
 from sharding_world import World
 
@@ -22,7 +23,7 @@ PROCESSES = 4
 
 CHECKS = {
     name.removeprefix("check_"): check
-    for module in (sharding_muon, sharding_elementwise, sharding_models, sharding_clip)
+    for module in (sharding_muon, sharding_twice, sharding_elementwise, sharding_models, sharding_clip)
     for name, check in vars(module).items()
     if name.startswith("check_")
 }

@@ -127,10 +127,35 @@ class TestInputsBeforeOutputs:
         with pytest.raises(ValueError, match="must divide its 6 rows, got 5"):
             Muon([{"params": [nn.Parameter(torch.zeros(5, 6))], "split": 5, "transposed": True}])
 
-    @pytest.mark.parametrize("role", ["conv", "embedding"])
-    def test_a_kernel_or_a_table_is_refused(self, role):
-        with pytest.raises(ValueError, match=r"weight is a .*cannot be transposed; accepted are matrix, experts, head"):
-            declare(nn.Linear(4, 6), "weight", role, transposed=True)
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_a_transposed_convolution_of_apart_patches_steps_as_the_linear_layers_that_it_is(self, groups):
+        layer = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=groups, bias=False).double()
+        width = 6 // groups * 4  # all that one input writes to
+        apart = nn.ModuleList(nn.Linear(4 // groups, width, bias=False).double() for _ in range(groups))
+        for linear, part in zip(apart, layer.weight.detach().chunk(groups)):
+            linear.weight.data = part.flatten(1).mT.contiguous()
+        x = gaussian(1, 4, 1, 1)
+        written = layer(x).unflatten(1, (groups, -1)).flatten(2)[0]
+        torch.testing.assert_close(written, torch.stack([m(v) for m, v in zip(apart, x.flatten().chunk(groups))]))
+        layer.weight.grad = gaussian(*layer.weight.shape)
+        for linear, part in zip(apart, layer.weight.grad.chunk(groups)):
+            linear.weight.grad = part.flatten(1).mT.contiguous()
+        for model in (layer, apart):
+            Muon(param_groups(model), lr=0.1, scale="mup").step()
+        together = torch.cat([linear.weight.detach().mT for linear in apart])
+        torch.testing.assert_close(layer.weight.detach().flatten(1), together, rtol=0, atol=1e-12)
+
+    def test_a_table_is_refused(self):
+        with pytest.raises(ValueError, match=r"weight is a .*cannot be transposed; accepted are matrix, experts, conv"):
+            declare(nn.Linear(4, 6), "weight", "embedding", transposed=True)
+
+    def test_a_transposed_kernel_is_split_by_a_number_of_groups_of_its_inputs(self):
+        layer = nn.ConvTranspose2d(4, 6, 2)
+        declare(layer, "weight", "conv", 2, transposed=True)
+        with pytest.raises(ValueError, match="must divide its 4 rows, got 3"):
+            declare(layer, "weight", "conv", 3, transposed=True)
+        with pytest.raises(TypeError, match="must be a number of groups for a transposed kernel"):
+            declare(layer, "weight", "conv", (12, 12), transposed=True)
 
     def test_something_that_is_no_bool_is_named(self):
         with pytest.raises(TypeError, match="transposed of weight must be a bool, got 'yes'"):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from danlu.optim import Muon, declarations_kept
-from danlu.optim._sharded import Part, balance, overlapped, runs
+from danlu.optim._exchange import balance, overlapped, runs
+from danlu.optim._sharded import Part
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 CHECKS = [

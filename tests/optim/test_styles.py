@@ -145,6 +145,35 @@ def test_diffusers_models():
     }
 
 
+class DbrxExpertGLU(nn.Module):
+    """transformers' experts, one below the other; the last map is kept with its inputs first."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe_num_experts = 3
+        self.w1, self.v1, self.w2 = (nn.Parameter(torch.zeros(3 * 6, 4)) for _ in range(3))
+
+
+def test_the_experts_of_dbrx_step_as_three_layers_of_torch_do():
+    fused = DbrxExpertGLU()
+    apart = nn.ModuleList(
+        nn.ModuleDict({"w1": nn.Linear(4, 6, bias=False), "w2": nn.Linear(6, 4, bias=False)}) for _ in range(3)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name in ("w1", "w2"):
+        weight = getattr(fused, name)
+        weight.grad = torch.randn(weight.shape, generator=generator)
+        for layer, part in zip(apart, weight.grad.chunk(3)):
+            nn.init.zeros_(layer[name].weight)
+            layer[name].weight.grad = (part if name == "w1" else part.mT).contiguous()
+    for model in (fused, apart):
+        MuonConfig(lr=0.1, scale="mup", dtype="float32").build(model).step()
+    assert fused.w2.abs().sum() > 0
+    for name in ("w1", "w2"):
+        parts = [layer[name].weight if name == "w1" else layer[name].weight.mT for layer in apart]
+        torch.testing.assert_close(getattr(fused, name), torch.cat(parts), rtol=0, atol=1e-5)
+
+
 class Conv1D(nn.Module):
     """transformers' linear layer of GPT-2: inputs before outputs."""
 

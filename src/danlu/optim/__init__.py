@@ -2,7 +2,8 @@
 
 from danlu._roles import MATRIX_ROLES, ROLES, declare
 from danlu.optim.adamw import AdamWConfig
-from danlu.optim.amos import Amos, AmosConfig, AmosHyperparameters, amos_hyperparameters, amos_scale
+from danlu.optim.amos import Amos, AmosConfig, amos_scale
+from danlu.optim.amos_rates import AmosHyperparameters, amos_hyperparameters
 from danlu.optim.build import build_optimizers
 from danlu.optim.clip import (
     NonFiniteGuard,

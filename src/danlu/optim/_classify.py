@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from danlu._roles import Split, declared
-from danlu.optim._known import FLATTENED, FUSED, INTERLEAVED, PLAIN, STACKS, TRANSPOSED_STACKS, UNKNOWN, Rule
+from danlu.optim._known import (
+    BELOW,
+    FLATTENED,
+    FUSED,
+    INPUTS_FIRST,
+    INTERLEAVED,
+    PLAIN,
+    STACKS,
+    TRANSPOSED_STACKS,
+    UNKNOWN,
+    Rule,
+)
 
 _HEADS = {
     *("lm_head", "head", "unembed", "unembedding", "embed_out", "classifier", "score", "output_projection"),
@@ -222,8 +233,8 @@ def _weight_norm(layer: nn.Module, name: str, made_of: Any) -> bool:
 def _kernel(layer: Any, parameter: Tensor) -> Kind:
     if layer.groups > 1 and parameter.shape[1] == 1:
         return Kind("gain")  # one kernel a channel acts on coordinates one by one: no linear map between channels
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    return Kind("conv", layer.groups if layer.groups > 1 and not transposed else None)
+    turned = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return Kind("conv", layer.groups if layer.groups > 1 else None, turned)
 
 
 def _conv1d(place: Place, parameter: Tensor, model: Model) -> Kind:
@@ -241,6 +252,8 @@ def _fused(place: Place, rows: int, columns: int) -> Kind:
     holder = place.owner if leaf != place.name else place.layer
     kinds = _names(holder)
     split = _known(holder, leaf, rows, columns)
+    if any(leaf in BELOW.get(kind, ()) for kind in kinds) and isinstance(split, int):
+        return Kind("conv", split, True)
     if split is not None:
         pass
     elif isinstance(place.layer, nn.MultiheadAttention) and place.name == "in_proj_weight":
@@ -282,8 +295,9 @@ def _kind(role: str, said: Split | str, *, transposed: bool = False) -> Kind:
 def _stack(place: Place, parameter: Tensor) -> Kind:
     """Return the kind of a weight of three or more dimensions that nothing else is known of."""
     kinds, name = _names(place.layer), place.name
-    if any(name in FLATTENED.get(kind, ()) for kind in kinds):
-        return Kind("conv")
+    flattened = next((FLATTENED[kind][name] for kind in kinds if name in FLATTENED.get(kind, ())), None)
+    if flattened is not None:
+        return Kind("conv", None, flattened == INPUTS_FIRST)
     if any(name in STACKS.get(kind, ()) for kind in kinds):
         return Kind("experts")
     named = ("gate_up_proj", "down_proj", "gate_proj", "up_proj", "w_up", "w_down")

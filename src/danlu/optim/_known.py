@@ -130,10 +130,14 @@ TRANSPOSED_STACKS: dict[str, Rule] = {
     "OpenAIPrivacyFilterExperts": _equal(2),
     "AriaExperts": _equal(2),
 }
+INPUTS_FIRST, OUTPUTS_FIRST = "inputs first", "outputs first"
 #: Weights of three dimensions that are one map between features and heads, by the class that holds them.
 FLATTENED = {
-    "XLNetRelativeAttention": ("q", "k", "v", "o", "r"),
-    "FunnelRelMultiheadAttention": ("r_kernel",),
+    "XLNetRelativeAttention": {**dict.fromkeys("qkvr", INPUTS_FIRST), "o": OUTPUTS_FIRST},
+    "FunnelRelMultiheadAttention": {"r_kernel": INPUTS_FIRST},
 }
+#: Matrices that hold maps kept as (inputs, outputs) one below the other, as a transposed convolution of several groups
+#: does, by the class that holds them; :data:`FUSED` has their number.
+BELOW = {"DbrxExpertGLU": ("w2",)}
 #: Weights of three dimensions that are a stack of maps, by the class that holds them, besides those of experts.
 STACKS = {"RecurrentGemmaRglru": ("input_gate_weight", "recurrent_gate_weight")}

@@ -2,15 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from danlu._roles import MATRIX_ROLES, TRANSPOSED_ROLES, Split, check_split, declared, normal_split, oriented, rows_of
-from danlu.optim._sharded import Part, Views, local, sharding
+from danlu._roles import MATRIX_ROLES, Split, check_layout, declared, normal_split, oriented, rows_of
+from danlu.optim._sharded import Part, Shards, Views, local, sharding
 
 
 class Layout(NamedTuple):
@@ -37,11 +37,9 @@ def layout(name: str, parameter: Tensor, options: Mapping[str, Any]) -> Layout:
     if parameter.ndim < (3 if role == "experts" else 2) or (role == "matrix" and parameter.ndim > 2):
         raise ValueError(f"{name} of shape {shape} cannot have the role {role!r}")
     transposed = own_transposed if options.get("transposed") is None else options["transposed"]
-    if transposed and role not in TRANSPOSED_ROLES:
-        raise ValueError(f"{name} of shape {shape} and role {role!r} cannot be transposed")
     split = options["split"] if options["split"] is not None else own_split
     split = tuple(split) if isinstance(split, list) else split
-    check_split(name, split, rows_of(role, oriented(shape, transposed)))
+    check_layout(name, role, split, shape, transposed=bool(transposed))
     return Layout(role, normal_split(split), bool(transposed))
 
 
@@ -81,6 +79,9 @@ def parts(name: str, tensors: Views, layout: Layout, group: Any) -> Iterator[Par
     shard = sharding(name, whole, whole.ndim - 2 if role == "experts" else 0)
     held = [local(tensor, whole) for tensor in tensors]
     last = role == "conv" and not held[0].is_contiguous()
+    if role == "conv" and transposed:
+        yield _turned_kernel(name, [t.movedim(1, -1) if last else t for t in held], split, whole.shape, shard, group)
+        return
     row_axis = (whole.ndim - 2 if role == "experts" else 0) + transposed
     rows_cut = shard is not None and shard[1] == row_axis
     # What is left of the rows of a shard need not be a multiple of anything: its blocks are cut further below.
@@ -102,6 +103,36 @@ def parts(name: str, tensors: Views, layout: Layout, group: Any) -> Iterator[Par
     else:
         inner = 1 if role != "conv" else math.prod(whole.shape[1:]) // whole.shape[axis]
         yield from (Part(view, group, 2, tuple(inner * length for length in lengths)) for view in views)
+
+
+def _turned_kernel(
+    name: str, held: Sequence[Tensor], split: Any, shape: tuple[int, ...], shard: Shards | None, group: Any
+) -> Part:
+    """Return the maps in the kernel of a transposed convolution: inputs first, one group of them after another.
+
+    The rows of a map are all other dimensions together, in whatever order: msign commutes with permutations.
+    """
+    each = shape[0] // (split or 1)
+    if shard is not None and shard[0] is not None and split and not shard[1] and any(n % each for n in shard[2]):
+        raise ValueError(
+            f"{name} of shape {tuple(shape)} holds {split} maps of {each} inputs, sharded into {shard[2]}; accepted "
+            "are whole maps on every process, or a shard of another dimension"
+        )
+    if split:
+        view = tuple(t.flatten(1).unflatten(0, (t.shape[0] // each, each)).mT for t in held)
+    else:
+        view = tuple(t.flatten(1).unsqueeze(0).mT for t in held)
+    if shard is None:
+        return Part(view, group)
+    group, axis, lengths = shard
+    if group is None:
+        return Part(view)
+    if axis:
+        inner = math.prod(shape[1:]) // shape[axis]
+        return Part(view, group, 1, tuple(inner * length for length in lengths))
+    if split:
+        return Part(view, group, 0, tuple(length // each for length in lengths))
+    return Part(view, group, 2, lengths)
 
 
 def _heights(split: Split, rows: int) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from danlu._roles import ROLES, declared, oriented
-from danlu._validate import choice, integer, number, positive
+from danlu._roles import ROLES, declared, map_of
+from danlu._validate import choice, number, positive
 from danlu.optim._base import MomentumOptimizer
 from danlu.optim._common import check_rate, finite_or_zero, fusable, is_dtensor, on_cpu, row_pieces
 from danlu.optim._config import probe, without_decay
@@ -132,11 +132,11 @@ class Amos(MomentumOptimizer):
     def slots(self, parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter before its first step."""
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        kept = _kept(_role(parameter, options), parameter.ndim)
+        axes = _averaged(parameter, options)
         state = {
             "step": torch.zeros((), dtype=wide, device=parameter.device),
-            "exp_avg_sq": _for_rows(parameter, kept, wide),
-            "decay": _for_rows(parameter, kept, wide),
+            "exp_avg_sq": _for_rows(parameter, axes, wide),
+            "decay": _for_rows(parameter, axes, wide),
         }
         if options["momentum"] is not None:
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -146,20 +146,21 @@ class Amos(MomentumOptimizer):
         """Update parameters and state of a group in place, each process its own entries and their rows."""
         if not params:
             return
-        roles = [_role(parameter, group) for parameter in params]
-        kept = [_kept(role, parameter.ndim) for role, parameter in zip(roles, params)]
-        etas = [group["eta"] or _scale(role, parameter, group) for role, parameter in zip(roles, params)]
+        axes = [_averaged(parameter, group) for parameter in params]
+        etas = [group["eta"] or _scale(parameter, group) for parameter in params]
         grads = [local(grad, parameter) for grad, parameter in zip(grads, params)]
         steps, second, decay, *averages = [[local(tensor) for tensor in tensors] for tensors in slots]
         if group["maximize"]:
             grads = [-grad for grad in grads]
         if group["clip"] is not None:
             grads = [grad.clamp(-group["clip"], group["clip"]) for grad in grads]
-        taken = [_squared(grad, first, v.dtype) for grad, first, v in zip(grads, kept, second)]
+        taken = [_squared(grad, over, v.dtype) for grad, over, v in zip(grads, axes, second)]
         grads, squares = [grad for grad, _ in taken], [square for _, square in taken]
         if any(map(is_dtensor, params)):
-            sum_shards_(squares, params, kept)
-        torch._foreach_div_(squares, [float(max(1, math.prod(p.shape[k:]))) for p, k in zip(params, kept)])
+            sum_shards_(squares, params, axes)
+        torch._foreach_div_(
+            squares, [float(max(1, math.prod(p.shape[a] for a in over))) for p, over in zip(params, axes)]
+        )
         shrinks, sizes = _factors(squares, steps, second, decay, etas, group)
         for index, (parameter, grad) in enumerate(zip(params, grads)):
             average = averages[0][index] if averages else None
@@ -193,50 +194,60 @@ def _role(parameter: Tensor, options: Mapping[str, Any]) -> str:
     return role or {0: "gain", 1: "gain", 2: "matrix", 3: "experts"}.get(parameter.ndim, "conv")
 
 
-def _scale(role: str, parameter: Tensor, options: Mapping[str, Any]) -> float:
+def _transposed(parameter: Tensor, options: Mapping[str, Any]) -> bool:
+    """Say whether a weight is kept as (inputs, outputs)."""
+    said: bool | None = options.get("transposed")
+    return declared("the parameter", parameter).transposed if said is None else said
+
+
+def _scale(parameter: Tensor, options: Mapping[str, Any]) -> float:
     """Return Amos' eta of a parameter, whichever way its weight is kept."""
-    transposed = options.get("transposed")
-    if transposed is None:
-        transposed = declared("the parameter", parameter).transposed
-    return amos_scale(role, oriented(parameter.shape, transposed))
+    role, shape = _role(parameter, options), tuple(parameter.shape)
+    if not _transposed(parameter, options):
+        return amos_scale(role, shape)
+    split = options.get("split") or declared("the parameter", parameter).split
+    return amos_scale(role, map_of(role, shape, split, transposed=True))
 
 
-def _kept(role: str, ndim: int) -> int:
-    """Return how many of a parameter's dimensions its slots have: over the others squares are averaged."""
-    if role == "conv":
-        return 1
-    return ndim - 1 if role == "experts" or (role in _BY_ROWS and ndim >= 2) else 0
+def _averaged(parameter: Tensor, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the dimensions over which the squares of a gradient are averaged: those of the inputs of each output."""
+    role, ndim = _role(parameter, options), parameter.ndim
+    by_rows = role == "experts" or (role in _BY_ROWS and ndim >= 2)
+    if role != "conv" and not by_rows:
+        return tuple(range(ndim))
+    if _transposed(parameter, options):
+        return (0,) if role == "conv" else (ndim - 2,)
+    return tuple(range(1, ndim)) if role == "conv" else (ndim - 1,)
 
 
-def _for_rows(parameter: Any, kept: int, dtype: torch.dtype) -> Tensor:
+def _for_rows(parameter: Any, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return zeros for the rows of a parameter, sharded where its rows are."""
-    shape = (*parameter.shape[:kept], *(1,) * (parameter.ndim - kept))
+    shape = tuple(1 if axis in axes else size for axis, size in enumerate(parameter.shape))
     if not is_dtensor(parameter):
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
     from torch.distributed.tensor import Replicate, zeros
 
-    placed = [p if p.is_replicate() or p.dim < kept else Replicate() for p in parameter.placements]
+    placed = [Replicate() if p.is_replicate() or p.dim in axes else p for p in parameter.placements]
     return zeros(shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placed)
 
 
-def _sum_of_squares(grad: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
-    """Return the sum of the squares of ``grad`` over all but its ``kept`` first dimensions, which become 1."""
-    if kept >= grad.ndim:
+def _sum_of_squares(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the sum of the squares of ``grad`` over some dimensions, which become 1."""
+    if not axes:
         return grad.to(dtype).square()
-    axes = tuple(range(kept, grad.ndim))
     norm: Tensor = torch.linalg.vector_norm(grad, dim=axes, keepdim=True, dtype=dtype)
     return norm.square_()
 
 
-def _squared(grad: Tensor, kept: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _squared(grad: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return a gradient in which no entry is too large for its squares to be summed, and these sums."""
     limit = 2.0**500 if dtype == torch.float64 else 2.0**48
-    squares = _sum_of_squares(grad, kept, dtype)
+    squares = _sum_of_squares(grad, axes, dtype)
     if on_cpu(grad) and (not squares.numel() or float(squares.max()) <= limit**2):  # and no NaN
         return grad, squares
     limit = min(limit, torch.finfo(grad.dtype).max)
     grad = finite_or_zero(grad).clamp(-limit, limit)
-    return grad, _sum_of_squares(grad, kept, dtype)
+    return grad, _sum_of_squares(grad, axes, dtype)
 
 
 def _factors(
@@ -310,59 +321,6 @@ def _move(
         else:
             m.mul_(momentum).addcmul_(p, a, value=weight).addcmul_(g, by, value=weight)
             p.add_(m)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AmosHyperparameters:
-    """Learning rate, decay and half-life for AdamW or Lion, from Amos' balance of progress and decay.
-
-    Attributes:
-        lr: learning rate at the beginning.
-        weight_decay: decoupled decay as in AdamW, constant.
-        half_life: steps after which the learning rate has halved, for :class:`danlu.optim.InverseTime`.
-    """
-
-    lr: float
-    weight_decay: float
-    half_life: float
-
-
-def amos_hyperparameters(
-    d: int, *, step: float = 1e-3, alignment: float = 0.05, constant: bool = False, role: str = "matrix"
-) -> AmosHyperparameters:
-    """Return hyper-parameters for updates whose entries have size one (Lion, Tiger, AdamW), without a search.
-
-    A weight of expected size sigma moves by ``step * sigma``; the decay that cancels the second order of that move is
-    step^2 / 2 a step, that is ``step / (2 sigma)`` times the learning rate. With p the cosine between update and
-    remaining error, the learning rate halves after 1 / (2 step p) steps if p fades with the error, and after
-    (sqrt(2) - 1) / (step p) steps (then quadratically) if it is constant.
-
-    The decay is of the order that leaves the distance to the optimum unharmed while the weights are still far from
-    it; late in training the argument no longer holds, though the schedule does.
-
-    Args:
-        d: inputs of a matrix, or width of an embedding; unused for gains and biases.
-        step: relative change of a weight at the beginning, about 1e-3; 1e-2 for easy tasks.
-        alignment: the cosine p at the beginning.
-        constant: the cosine stays: use ``InverseTime(half_life=..., squared=True)``.
-        role: one of :data:`danlu.optim.ROLES`; sigma is 1 / sqrt(d) for maps and embeddings, 1/2 for gains and biases.
-
-    Raises:
-        ValueError, TypeError: naming the argument.
-
-    Source: Su, kexue.fm 9344.
-
-    >>> found = amos_hyperparameters(768, step=1.11e-3)
-    >>> print(f"{found.lr:.4g} {found.weight_decay:.4g} {found.half_life:.5g}")
-    4.005e-05 0.01538 9009
-    """
-    integer("d", d)
-    positive("step", step)
-    number("alignment", alignment, low=0, high=1, low_open=True)
-    choice("role", role, ROLES)
-    sigma = 0.5 if role in ("gain", "bias") else 1.0 / math.sqrt(d)
-    life = (math.sqrt(2.0) - 1.0) / (step * alignment) if constant else 1.0 / (2.0 * step * alignment)
-    return AmosHyperparameters(lr=step * sigma, weight_decay=step / (2.0 * sigma), half_life=life)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from danlu.approx import Composition
 from danlu.optim._base import MomentumOptimizer
 from danlu.optim._common import check_rate, is_dtensor
 from danlu.optim._config import by_role, dtype_of, probe
+from danlu.optim._gathered import gathered, once_sharded
 from danlu.optim._layout import layout, parts
 from danlu.optim._sharded import local, sharing_group
 from danlu.optim.adamw import AdamWConfig
@@ -86,7 +87,8 @@ class Muon(MomentumOptimizer):
         process_group: processes that hold replicas of the parameters and their gradients, as under
             DistributedDataParallel: each then iterates a share of the matrices. None: this process does all.
             DTensors (FSDP2) need no group: their matrices are collected, iterated once and scattered in the mesh they
-            lie in, and the momentum is sharded as its parameter is. They may be sharded over one dimension of the mesh.
+            lie in, and the momentum is sharded as its parameter is. One whose matrices are sharded over two dimensions
+            of the mesh is gathered over one of them first.
         rounding: of bfloat16 parameters, ``nearest``, ``stochastic`` or ``compensated``: see docs/optim/rounding.md.
         rounding_seed: of ``stochastic``.
 
@@ -177,10 +179,11 @@ class Muon(MomentumOptimizer):
     def check_parameter(self, name: str, parameter: Tensor, options: Mapping[str, Any]) -> None:
         """Raise if a parameter is no linear map, or its memory has no view as a stack of matrices."""
         laid = layout(name, parameter, options)
+        twice = once_sharded(name, parameter, options) is not None
         whole = parameter.detach()
         storage = local(whole).untyped_storage().data_ptr()
-        found = list(parts(name, (whole, whole, whole), laid, None))
-        if any(part.dim for part in found):
+        found = [] if twice else list(parts(name, (whole, whole, whole), laid, None))
+        if twice or any(part.dim for part in found):
             placed = f"{name} is placed as {getattr(parameter, 'placements', None)}, its matrices sharded; accepted"
             if options.get("decay", "decoupled") != "decoupled":
                 raise ValueError(f"{placed} is decay='decoupled' only")
@@ -210,7 +213,10 @@ class Muon(MomentumOptimizer):
         muon_(params, grads, momenta, plan, options, *others, before=before, after=after)
 
     # An exchange that overlaps with work has no place in a graph.
-    _exchanging = torch.compiler.disable(_step)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _exchanging(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *slots: Any) -> None:
+        with gathered(params, grads, slots, group) as (whole, directions, state):
+            self._step(group, whole, directions, *state)
 
     def _plan(self, group: dict[str, Any], params: list[Tensor], momenta: list[Tensor]) -> Plan:
         """Return the plan of a group, made anew only when something has changed that it depends on."""

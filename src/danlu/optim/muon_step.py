@@ -14,8 +14,9 @@ from danlu._roles import Split
 from danlu._validate import choice, integer
 from danlu.approx import Composition, optimal_composition, published
 from danlu.linalg._newton_schulz import chunk_length, multiplications, orthogonalize
+from danlu.optim._exchange import Bucket, step_alone, step_together
 from danlu.optim._layout import Layout, layout, parts
-from danlu.optim._sharded import Bucket, Part, agreed_matmul_dtype, step_alone, step_together
+from danlu.optim._sharded import Part, agreed_matmul_dtype
 
 Hook = Callable[..., None] | None
 

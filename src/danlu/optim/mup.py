@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from danlu._roles import oriented
+from danlu._roles import map_of
 from danlu._validate import choice, integer, number, positive
 from danlu.optim.groups import Group, param_groups
 from danlu.optim.muon_step import shape_scale
@@ -120,7 +120,7 @@ def mup_groups(
     choice("rule", rule, _RULES)
     number("weight_decay", weight_decay, low=0)
     found: dict[tuple[int, float], Group] = {}
-    for index, group in enumerate(_groups(model)):
+    for index, group in enumerate(param_groups(model)):
         decay = 0.0 if group["role"] in ("gain", "bias") else weight_decay
         for name, parameter in zip(group["param_names"], group["params"]):
             if group["role"] in ("embedding", "gain", "bias"):
@@ -157,7 +157,7 @@ def spectral_init_(
     >>> torch.linalg.matrix_norm(layer.weight, 2).round(decimals=1)  # sqrt(1024 / 256)
     tensor(2., grad_fn=<...>)
     """
-    for group in _groups(model):
+    for group in param_groups(model):
         role, transposed = group["role"], group["transposed"]
         for name, parameter in zip(group["param_names"], group["params"]):
             if role == "embedding":
@@ -165,6 +165,9 @@ def spectral_init_(
             elif role not in ("gain", "bias"):
                 heights, columns = _shapes(group, parameter)
                 size = 1.0 if gain is None else gain(name)
+                if role == "conv" and transposed:  # its groups are maps of one shape
+                    nn.init.normal_(parameter, std=size * spectral_std(heights[0], columns), generator=generator)
+                    continue
                 rows_at = 0 if role != "experts" else -2
                 for block in torch.split(parameter.mT if transposed else parameter, heights, dim=rows_at):
                     nn.init.normal_(block, std=size * spectral_std(block.shape[rows_at], columns), generator=generator)
@@ -173,18 +176,8 @@ def spectral_init_(
 
 def _shapes(group: Group, parameter: Tensor) -> tuple[list[int], int]:
     """Return the heights of the maps stacked in a parameter's rows, and their number of columns."""
-    split, shape = group["split"], oriented(parameter.shape, group["transposed"])
-    rows, columns = shape[-2:] if group["role"] == "experts" else (shape[0], math.prod(shape[1:]))
-    if split is None:
+    split, role, transposed = group["split"], group["role"], group["transposed"]
+    rows, columns = map_of(role, parameter.shape, split, transposed=transposed)
+    if split is None or (role == "conv" and transposed):
         return [rows], columns
     return [rows // split] * split if isinstance(split, int) else list(split), columns
-
-
-def _groups(model: nn.Module) -> list[Group]:
-    """Return the groups by role of a model all of whose weights map columns to rows."""
-    groups = param_groups(model)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            kind = f"{path or 'model'} is a {type(module).__name__}"
-            raise ValueError(f"{kind}, whose weight does not map columns to rows; accepted are the other layers")
-    return groups

@@ -180,17 +180,16 @@ def _role(parameter: Tensor, options: Mapping[str, Any]) -> str:
     return role or ("gain" if parameter.ndim <= 1 else "matrix")
 
 
-def _kept(role: str, ndim: int) -> int:
-    """Return how many of a parameter's dimensions s(W) has: it is a mean over the others."""
-    return ndim - 1 if role == "embedding" and ndim >= 2 else 0
+def _averaged(role: str, ndim: int) -> tuple[int, ...]:
+    """Return the dimensions over which s(W) is a mean: of an embedding's rows the last one, else all."""
+    return (ndim - 1,) if role == "embedding" and ndim >= 2 else tuple(range(ndim))
 
 
 def _size(parameter: Tensor, role: str) -> Tensor:
     """Return s(W): what one unit of the relative learning rate is for a parameter."""
-    kept, wide = _kept(role, parameter.ndim), torch.promote_types(parameter.dtype, torch.float32)
-    axes = tuple(range(kept, parameter.ndim))
-    norm: Tensor = torch.linalg.vector_norm(parameter, dim=axes, keepdim=kept > 0, dtype=wide)
-    scale: Tensor = norm / max(1, math.prod(parameter.shape[kept:])) ** 0.5
+    axes, wide = _averaged(role, parameter.ndim), torch.promote_types(parameter.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(parameter, dim=axes, keepdim=len(axes) < parameter.ndim, dtype=wide)
+    scale: Tensor = norm / max(1, math.prod(parameter.shape[axis] for axis in axes)) ** 0.5
     return scale
 
 
@@ -201,15 +200,16 @@ def _of_shards(
 
     The size is 1 unless ``sized``.
     """
-    kept = [_kept(role, parameter.ndim) for role, parameter in zip(roles, params)]
+    axes = [_averaged(role, parameter.ndim) for role, parameter in zip(roles, params)]
     wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in params]
     bad = [torch.isfinite(grad).logical_not_().sum().to(dtype) for grad, dtype in zip(grads, wide)]
     squares = [
-        torch.linalg.vector_norm(local(p), dim=tuple(range(k, p.ndim)), keepdim=k > 0, dtype=dtype).square_()
-        for p, k, dtype in zip(params if sized else (), kept, wide)
+        torch.linalg.vector_norm(local(p), dim=over, keepdim=len(over) < p.ndim, dtype=dtype).square_()
+        for p, over, dtype in zip(params if sized else (), axes, wide)
     ]
-    sum_shards_([*bad, *squares], [*params, *params], [*len(params) * [0], *kept])
-    sizes = [(s / max(1, math.prod(p.shape[k:]))).sqrt_() for s, p, k in zip(squares, params, kept)]
+    everything = [range(parameter.ndim) for parameter in params]
+    sum_shards_([*bad, *squares], [*params, *params], [*everything, *axes])
+    sizes = [(s / max(1, math.prod(p.shape[a] for a in over))).sqrt_() for s, p, over in zip(squares, params, axes)]
     return list(zip([count == 0 for count in bad], sizes or len(params) * [1.0]))
 
 
