@@ -2,8 +2,10 @@
 
 Parts: ``dense-10M``, ``dense-30M`` (Llama's shapes), ``sparse-10M``, ``sparse-30M`` (DeepseekV3's), ``growth`` (time
 and peak memory of 32 tokens after prompts of growing length), ``history`` (eight tokens of the sparse model after 512
-to 4096 others that are in the cache already, reading them not counted). The bare loop calls the transformers model's
-cached forward one token at a time with nothing around it. Weights are random; all read the same prompt of 16 tokens.
+to 4096 others that are in the cache already, reading them not counted), ``batch-dense``, ``batch-sparse`` (64 tokens
+behind each of 16 prompts of 1 to 16 tokens together, which transformers pads on the left). The bare loop calls the
+transformers model's cached forward one token at a time with nothing around it. Weights are random; all read the same
+prompt of 16 tokens.
 """
 
 from collections.abc import Callable
@@ -16,11 +18,11 @@ from torch import Tensor, nn
 
 from benchmarks import harness, ours, peers
 from benchmarks.peers import SIZES, Size, SizeName
-from danlu.models import Transformer, generate
+from danlu.models import Transformer, generate, generate_batch, ready_to_generate
 from danlu.models.generate import by_columns, for_single_tokens
 
 PROMPT, NEW = 16, 256
-PARTS = ("dense-10M", "dense-30M", "sparse-10M", "sparse-30M", "growth", "history")
+PARTS = ("dense-10M", "dense-30M", "sparse-10M", "sparse-30M", "growth", "history", "batch-dense", "batch-sparse")
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -160,6 +162,39 @@ def history(options: harness.Options) -> harness.Sweep:
     return harness.sweep(f"{new} tokens after others in the cache, 10M", lengths, make, options=options, axis="history")
 
 
+def batch(kind: str, options: harness.Options) -> harness.Comparison:
+    """Compare the time of 16 prompts of unequal length together, float32, and one after the other."""
+    size, new = SIZES["10M"], 8 if options.quick else 64
+    prompts = [prompt(size, length)[0] for length in range(1, 17)]
+    padded = torch.stack([torch.nn.functional.pad(row, (16 - len(row), 0)) for row in prompts])
+    mask = torch.stack([(torch.arange(16) >= 16 - len(row)).long() for row in prompts])
+    theirs, own = (peers.llama, ours.dense) if kind == "dense" else (peers.deepseek, ours.sparse)
+    peer, model = theirs(size).eval(), own(size).eval()
+    ready = ready_to_generate(model)
+
+    @torch.inference_mode()
+    def transformers() -> Tensor:
+        return peer.generate(  # type: ignore[operator, no-any-return]
+            padded, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True
+        )
+
+    greedy: dict[str, Any] = {"max_new_tokens": new, "temperature": 0}
+    runs: dict[str, harness.Run] = {
+        "transformers generate": transformers,
+        "danlu together": lambda: generate_batch(model, prompts, **greedy),
+        "danlu together, made ready": lambda: generate_batch(ready, prompts, **greedy),
+        "danlu one by one": lambda: [list(generate(ready, row, **greedy)) for row in prompts],
+    }
+    return harness.compare(
+        f"decoding {kind} 10M, {new} tokens behind 16 prompts",
+        runs,
+        base="transformers generate",
+        options=options,
+        work=dict.fromkeys(runs, 16.0 * new),
+        unit="tokens",
+    )
+
+
 def _same(run: harness.Run) -> harness.Run:
     return run
 
@@ -174,7 +209,11 @@ def main() -> None:
             continue
         print(f"== {part}", flush=True)
         torch.manual_seed(0)
-        sweeps = {"growth": growth, "history": history}
+        sweeps = {
+            "growth": growth,
+            "history": history,
+            **{f"batch-{k}": partial(batch, k) for k in ("dense", "sparse")},
+        }
         results.append(sweeps[part](options) if part in sweeps else throughput(kind, cast(Any, name), options))
     harness.write("decoding", __doc__, results, options)
 

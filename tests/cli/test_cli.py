@@ -307,6 +307,23 @@ def test_a_temperature_of_zero_needs_no_seed_and_count_writes_several(
     assert first == f"--- 1 of 2\n{second}"
 
 
+def test_each_line_of_a_file_is_continued_and_ends_before_a_stop(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("line 7\n\nthe\n")
+    options = ["--temperature", "0", "--tokens", "30", "--repetition-penalty", "1.1"]
+    alone = []
+    for prompt in ("line 7", "the"):
+        assert main(["sample", str(trained), "--prompt", prompt, "--stop", "\\n", *options]) == 0
+        alone.append(capsys.readouterr().out)
+        assert alone[-1].count("\n") == 1
+    file = str(tmp_path / "prompts.txt")
+    assert main(["sample", str(trained), "--prompts", file, "--stop", "\\n", *options]) == 0
+    assert capsys.readouterr().out == f"--- 1 of 2\n{alone[0]}--- 2 of 2\n{alone[1]}"
+    assert main(["sample", str(trained), "--prompts", file, "--prompt", "x"]) == 2
+    assert "not both" in capsys.readouterr().err
+
+
 def test_a_terminal_is_not_given_the_escape_sequences_that_a_model_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\x1b[2Jb\tc\r\n\x07é"
     assert common.printable(text) == text, "a pipe is given the text as it is"
@@ -340,7 +357,9 @@ def test_a_run_folder_is_never_overwritten(trained: Path, capsys: pytest.Capture
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
-@pytest.mark.parametrize("option", ["--tokens=-1", "--count=0", "--temperature=-0.5", "--top-k=0", "--top-p=1.5"])
+@pytest.mark.parametrize(
+    "option", ["--tokens=-1", "--count=0", "--temperature=-0.5", "--top-k=0", "--top-p=1.5", "--min-p=2"]
+)
 def test_impossible_sampling_options_are_rejected_by_their_name(
     trained: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,7 @@
 
 ``measure_images`` compares the images that a run draws with held-out ones; its distances between sets of feature
 vectors (``frechet_distance``, ``kernel_distance``, ``precision_recall``, ``copied_share``) also work on vectors of your
-own. ``continuation`` writes text.
+own. ``continuation`` and ``continuations`` write text.
 
 >>> import torch
 >>> from danlu.evaluation import frechet_distance
@@ -27,11 +27,12 @@ from danlu.evaluation.images import (
     measure_images,
     sampling_steps,
 )
-from danlu.evaluation.text import continuation
+from danlu.evaluation.text import continuation, continuations
 
 __all__ = [
     "class_names",
     "continuation",
+    "continuations",
     "copied_share",
     "draw",
     "draw_classes",

@@ -2,9 +2,17 @@
 
 from danlu.models.convnet import ConvNet, ConvNetConfig
 from danlu.models.dit import DiT, DiTConfig
-from danlu.models.generate import generate, sample_token
+from danlu.models.generate import (
+    Continuation,
+    Drawn,
+    generate,
+    generate_batch,
+    generate_steps,
+    ready_to_generate,
+)
 from danlu.models.gpt import GPT, GPTConfig
 from danlu.models.mae import MAE, MAEConfig
+from danlu.models.sampling import penalized, sample_token
 from danlu.models.text_image import TextImage, TextImageConfig
 from danlu.models.transformer import Transformer, TransformerConfig
 from danlu.models.unet import UNet, UNetConfig
@@ -12,10 +20,12 @@ from danlu.models.unet import UNet, UNetConfig
 __all__ = [
     "GPT",
     "MAE",
+    "Continuation",
     "ConvNet",
     "ConvNetConfig",
     "DiT",
     "DiTConfig",
+    "Drawn",
     "GPTConfig",
     "MAEConfig",
     "TextImage",
@@ -25,5 +35,9 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "generate",
+    "generate_batch",
+    "generate_steps",
+    "penalized",
+    "ready_to_generate",
     "sample_token",
 ]

@@ -124,6 +124,7 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         cache: Sequence[LayerCache] | None = None,
         positions: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``; arguments as in `Transformer.hidden`.
 
@@ -131,9 +132,11 @@ class GPT(nn.Module):
         """
         start = cache[0].length if cache is not None else 0
         end = start + tokens_bt.shape[1]
-        if end > self.config.context:
-            raise ValueError(f"this GPT has {self.config.context} positions (context), {end} are needed")
-        if positions is None and documents is not None:
+        self._check_context(end)
+        if positions is None and starts is not None:
+            places = torch.arange(start, end, device=tokens_bt.device) - starts[:, None]
+            placed = F.embedding(places, self.positions)
+        elif positions is None and documents is not None:
             placed = F.embedding(places_in_documents(documents), self.positions)
         elif positions is None:
             placed = self.positions[start:end]
@@ -141,7 +144,7 @@ class GPT(nn.Module):
             placed = F.embedding(positions[..., 0], self.positions)
         x_btd = F.embedding(tokens_bt, self.embedding) + placed
         x_btd = x_btd.to(self.compute_dtype or x_btd.dtype)
-        contexts = layer_contexts(self.mixers, x_btd, documents=documents, cache=cache)
+        contexts = layer_contexts(self.mixers, x_btd, documents=documents, cache=cache, starts=starts)
         for block, context in zip(self.blocks, contexts):
             x_btd = block(x_btd, context)
         y: Tensor = self.norm(x_btd)
@@ -155,9 +158,18 @@ class GPT(nn.Module):
         return F.linear(x_btd, self.head_weight.to(x_btd.dtype))
 
     def new_cache(self, batch: int, capacity: int) -> list[LayerCache]:
-        """Empty caches, one per block, for ``batch`` sequences of up to ``capacity`` tokens."""
+        """Empty caches, one per block, for ``batch`` sequences of up to ``capacity`` tokens.
+
+        Raises:
+            ValueError: more tokens than there are positions.
+        """
+        self._check_context(capacity)
         dtype, device = self.compute_dtype or self.embedding.dtype, self.embedding.device
         return [attention.new_cache(batch, capacity, dtype=dtype, device=device) for attention in self.mixers]
+
+    def _check_context(self, tokens: int) -> None:
+        if tokens > self.config.context:
+            raise ValueError(f"this GPT has {self.config.context} positions (context), {tokens} are needed")
 
     def parameter_counts(self) -> tuple[int, int]:
         """All parameters, twice: every one works on every token."""

@@ -190,6 +190,7 @@ class Transformer(nn.Module):
         cache: Sequence[Cache] | None = None,
         positions: Tensor | None = None,
         prefix: int | Tensor | None = None,
+        starts: Tensor | None = None,
         real: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``, before the head.
@@ -204,6 +205,8 @@ class Transformer(nn.Module):
                 the interleaved layout of `danlu.nn.rotary_angles_nd`. None: the tokens are counted from zero.
             prefix: for layers with the mask "prefix", how many first tokens (of each document) all tokens see, or
                 booleans ``(batch, time)`` that are True for such tokens; booleans and documents need a mask in memory.
+            starts: for a cache of rows of unequal length, the place in it where each row begins, int64 ``(batch,)``;
+                the tokens are then counted from there. None: the first.
             real: booleans ``(batch, time)``, False for tokens that are padding, which take no part in the balance of
                 experts; None: there is none. Padding behind a text is seen by no token of it; in front of one, give it
                 a document number of its own.
@@ -231,6 +234,7 @@ class Transformer(nn.Module):
             positions=positions,
             prefix=prefix,
             cache=cache,
+            starts=starts,
             real=real,
         )
         for block, context in zip(self.blocks, contexts):
@@ -246,10 +250,19 @@ class Transformer(nn.Module):
         cache: Sequence[Cache] | None = None,
         positions: Tensor | None = None,
         prefix: int | Tensor | None = None,
+        starts: Tensor | None = None,
         real: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(batch, time, vocab)``; arguments as in `hidden`."""
-        x_btd = self.hidden(tokens_bt, documents=documents, cache=cache, positions=positions, prefix=prefix, real=real)
+        x_btd = self.hidden(
+            tokens_bt,
+            documents=documents,
+            cache=cache,
+            positions=positions,
+            prefix=prefix,
+            starts=starts,
+            real=real,
+        )
         if self.head is not None and not is_plain(self.head):  # an adapter or a quantized layer
             return cast(Tensor, self.head(x_btd))
         return nn.functional.linear(x_btd, self.head_weight.to(x_btd.dtype))

@@ -11,7 +11,7 @@ working example.
 
 from danlu.protocols.config import Config
 from danlu.protocols.data import IGNORE, Batch, Data, DataConfig, ExpectsSizes, KeepsFiles, Loader, TokenData
-from danlu.protocols.layers import ActivationConfig, BalanceConfig, Cache, Context, Mixer, MixerConfig
+from danlu.protocols.layers import ActivationConfig, BalanceConfig, Cache, Context, Joined, Mixer, MixerConfig
 from danlu.protocols.objectives import Denoises, Generator, Measure, Objective, ObjectiveConfig, Paced
 from danlu.protocols.reporting import Record, Reporter
 from danlu.protocols.training import (
@@ -40,6 +40,7 @@ __all__ = [
     "Denoises",
     "ExpectsSizes",
     "Generator",
+    "Joined",
     "KeepsFiles",
     "LanguageModel",
     "Loader",

@@ -1,18 +1,32 @@
 """Layers that a model's configuration chooses, and what they are given."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActivationConfig", "BalanceConfig", "Cache", "Context", "Mixer", "MixerConfig"]
+__all__ = ["ActivationConfig", "BalanceConfig", "Cache", "Context", "Joined", "Mixer", "MixerConfig"]
 
 
 class Cache(Protocol):
     """What one layer keeps of the tokens that it has read. Only ``length``, their number, is read from outside."""
 
     length: int
+
+
+@runtime_checkable
+class Joined(Protocol):
+    """A cache that can be one of several which were filled with texts of unequal length, to decode these together."""
+
+    def joined(self, others: Sequence[Any], capacity: int) -> Any:
+        """Return a cache of this one's rows and then those of ``others``, the last tokens of all at the same place.
+
+        Args:
+            others: caches of the same layer.
+            capacity: tokens that there is to be room for, counted from the first of the longest row.
+        """
 
 
 C = TypeVar("C", bound=Cache)

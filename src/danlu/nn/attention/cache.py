@@ -1,5 +1,7 @@
 """What a layer remembers of the tokens it has seen: preallocated buffers and a length."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -39,6 +41,34 @@ class LayerCache:
             buffer[..., self.length : end, :] = fresh
         self.length = end
         return tuple(buffer[..., :end, :] for buffer in self.buffers)
+
+    def joined(self, others: Sequence["LayerCache"], capacity: int) -> "LayerCache":
+        """Return the rows of this cache and of ``others`` in one; shorter ones begin later, behind zeros.
+
+        Args:
+            others: caches of the same layer, for other sequences.
+            capacity: tokens that there is to be room for.
+
+        >>> import torch
+        >>> one, two = (LayerCache(torch.empty(1, n, 1)) for n in (2, 1))
+        >>> _ = one.append(torch.ones(1, 2, 1)), two.append(torch.ones(1, 1, 1))
+        >>> one.joined([two], 2).buffers[0].flatten(1).tolist()
+        [[1.0, 1.0], [0.0, 1.0]]
+        """
+        caches = (self, *others)
+        length = max(cache.length for cache in caches)
+        buffers = []
+        for parts in zip(*(cache.buffers for cache in caches)):
+            like, row = parts[0], 0
+            # Zeros: a key that is hidden has weight zero, and zero times what memory happens to hold may be NaN.
+            whole = like.new_zeros((sum(len(p) for p in parts), *like.shape[1:-2], capacity, like.shape[-1]))
+            for part, cache in zip(parts, caches):
+                whole[row : row + len(part), ..., length - cache.length : length, :] = part[..., : cache.length, :]
+                row += len(part)
+            buffers.append(whole)
+        joined = LayerCache(*buffers)
+        joined.length = length
+        return joined
 
     def elements_per_token(self) -> int:
         """Cached elements per token of one sequence."""

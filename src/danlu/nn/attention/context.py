@@ -20,6 +20,7 @@ def layer_contexts(
     positions: Tensor | None = None,
     prefix: int | Tensor | None = None,
     cache: Sequence[Cache] | None = None,
+    starts: Tensor | None = None,
     real: Tensor | None = None,
 ) -> list[Context[Any]]:
     """Return the context of each layer of a model for one forward pass.
@@ -32,10 +33,13 @@ def layer_contexts(
         positions: rotary coordinates, ``(time, axes)`` or ``(batch, time, axes)``; None: the tokens are counted.
         prefix: for the mask "prefix", how many first tokens all see, or booleans ``(batch, time)``.
         cache: one a layer; the tokens continue those stored there.
+        starts: for a cache of rows of unequal length (`danlu.nn.LayerCache.joined`), the place in it where each row
+            begins, int64 ``(batch,)``; None: the first.
         real: booleans ``(batch, time)``, False for tokens that are padding; None: there is none.
 
     Raises:
-        ValueError: positions or a prefix where no layer takes any, or booleans together with a cache.
+        ValueError: positions or a prefix where no layer takes any, booleans together with a cache, or starts without
+            one or together with a prefix.
 
     >>> from danlu.nn.attention.gqa import GQA, GQAConfig
     >>> layers = [GQA(8, GQAConfig(num_heads=2)) for _ in range(2)]
@@ -44,8 +48,22 @@ def layer_contexts(
     (torch.Size([3, 4]), torch.Size([1, 1, 3, 3]), True)
     """
     start = 0 if cache is None else cache[0].length
-    ropes = rotary_tables({mixer.rope_dim for mixer in mixers}, x_btd, start=start, positions=positions, base=base)
-    masks = _masks(mixers, x_btd, documents, prefix, cached=cache is not None)
+    sizes = {mixer.rope_dim for mixer in mixers}
+    if starts is not None:
+        if cache is None or prefix is not None or starts.shape != x_btd.shape[:1]:
+            raise ValueError("starts must be one number a row, with a cache and without a prefix")
+        places = start + torch.arange(x_btd.shape[1], device=x_btd.device)
+        if positions is None and any(sizes):
+            positions = (places - starts[:, None]).unsqueeze(-1)
+    ropes = rotary_tables(sizes, x_btd, start=start, positions=positions, base=base)
+    masks: list[Tensor | None]
+    if starts is not None:
+        keys = torch.arange(start + x_btd.shape[1], device=x_btd.device)
+        begun = keys >= starts[:, None, None, None]
+        visible = begun & (keys <= places[:, None])
+        masks = [None if mixer.mask is None else visible for mixer in mixers]
+    else:
+        masks = _masks(mixers, x_btd, documents, prefix, cached=cache is not None)
     number = None if isinstance(prefix, Tensor) else prefix
     return [
         Context(

@@ -8,6 +8,7 @@ Shape suffixes: B batch, T time, H channels, D model size.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +85,13 @@ class StateCache:
     def __init__(self, state: Tensor, system: tuple[Tensor, ...]) -> None:
         self.state, self.system, self.length = state, system, 0
         self.blocks: Blocks | None = None
+
+    def joined(self, others: Sequence["StateCache"], capacity: int) -> "StateCache":
+        """Return the states of this cache and of ``others`` in one, whatever the number of tokens behind each."""
+        caches = (self, *others)
+        joined = StateCache(torch.cat([cache.state for cache in caches]), self.system)
+        joined.blocks, joined.length = self.blocks, max(cache.length for cache in caches)
+        return joined
 
     def elements(self) -> int:
         """Real numbers stored a sequence, whatever its length."""
