@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from danlu.approx import fit_composition, published
 from danlu.approx.fit import _loss_and_gradient
@@ -56,3 +57,42 @@ def test_published_fit_has_the_stated_loss():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         fit_composition(**arguments)
+
+
+def fitted_by_definition(steps, *, largest, grid, iterations, rate, tolerance):
+    """Return the fit as its source describes it, with derivatives by autograd."""
+    w = torch.tensor([[3.5, -6.04444444444, 2.84444444444]] * steps, dtype=torch.float64)
+    x = torch.arange(1, grid + 1, dtype=torch.float64) / grid
+
+    def loss_and_gradient(w):
+        w = w.clone().requires_grad_()
+        y = x
+        for a, b, c in w:
+            y = a * y + b * y**3 + c * y**5
+        loss = (y - 1).abs().topk(largest).values.mean()
+        return loss.item(), torch.autograd.grad(loss, w)[0]
+
+    def clipped(w):
+        gradient = loss_and_gradient(w)[1]
+        return gradient / gradient.norm().clamp_min(1)
+
+    mean, square = torch.zeros_like(w), torch.zeros_like(w)
+    path = []
+    for iteration in range(iterations):
+        path.append((loss_and_gradient(w)[0], w))
+        half = tolerance / 2
+        gradient = 0.6 * clipped(w) + 0.2 * clipped(w + half) + 0.2 * clipped(w - half)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        w = w - (rate if 2 * iteration < iterations else rate / 10) * mean / (square + 1e-20).sqrt()
+    return min(path, key=lambda place: place[0])
+
+
+@pytest.mark.parametrize("rate", [1e-3, 3e-2])
+def test_the_fit_is_its_definition_mixture_falling_rate_and_best_iterate_included(rate):
+    options = {"largest": 7, "grid": 211, "iterations": 40, "tolerance": 0.1}
+    fit = fit_composition(3, learning_rate=rate, **options)
+    loss, w = fitted_by_definition(3, rate=rate, **options)
+    # Two points whose errors are nearly equal may change places among the largest.
+    np.testing.assert_allclose(fit.coefficients, w.numpy(), rtol=1e-4)
+    x = np.arange(1, 212) / 211
+    assert np.sort(np.abs(fit(x) - 1))[-7:].mean() == pytest.approx(loss, rel=1e-4)

@@ -150,3 +150,26 @@ M23 = torch.ones(2, 3)
 def test_bad_input_is_one_clear_error(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_the_start_that_transforms_take_has_no_structure_either():
+    M = gaussian(3, 7, 11)
+    M -= M.mean(-1, keepdim=True)  # the vector of ones is in the null space
+    values = torch.func.vmap(lambda one: spectral_norm(one, iterations=300).value)(M)
+    torch.testing.assert_close(values, torch.linalg.matrix_norm(M, 2), rtol=1e-9, atol=0)
+    blocks = torch.func.vmap(lambda one: spectral_norm(one, iterations=100, block=3).value)(M)
+    torch.testing.assert_close(blocks, torch.linalg.matrix_norm(M, 2), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_of_a_batch_only_the_starts_that_are_lost_are_replaced(block):
+    M = torch.diag_embed(torch.tensor([[3.0, 2.0, 1.0, 0.0]]).double().expand(2, 4))
+    start = torch.zeros(2, 4, block, dtype=torch.float64)
+    start[0, 0, 0] = start[0, 1, block - 1] = 1.0  # in the first matrix the very singular vectors
+    start[0, 1, 0] *= block - 1
+    start[1, 3] = 1.0  # in the second the null space
+    top = spectral_norm(M, start=start if block > 1 else start[..., 0], iterations=1, block=block)
+    assert top.value[0].item() == pytest.approx(3.0, rel=1e-15)
+    fresh = spectral_norm(M[1], iterations=1, block=block).value
+    assert top.value[1].item() == pytest.approx(fresh.item(), rel=1e-15)
+    assert fresh.item() > 1.0

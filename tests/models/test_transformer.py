@@ -23,6 +23,7 @@ from danlu.nn import (
     text_image_grid,
 )
 from danlu.nn.ssm import S4DConfig
+from danlu.optim import param_groups
 
 CONFIGS = {
     "latent attention and experts": TransformerConfig(
@@ -361,3 +362,11 @@ def test_a_state_space_caches_as_much_for_one_token_as_for_a_thousand() -> None:
     model = build("state spaces")
     sizes = [[cache.elements() for cache in model.new_cache(1, capacity)] for capacity in (1, 1000)]  # type: ignore[union-attr]
     assert sizes[0] == sizes[1] == [23 * 6] * 2
+
+
+def test_a_tied_table_is_an_embedding_to_the_optimizers_and_there_is_no_head() -> None:
+    roles = {name: group["role"] for group in param_groups(build("tied multi-head")) for name in group["param_names"]}
+    assert roles["embedding"] == "embedding"
+    assert "head" not in roles.values()
+    untied = {group["role"]: group["param_names"] for group in param_groups(build("grouped queries"))}
+    assert (untied["embedding"], untied["head"]) == (["embedding"], ["head.weight"])

@@ -160,3 +160,10 @@ def test_descending_the_loss_balances_a_skewed_router(form: str) -> None:
     assert violations[0] > 0.5
     assert violations[-1] < violations[0] / 3
     assert not module.layer.balancer.bias.any()
+
+
+def test_the_square_form_weighs_the_excess_by_the_number_of_experts() -> None:
+    """The gradient of ``weight n sum F_i P_i`` by P is ``weight n F``, up to what all experts share."""
+    counts = torch.tensor([10.0, 3.0, 0.0, 1.0, 6.0], dtype=torch.float64)
+    gradient = load_gradient(counts, AuxiliaryLossConfig(weight=0.3))
+    torch.testing.assert_close(gradient, 0.3 * 5 * (counts / 20 - 0.2), rtol=1e-12, atol=1e-15)

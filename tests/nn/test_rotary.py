@@ -234,3 +234,14 @@ def test_impossible_sizes_layouts_schemes_and_shapes_are_rejected_by_name() -> N
         text_image_coordinates([1], "ties")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="grid"):
         grid_coordinates(torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("rows", [3, 1500])
+@pytest.mark.parametrize("grad", [False, True])
+def test_with_and_without_gradients_a_few_tokens_and_many_turn_alike(rows: int, grad: bool) -> None:
+    x = random(rows, 4, 13)
+    cos, sin = rotary_angles(torch.arange(rows, dtype=torch.float64), 10)
+    with torch.set_grad_enabled(grad):
+        y = rotate(x, cos.unsqueeze(-2), sin.unsqueeze(-2))
+    pairs = torch.complex(x[..., 3:8], x[..., 8:]) * torch.complex(cos[:, None, :5], sin[:, None, :5])
+    torch.testing.assert_close(y, torch.cat((x[..., :3], pairs.real, pairs.imag), -1), rtol=0, atol=1e-13)

@@ -150,3 +150,13 @@ def test_shares_out_of_range_are_rejected(options, message):
 def test_a_mask_of_another_size_is_rejected():
     with pytest.raises(ValueError, match="table must be"):
         expected_embedding(torch.ones(3, 2), torch.ones(3))
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3, 0.7])
+def test_a_target_weighs_the_same_at_every_drop_rate(drop):
+    """A head of zeros makes every loss log V: the sum counts the targets of the whole batch, however many are left."""
+    objective, batch = build(rate=0.3, drop_tokens=drop).train(), draw(4, 40)
+    batch["targets"][1, 10:] = -100
+    torch.nn.init.zeros_(objective.model.head.weight)
+    expected = objective.denominator(batch) * torch.tensor(13.0).log()
+    torch.testing.assert_close(objective(batch), expected)

@@ -401,3 +401,11 @@ def test_a_network_with_dropout_trains():
 def test_invalid_arguments_raise(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_a_predicted_image_divides_by_no_time_below_a_twentieth():
+    objective = MeanFlow(network(), MeanFlowConfig(prediction="x0"))
+    objective.model.forward = lambda x, t, classes=None, r=None: torch.zeros_like(x)
+    x, t = images(4)["images"], torch.tensor([0.0, 0.01, 0.05, 0.8]).double()
+    found = objective.average(x, t, None, t)
+    torch.testing.assert_close(found, x / torch.tensor([0.05, 0.05, 0.05, 0.8]).double().view(4, 1, 1, 1))

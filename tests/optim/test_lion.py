@@ -103,3 +103,23 @@ def test_an_entry_that_is_not_finite_counts_as_zero_and_its_weight_moves_again(b
     spoiled[1][2, 3], zeroed[1][2, 3] = bad, 0.0
     got = run(lambda p: Lion(p, lr=0.1, foreach=foreach), spoiled)
     assert torch.equal(got, run(lambda p: Lion(p, lr=0.1, foreach=foreach), zeroed))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_every_dtype_of_the_momentum_the_past_weighs_what_the_betas_say(dtype, foreach):
+    # Gradients 1, 0, -x: the sign flips at x = b1 b2 (1 - b2) / (1 - b1) = 0.75 * 0.5 * 0.5 / 0.25.
+    first = torch.ones(2)
+    last = -torch.tensor([0.74, 0.76])
+    end = run(
+        lambda p: Lion(p, lr=1.0, betas=(0.75, 0.5), momentum_dtype=dtype, foreach=foreach),
+        [first, torch.zeros(2), last],
+    )
+    assert end.tolist() == [-3.0, -1.0]
+    # And with b2 = 0.875, whose parts are not equal: 0.75 * 0.875 * 0.125 / 0.25 = 0.328.
+    last = -torch.tensor([0.32, 0.34])
+    end = run(
+        lambda p: Lion(p, lr=1.0, betas=(0.75, 0.875), momentum_dtype=dtype, foreach=foreach),
+        [first, torch.zeros(2), last],
+    )
+    assert end.tolist() == [-3.0, -1.0]

@@ -411,3 +411,10 @@ def test_a_new_parameter_in_the_memory_of_one_that_is_gone_has_a_plan_of_its_own
         optimizer.state.clear()
         group["params"] = []
     assert not torch.equal(*found.values())
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (2, 19), (19, 2), (3, 5, 11)])
+def test_the_scale_rms_makes_the_root_mean_square_a_fifth_whatever_the_shape(shape):
+    update = one_step(gaussian(*shape), scale="rms", lr=1.0)
+    for matrix in update.view(-1, *shape[-2:]):
+        assert matrix.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-6)

@@ -110,3 +110,12 @@ def test_the_update_in_fewer_passes_is_the_plain_one(size, accumulate, micro_ste
         ends.append(tensors)
     for plain, quick in zip(*ends):
         torch.testing.assert_close(quick, plain, rtol=0, atol=1e-15)
+
+
+def test_a_row_of_an_embedding_decays_by_its_own_rate():
+    start = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], dtype=torch.float64)
+    table, _ = run([torch.zeros_like(start)], start, lr=0.1, weight_decay=0.5, role="embedding")
+    rates = 0.1 * math.sqrt(12.5) * torch.tensor([[1.0], [0.1], [0.0]], dtype=torch.float64)
+    torch.testing.assert_close(table, start * (1 - 0.5 * rates), rtol=0, atol=1e-15)
+    matrix, _ = run([torch.zeros_like(start)], start, lr=0.1, weight_decay=0.5)
+    torch.testing.assert_close(matrix, start * (1 - 0.05 * start.square().mean().sqrt()), rtol=0, atol=1e-15)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from danlu.linalg.lowrank import CHOOSERS, choose_columns, interpolative
+from danlu.linalg.lowrank.columns import _plus_plus
 
 D = torch.float64
 
@@ -231,3 +232,10 @@ def test_a_single_nan_or_infinity_is_rejected_by_every_chooser(method, value):
     M[13, 11] = value
     with pytest.raises(ValueError, match="M must be finite, but it holds NaN or Inf"):
         interpolative(M, 2, method=method)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_seeds_of_kmeans_are_drawn_far_from_all_before_them(seed):
+    points = 10 * torch.eye(11, dtype=D).repeat(4, 1)
+    generator = torch.Generator().manual_seed(seed)
+    assert sorted((_plus_plus(points, 11, generator) % 11).tolist()) == list(range(11))

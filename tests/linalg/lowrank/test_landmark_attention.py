@@ -90,3 +90,11 @@ def test_bad_input_is_named(qkv):
         landmark_attention(q, k, v, landmarks=2, inverse="newton")
     with pytest.raises(ValueError, match="k must be finite"):
         landmark_attention(q, k * math.inf, v, landmarks=2)
+
+
+def test_it_is_linear_in_the_values_whatever_their_width(qkv, generator):
+    q, k, v = qkv
+    each = landmark_attention(q, k, torch.eye(37, dtype=D).expand(2, 37, 37), landmarks=5, inverse="svd")
+    for width in (1, 3, 8, 11):
+        v = torch.randn(2, 37, width, dtype=D, generator=generator)
+        assert torch.allclose(landmark_attention(q, k, v, landmarks=5, inverse="svd"), each @ v, atol=1e-10)

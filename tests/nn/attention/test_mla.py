@@ -107,3 +107,16 @@ def test_the_norms_of_the_latents_have_the_eps_of_the_model_or_their_own() -> No
         assert (layer.q_norm.eps, layer.kv_norm.eps) == (expected, expected)
     alone = MLA(12, MLAConfig(**sizes))
     assert alone.kv_norm.eps == 1e-6
+
+
+@pytest.mark.parametrize("kind", ["mla", "mla compressed queries", "mla without positions"])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_a_chunk_behind_a_cache_sees_itself_only_up_to_each_token(kind: str, chunk: int) -> None:
+    layer = build(kind)
+    x = random(2, 20 + chunk, DIM)
+
+    full = layer(x, Context(rope=rope(layer, 0, 20 + chunk)))
+    cache = layer.new_cache(2, 20 + chunk, dtype=torch.float64, device=torch.device("cpu"))
+    for start, end in ((0, 20), (20, 20 + chunk)):
+        part = layer(x[:, start:end], Context(rope=rope(layer, start, end), cache=cache))
+        torch.testing.assert_close(part, full[:, start:end], rtol=1e-6, atol=1e-6)

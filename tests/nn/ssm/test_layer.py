@@ -215,3 +215,14 @@ def test_of_nothing_it_makes_nothing(kind: str, batch: int, time: int) -> None:
     with torch.no_grad():
         assert layer(x, Context(cache=cache)).shape == x.shape
     assert cache.length == time
+
+
+@every_kind
+def test_the_layer_is_its_formula_summed_token_by_token(kind: str) -> None:
+    layer, x = build(kind), random(2, 11, DIM)
+    torch.nn.init.normal_(layer.skip)
+    u, gate = (x @ layer.project.weight.T).chunk(2, -1)
+    K = layer.space.kernel(11)
+    mixed = torch.stack([sum(K[:, t - s] * u[:, s] for s in range(t + 1)) for t in range(11)], 1)  # type: ignore[misc]
+    expected = ((mixed + layer.skip * u) * gate * gate.sigmoid()) @ layer.out.weight.T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-11, atol=1e-11)
