@@ -103,6 +103,7 @@ class Sentences:
         self._inner = self._table([form.inner for form in forms], -1)
         self._targets = self._table([form.targets for form in forms], 0).bool()
         self._draws = self._table([form.draws for form in forms], 0).bool()
+        self._real = self._table([len(form.tokens) * [1] for form in forms], 0).bool()
         # Padding behind the end is text like any other.
         grids = [text_image_grid([*form.segments, self.length - len(form.tokens)]) for form in forms]
         self._grid = torch.stack(grids)
@@ -128,6 +129,7 @@ class Sentences:
             "grid": self._grid[form],
             "targets": targets,
             "draws": self._draws[form],
+            "real": self._real[form],
         }
 
 
@@ -177,7 +179,8 @@ class CaptionsData:
     Attributes:
         train: endless, resumable stream of batches: ``tokens`` (b, t) int64, ``patches`` (b, t, patch * patch) float32
             from 0 to 1 and zero at words, ``grid`` (b, t, 4) of `danlu.nn.text_image_grid`, ``targets`` (b, t) the next
-            word where it is to be predicted, else -100, ``draws`` (b, t) whether the next patch is.
+            word where it is to be predicted, else -100, ``draws`` (b, t) whether the next patch is, and ``real`` (b, t)
+            False for what stands behind the end of a sentence.
         held_out: examples of digits that training never shows.
         manifest: what the data are, in JSON types.
     """

@@ -142,7 +142,8 @@ def validation_batches(
     """Go through a stream of tokens once, in order, in windows that do not overlap.
 
     Every token is a target exactly once over all ranks. What is missing to full windows and full batches has the
-    target -100, so all ranks get the same number of batches, of the same shape as in training.
+    target -100 and is False in ``real``, booleans that a batch without padding does not have. So all ranks get the same
+    number of batches, of the same shape as in training.
 
     Args:
         tokens: ``(n,)``, ending with ``end``.
@@ -164,5 +165,7 @@ def validation_batches(
         rows = np.where(at < len(tokens), tokens[at.clip(0, len(tokens) - 1)], padding)
         rows[at < 0] = end
         result = assemble(rows, end)
-        result["targets"][torch.from_numpy(at[:, 1:] >= len(tokens))] = IGNORE
+        missing = torch.from_numpy(at[:, 1:] >= len(tokens))
+        if missing.any():
+            result = {**result, "targets": result["targets"].masked_fill(missing, IGNORE), "real": ~missing}
         yield {name: tensor.pin_memory() for name, tensor in result.items()} if pin else result

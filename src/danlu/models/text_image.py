@@ -57,7 +57,13 @@ class TextImage(Transformer):
         self.patch_out = Linear(config.dim, config.patch_values, std=0.5 * config.dim**-0.5, role="head")
 
     def read(
-        self, tokens_bt: Tensor, patches_btp: Tensor, grid_btg: Tensor, *, cache: Sequence[Cache] | None = None
+        self,
+        tokens_bt: Tensor,
+        patches_btp: Tensor,
+        grid_btg: Tensor,
+        *,
+        cache: Sequence[Cache] | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """Normalised hidden states ``(batch, time, dim)``, for ``head_weight`` and for ``patch_out``.
 
@@ -66,6 +72,7 @@ class TextImage(Transformer):
             patches_btp: patches, anything where a word stands.
             grid_btg: integers of `danlu.nn.text_image_grid` for every position so far, those of ``tokens_bt`` last.
             cache: from `new_cache`; the tokens continue those stored in it.
+            real: booleans ``(batch, time)``, False for positions that are padding; None: there is none.
 
         Raises:
             ValueError: shapes that do not fit together.
@@ -80,4 +87,4 @@ class TextImage(Transformer):
         words = F.embedding(tokens_bt, self.embedding)
         seen = self.patch_in(patches_btp.to(words.dtype))
         x_btd = torch.where(grid_btg[:, -time:, -1:] > 0, seen, words)
-        return self.hidden(x_btd, positions=positions, cache=cache)
+        return self.hidden(x_btd, positions=positions, cache=cache, real=real)

@@ -184,6 +184,15 @@ def _balancers(model: nn.Module) -> list[Balancer]:
     return [module for module in model.modules() if isinstance(module, Balancer)]
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Say whether anything in ``model`` is balanced, so that it matters which tokens are padding.
+
+    >>> has_experts(nn.Linear(2, 3))
+    False
+    """
+    return bool(_balancers(model))
+
+
 @torch.no_grad()
 def update(model: nn.Module, factor: float | Tensor = 1.0) -> None:
     """Move every bias of ``model`` by the choices counted since the last call, over all ranks, and count anew.

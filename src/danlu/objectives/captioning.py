@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from danlu._validate import number
 from danlu.models.text_image import TextImage
+from danlu.nn.balance import has_experts
 from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.protocols import IGNORE, Batch, Measure
 
@@ -28,7 +29,8 @@ class CaptioningConfig:
 class Captioning(nn.Module):
     """Cross-entropy of the next word plus weighted squared error of the next patch, summed over the targets.
 
-    A batch is what `danlu.data.captions` yields: ``tokens``, ``patches``, ``grid``, ``targets``, ``draws``.
+    A batch is what `danlu.data.captions` yields: ``tokens``, ``patches``, ``grid``, ``targets``, ``draws`` and, for the
+    balance of experts, ``real``.
 
     Args:
         model: the network; held as ``self.model``.
@@ -44,13 +46,18 @@ class Captioning(nn.Module):
     def __init__(self, model: TextImage, config: CaptioningConfig | None = None) -> None:
         super().__init__()
         self.model, self.config = model, CaptioningConfig() if config is None else config
+        self._experts = has_experts(model)
         number("patch_weight", self.config.patch_weight, low=0)
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss, float32."""
-        x_btd = self.model.read(batch["tokens"], batch["patches"], batch["grid"])
+        x_btd = self._hidden(batch)
         words = linear_cross_entropy(x_btd, self.model.head_weight, batch["targets"])
         return words + self.config.patch_weight * self._squares(x_btd, batch).mean(-1).sum()
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        real = batch.get("real") if self._experts else None
+        return self.model.read(batch["tokens"], batch["patches"], batch["grid"], real=real)
 
     def _squares(self, x_btd: Tensor, batch: Batch) -> Tensor:
         """Return squared errors of the next patches ``(batch, time, values)``, zero where there is no patch target."""
@@ -74,7 +81,7 @@ class Captioning(nn.Module):
         sums = torch.zeros(7, dtype=torch.float64, device=device)
         moments = torch.zeros(3, self.model.patch_out.out_features, dtype=torch.float64, device=device)
         for batch in batches:
-            x_btd = self.model.read(batch["tokens"], batch["patches"], batch["grid"])
+            x_btd = self._hidden(batch)
             targets, draws, squares = batch["targets"], batch["draws"], self._squares(x_btd, batch)
             words = linear_cross_entropy(x_btd, self.model.head_weight, targets)
             logits = x_btd @ self.model.head_weight.to(x_btd.dtype).T

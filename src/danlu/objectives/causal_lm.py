@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from danlu._validate import integer, number
 from danlu.models import GPT, Transformer
-from danlu.nn.balance import expert_load, max_violation, watching
+from danlu.nn.balance import expert_load, has_experts, max_violation, watching
 from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.objectives.drop_token import drop_tokens
 from danlu.protocols import IGNORE, Batch, Data, LanguageModel, Measure, TokenData
@@ -50,8 +50,10 @@ class CausalLM(nn.Module):
         byte_lengths: int64 ``(vocab,)``, bytes of text each token stands for; with it `evaluate` gives bits per byte.
 
     A batch is a mapping with ``tokens`` and ``targets`` ``(batch, time)`` int64 and, for packed documents that must not
-    attend to each other, ``documents``. Where tokens are dropped, the loss is the mean over the remaining targets times
-    the number of all targets, so that a target has the same weight at every drop rate.
+    attend to each other, ``documents``. A model with experts is given booleans ``real`` ``(batch, time)``, too, if a
+    batch has them: what is False is padding, and no part of their balance. A target of -100 alone does not say so:
+    tokens of a prompt have none either. Where tokens are dropped, the loss is the mean over the remaining targets
+    times the number of all targets, so that a target has the same weight at every drop rate.
 
     Raises:
         ValueError: a layer's mask shows the token to be predicted, or ``drop_tokens`` is asked of a model with layers
@@ -82,6 +84,7 @@ class CausalLM(nn.Module):
         if config.drop_tokens:
             check_drops(model)
         self.model, self.config = model, config
+        self._read = ("documents", "positions", "prefix", *(("real",) if has_experts(model) else ()))
         # A property of the tokenizer, not of the training: it is not saved with the weights.
         self.register_buffer("byte_lengths", byte_lengths, persistent=False)
 
@@ -99,7 +102,7 @@ class CausalLM(nn.Module):
 
     def _loss(self, batch: Batch) -> Tensor:
         # What a batch does not have is not an argument either: not every model knows prefixes.
-        read: dict[str, Any] = {name: batch[name] for name in ("documents", "positions", "prefix") if name in batch}
+        read: dict[str, Any] = {name: batch[name] for name in self._read if name in batch}
         x_btd = self.model.hidden(batch["tokens"], **read)
         z_loss = self.config.z_loss if self.training else 0.0  # evaluation measures the cross-entropy alone
         return linear_cross_entropy(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from danlu._validate import integer, number
 from danlu.models import Transformer
 from danlu.nn import declare
-from danlu.nn.balance import expert_load
+from danlu.nn.balance import expert_load, has_experts
 from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.objectives.causal_lm import check_drops, check_language_model
 from danlu.objectives.drop_token import drop_tokens
@@ -64,7 +64,8 @@ class MaskedLM(nn.Module):
         config: see `MaskedLMConfig`.
 
     A batch is that of `CausalLM`: ``tokens``, ``targets`` (which mark padding) and, for packed documents that must not
-    attend to each other, ``documents``.
+    attend to each other, ``documents``. A model with experts leaves padding out of their balance: tokens that ``real``
+    says are none, or that are no target of their predecessors.
 
     Raises:
         ValueError: ``drop_tokens`` with a model with state spaces.
@@ -89,6 +90,7 @@ class MaskedLM(nn.Module):
         self.model, self.config = model, MaskedLMConfig() if config is None else config
         if self.config.drop_tokens:
             check_drops(model)
+        self._experts = has_experts(model)
         self.mask_token = nn.Parameter(torch.empty(model.config.dim))
         declare(self, "mask_token", "embedding")
         self.reset_parameters()
@@ -103,7 +105,8 @@ class MaskedLM(nn.Module):
             x_nd, wanted_n = self._predict(batch, None)
             return linear_cross_entropy(x_nd, self.model.head_weight, wanted_n, chunk=self.config.chunk)
         # The targets are chosen among the tokens that are kept; a target has the same weight at every drop rate.
-        short = drop_tokens({**batch, "asked": askable(batch)}, self.config.drop_tokens)
+        whole = {**batch, "asked": askable(batch), "real": _real(batch)}
+        short = drop_tokens(whole, self.config.drop_tokens)
         x_nd, wanted_n = self._predict(short, None)
         loss = linear_cross_entropy(x_nd, self.model.head_weight, wanted_n, chunk=self.config.chunk)
         return loss * (self.denominator(batch) / self.denominator(short).clamp_min(1))
@@ -132,7 +135,8 @@ class MaskedLM(nn.Module):
         shown_bt = tokens_bt.scatter(1, asked_bk, torch.where(swapped_bk, other_bk, wanted_bk))
         masked_bt = torch.zeros_like(askable_bt).scatter(1, asked_bk, fate_bk < config.masked)
         x_btd = torch.where(masked_bt[..., None], self.mask_token, F.embedding(shown_bt, table))
-        x_btd = self.model.hidden(x_btd, documents=batch.get("documents"), positions=batch.get("positions"))
+        padded = {"real": _real(batch)} if self._experts else {}
+        x_btd = self.model.hidden(x_btd, documents=batch.get("documents"), positions=batch.get("positions"), **padded)
         x_bkd = x_btd.gather(1, asked_bk[..., None].expand(-1, -1, x_btd.shape[-1]))
         return x_bkd.flatten(0, 1), wanted_bk.masked_fill(beyond_bk, IGNORE).flatten()
 
@@ -166,6 +170,14 @@ def askable(batch: Batch) -> Tensor:
     if "asked" in batch:
         return batch["asked"]
     return F.pad(batch["targets"][:, :-1] != IGNORE, (1, 0), value=False)
+
+
+def _real(batch: Batch) -> Tensor:
+    """Return booleans ``(batch, time)``: tokens that are no padding."""
+    if "real" in batch:
+        return batch["real"]
+    asked_bt = batch["targets"] != IGNORE
+    return torch.cat((asked_bt[:, :1], asked_bt[:, :-1]), dim=1)
 
 
 def expected_embedding(

@@ -51,7 +51,10 @@ class LanguageModel(Protocol):
         """``(vocab, dim)``."""
 
     def hidden(self, tokens_bt: Tensor, *, documents: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Hidden states ``(batch, time, dim)`` of tokens ``(batch, time)``; arguments as `danlu.models.Transformer`."""
+        """Hidden states ``(batch, time, dim)`` of tokens ``(batch, time)``; arguments as `danlu.models.Transformer`.
+
+        A model whose experts are balanced (`danlu.nn.balance`) takes ``real`` as well.
+        """
 
 
 @runtime_checkable
