@@ -135,7 +135,7 @@ class MaskedLM(nn.Module):
         shown_bt = tokens_bt.scatter(1, asked_bk, torch.where(swapped_bk, other_bk, wanted_bk))
         masked_bt = torch.zeros_like(askable_bt).scatter(1, asked_bk, fate_bk < config.masked)
         x_btd = torch.where(masked_bt[..., None], self.mask_token, F.embedding(shown_bt, table))
-        padded = {"real": _real(batch)} if self._experts else {}
+        padded: dict[str, Any] = {"real": _real(batch)} if self._experts else {}
         x_btd = self.model.hidden(x_btd, documents=batch.get("documents"), positions=batch.get("positions"), **padded)
         x_bkd = x_btd.gather(1, asked_bk[..., None].expand(-1, -1, x_btd.shape[-1]))
         return x_bkd.flatten(0, 1), wanted_bk.masked_fill(beyond_bk, IGNORE).flatten()
