@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import math
 import pickle
@@ -96,7 +97,7 @@ def test_nothing_is_pickled_or_unpickled(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
     assert checkpoint.load(path).step == 1
-    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors"}
+    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors", ""}
 
 
 def test_the_last_few_are_kept(tmp_path: Path) -> None:
@@ -126,6 +127,69 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> Non
     assert found.name == "step-00000001"
     with pytest.raises(CheckpointError, match="is no complete checkpoint"):
         checkpoint.load(newest)
+
+
+def test_every_flipped_bit_is_found_and_the_checkpoint_before_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "checkpoints", 1, 1.0)
+    newest = put(tmp_path / "checkpoints", 2, 2.0)
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        for at in torch.randint(len(whole), (40,)).tolist():
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << (at % 8)
+            file.write_bytes(flipped)
+            with pytest.raises(CheckpointError):
+                checkpoint.load(newest)
+            saved = checkpoint.load_latest(tmp_path)
+            assert saved is not None
+            assert saved.step == saved.state["w"][0] == 1
+        file.write_bytes(whole)
+    saved = checkpoint.load_latest(tmp_path)
+    assert saved is not None
+    assert saved.step == 2
+    assert any("step-00000002 is damaged" in said and "the checkpoint before it" in said for said in caplog.messages)
+
+
+def test_files_of_another_checkpoint_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    older, newest = put(tmp_path, 1, 1.0), put(tmp_path, 2, 2.0)
+    tensors = next(older.glob("*.safetensors"))
+    whole = (newest / tensors.name).read_bytes()
+    (newest / tensors.name).write_bytes(tensors.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{tensors.name} is not what SHA256SUMS says"):
+        checkpoint.load(newest)
+    (newest / tensors.name).write_bytes(whole)
+    assert checkpoint.load(newest).step == 2
+    for file in older.iterdir():
+        (newest / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=r"state.json is of step 1"):
+        checkpoint.load(newest)
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    path = put(tmp_path, 1)
+    lines = (path / "SHA256SUMS").read_text().splitlines()
+    assert {line[66:] for line in lines} == {p.name for p in path.iterdir()} - {"SHA256SUMS"}
+    assert all(hashlib.sha256((path / line[66:]).read_bytes()).hexdigest() == line[:64] for line in lines)
+
+
+def test_a_checkpoint_of_the_release_without_checksums_is_read(tmp_path: Path) -> None:
+    path = put(tmp_path, 3, 5.0)
+    (path / "SHA256SUMS").unlink()
+    with pytest.raises(CheckpointError, match="is no complete checkpoint"):
+        checkpoint.load(path)
+    state = path / "state.json"
+    state.write_text(state.read_text().replace('"format": 2', '"format": 1'))
+    assert checkpoint.load(path).state["w"][0] == 5
+
+
+def test_checkpoints_that_are_all_damaged_are_an_error_and_none_at_all_is_none(tmp_path: Path) -> None:
+    assert checkpoint.load_latest(tmp_path) is None
+    path = put(tmp_path / "checkpoints", 1)
+    (path / "SHA256SUMS").write_text("")
+    with pytest.raises(CheckpointError, match=rf"no checkpoint of {tmp_path} can be read"):
+        checkpoint.load_latest(tmp_path)
 
 
 def test_a_step_saved_again_replaces_the_first_only_when_it_is_whole(

@@ -72,7 +72,15 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def test_a_run_folder_holds_what_later_verbs_need(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    assert names == {"config.json", "manifest.json", "metrics.jsonl", "tokenizer.json", "checkpoints", "tensorboard"}
+    assert names == {
+        "config.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "tokenizer.json",
+        "checkpoints",
+        "tensorboard",
+        ".lock",
+    }
     log = records(trained)
     assert [r["step"] for r in log] == list(range(1, 8))
     assert [r["step"] for r in log if "val_bpb" in r] == [4, 7]

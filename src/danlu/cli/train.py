@@ -1,6 +1,8 @@
 """``danlu train``: a recipe, a file of your own or a saved configuration, with any of its options changed."""
 
 import argparse
+import contextlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,19 +120,29 @@ def run(arguments: argparse.Namespace) -> int:
     from danlu.cli.finish import finish
     from danlu.train import run
 
-    # Several processes may count differently while the first of them makes its folder: its answer holds for all.
-    folder = Path(arguments.out) if arguments.out else _free_folder(name)
-    return finish(folder, run.train(config, folder, code=code))
+    if arguments.out:
+        folder = Path(arguments.out)
+        return finish(folder, run.train(config, folder, code=code))
+    first = not Path("runs").exists()
+    folder = _own_folder(name)
+    try:
+        return finish(folder, run.train(config, folder, code=code))
+    finally:
+        with contextlib.suppress(OSError):  # what is empty: nothing came of it
+            folder.rmdir()
+            if first:
+                folder.parent.rmdir()
 
 
 def _names_recipe(word: str) -> bool:
     return word in REGISTRY or is_code(word)
 
 
-def _free_folder(recipe: str) -> Path:
-    """Return the first of runs/RECIPE-1, runs/RECIPE-2, ... that is not there."""
+def _own_folder(recipe: str) -> Path:
+    """Make the first of runs/RECIPE-1, runs/RECIPE-2, ... that nobody has."""
+    from danlu.train.folder import new_folder
+
     name = re.sub(r"[^\w.-]+", "-", recipe).strip(".-") or "run"
-    number = 1
-    while (folder := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return folder
+    if os.environ.get("RANK", "0") != "0":
+        return Path("runs") / name  # the first of several processes makes the folder, and tells the others
+    return new_folder(Path("runs"), name)

@@ -1,15 +1,18 @@
 """Checkpoints that are complete or not there, readable without unpickling anything.
 
-A checkpoint is a folder ``step-00000100`` of two kinds of file: the tensors, written by torch.distributed.checkpoint as
-safetensors, and ``state.json``, which holds everything else and says where each tensor belongs. It is written under
-a temporary name, flushed to the disk, and only then renamed: whatever interrupts a save, the previous checkpoint stays.
+A checkpoint is a folder ``step-00000100``: the tensors, written by torch.distributed.checkpoint as safetensors,
+``state.json``, which holds everything else and says where each tensor belongs, and ``SHA256SUMS`` of these files, which
+``sha256sum -c`` reads and every load checks. It is written under a temporary name, flushed to the disk, and only then
+renamed: whatever interrupts a save, the previous checkpoint stays.
 
 State is nested dictionaries, lists and tuples of tensors and plain values, as ``state_dict`` methods return it.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -27,11 +30,25 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-__all__ = ["Checkpoint", "CheckpointError", "checkpoints", "latest", "load", "pack", "plain_groups", "save", "unpack"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "checkpoints",
+    "latest",
+    "load",
+    "load_latest",
+    "pack",
+    "plain_groups",
+    "save",
+    "unpack",
+]
 
-_FORMAT = 1
+_LOG = logging.getLogger(__name__)
+_FORMAT = 2
+_WITHOUT_SUMS = 1
+"""The format of release 0.1, whose files have no checksums."""
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-_STATE = "state.json"
+_STATE, _SUMS = "state.json", "SHA256SUMS"
 
 
 class CheckpointError(OSError):
@@ -142,6 +159,8 @@ def save(folder: Path, step: int, state: Any, *, config: Mapping[str, Any], keep
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         described = {"format": _FORMAT, "step": step, "config": config, "files": files, "state": tree}
         (temporary / _STATE).write_text(json.dumps(described, allow_nan=False))
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / _SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
         for path in temporary.iterdir():
             _flush(path)
         _flush(temporary)
@@ -173,6 +192,28 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def load_latest(run: Path, *, parts: Sequence[str] | None = None) -> Checkpoint | None:
+    """Read the newest checkpoint of a run folder that is whole; None where there is none of any kind.
+
+    A damaged one is named in a warning of the logger, and the one before it read.
+
+    Raises:
+        CheckpointError: all of them are damaged.
+    """
+    damaged: CheckpointError | None = None
+    for path in reversed(checkpoints(Path(run) / "checkpoints")):
+        try:
+            saved = load(path, parts=parts)
+        except CheckpointError as error:
+            _LOG.warning("%s; the checkpoint before it is used", error)
+            damaged = error
+        else:
+            return saved
+    if damaged is not None:
+        raise CheckpointError(f"no checkpoint of {run} can be read; {damaged}")
+    return None
+
+
 def load(path: Path, *, parts: Sequence[str] | None = None) -> Checkpoint:
     """Read a checkpoint, or only the named top-level ``parts`` of its state; its tensors are on the CPU.
 
@@ -182,6 +223,7 @@ def load(path: Path, *, parts: Sequence[str] | None = None) -> Checkpoint:
     described = _described(path)
     if described is None:
         raise CheckpointError(f"{path} is no complete checkpoint: {_STATE}, or a file that it names, is missing or cut")
+    _verify(path, described)
     reader = HuggingFaceStorageReader(str(path))
     tree = described["state"]
     if parts is not None:
@@ -238,12 +280,35 @@ def _described(path: Path) -> dict[str, Any] | None:
     """The contents of ``state.json`` if every file it names is there at its full size, else None."""
     try:
         described: dict[str, Any] = json.loads((path / _STATE).read_text())
-        if described["format"] != _FORMAT:
+        if described["format"] not in (_FORMAT, _WITHOUT_SUMS):
             return None
         complete = all((path / name).stat().st_size == size for name, size in described["files"].items())
+        complete = complete and (described["format"] == _WITHOUT_SUMS or (path / _SUMS).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return described if complete else None
+
+
+def _verify(path: Path, described: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the files are those that were written, for this step."""
+    name = _NAME.fullmatch(path.name)
+    if name is not None and int(name[1]) != described["step"]:
+        raise CheckpointError(f"{path} is damaged: {_STATE} is of step {described['step']}")
+    if described["format"] == _WITHOUT_SUMS:
+        return
+    try:
+        lines = (path / _SUMS).read_text().splitlines()
+        sums = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+        wrong = [file for file in (*described["files"], _STATE) if sums.get(file) != _sha256(path / file)]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {wrong[0]} is not what {_SUMS} says")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _free_name(folder: Path, step: int) -> Path:

@@ -74,9 +74,9 @@ def build_model(config: RunConfig, policy: Policy) -> nn.Module:
 
 def weights(path: Path, prefix: str) -> dict[str, Any]:
     """The newest weights of a run whose names begin with ``prefix``, without it; averaged ones if there are any."""
-    newest = checkpoint.latest(path)
-    if newest is None:
+    saved = checkpoint.load_latest(path, parts=("objective", "ema"))
+    if saved is None:
         raise FileNotFoundError(f"{path} holds no complete checkpoint yet")
-    state = checkpoint.load(newest, parts=("objective", "ema")).state
+    state = saved.state
     weights, prefix = (state["objective"], prefix) if state["ema"] is None else (state["ema"], "module." + prefix)
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -1,5 +1,6 @@
 """From a configuration to a trained model in a run folder, and back from the folder to the model."""
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from danlu.train.budget import Length
 from danlu.train.config import RunConfig
 from danlu.train.distributed import World, barrier, broadcast, init_distributed
 from danlu.train.ema import averaged
+from danlu.train.folder import claimed
 from danlu.train.load import read_config, weights
 from danlu.train.metrics import MetricsFile, TensorBoard
 from danlu.train.progress import ProgressLine, duration
@@ -43,33 +45,39 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
         0 when the run is complete, 130 or 143 when it was interrupted and saved.
 
     Raises:
-        FileExistsError: ``out`` holds something; it is left as it is.
+        FileExistsError: ``out`` holds something, or another process has claimed it; it is left as it is.
         ValueError, TypeError, OSError, FloatingPointError: with a message for the person who started the run.
     """
     out = Path(out)
     console = Console(quiet=quiet)
     configs.to_document(config)  # what could not be written is an error before anything is done
-    with init_distributed(config.train.device) as world, Stop(patient=world.size > 1) as stop:
+    with (
+        init_distributed(config.train.device) as world,
+        Stop(patient=world.size > 1) as stop,
+        contextlib.ExitStack() as held,
+    ):
         out = Path(broadcast(str(out)))
-        _check_new(out, world)
-        with stop.at_once():
-            parts = assemble(config, world)
-        # It tries the first batch: a model that does not fit the data is an error before anything is written.
-        sentences = _plan(parts) if world.main and not quiet else []
+        made = not out.exists()
         if world.main:
-            out.mkdir(parents=True, exist_ok=True)
-            _write_once(out, parts)
-            if code is not None:
-                code.write(out)
-            for line in sentences:
-                console.print(line, soft_wrap=True, highlight=False)
-        barrier()
-        trainer = _trainer(parts, out)
+            held.enter_context(claimed(out, new=True))
+        trainer: Trainer | None = None
         try:
+            with stop.at_once():
+                parts = assemble(config, world)
+            # It tries the first batch: a model that does not fit the data is an error before anything is written.
+            sentences = _plan(parts) if world.main and not quiet else []
+            if world.main:
+                _write_once(out, parts)
+                if code is not None:
+                    code.write(out)
+                for line in sentences:
+                    console.print(line, soft_wrap=True, highlight=False)
+            barrier()
+            trainer = _trainer(parts, out)
             return _fit(trainer, parts, out, console, stop)
-        except Exception:
-            if world.main and trainer.step == 0:
-                shutil.rmtree(out, ignore_errors=True)  # nothing was trained: the corrected command can make it again
+        except BaseException:
+            if world.main and (trainer is None or trainer.step == 0):
+                _clear(out, made)  # nothing was trained: the corrected command can make it again
             raise
 
 
@@ -83,14 +91,21 @@ def resume(path: Path | str, *, quiet: bool = False) -> int:
 
     Raises:
         FileNotFoundError: ``path`` is no run folder.
+        FileExistsError: another process trains in it.
         ValueError: its checkpoint is of another configuration (the keys are named), or the data have changed.
+        CheckpointError: it has checkpoints, and all are damaged.
     """
     path = Path(path)
     config = read_config(path)
     console = Console(quiet=quiet)
-    with init_distributed(config.train.device) as world, Stop(patient=world.size > 1) as stop:
-        newest = checkpoint.latest(path)
-        saved = None if newest is None else checkpoint.load(newest)
+    with (
+        init_distributed(config.train.device) as world,
+        Stop(patient=world.size > 1) as stop,
+        contextlib.ExitStack() as held,
+    ):
+        if world.main:
+            held.enter_context(claimed(path, new=False))
+        saved = _newest(path, world)
         if saved is not None:
             _check_config(config, saved)
             if _is_complete(config, saved):
@@ -199,9 +214,23 @@ def _is_complete(config: RunConfig, saved: checkpoint.Checkpoint) -> bool:
     return length.reached(saved.step) and saved.state["unevaluated"] is None
 
 
-def _check_new(out: Path, world: World) -> None:
-    if world.main and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is left as it is; choose another folder, or: danlu resume {out}")
+def _newest(path: Path, world: World) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, which the first process chooses for all; None: there is none."""
+    saved = checkpoint.load_latest(path) if world.main else None
+    chosen = broadcast("" if saved is None else str(saved.path))
+    return saved if world.main or not chosen else checkpoint.load(Path(chosen))
+
+
+def _clear(out: Path, made: bool) -> None:
+    """Remove what a run wrote into its folder, and the folder if it made it."""
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if made:
+        with contextlib.suppress(OSError):
+            out.rmdir()
 
 
 def _check_config(config: RunConfig, saved: checkpoint.Checkpoint) -> None:
