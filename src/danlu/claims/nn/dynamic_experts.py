@@ -32,7 +32,7 @@ def _rule_error(*, mean: bool) -> float:
     for rule in ("A", "B", "C", "D"):
         for top in (500, 300):
             counts = torch.randint(top, (_EXPERTS,), generator=generator)
-            config = DynamicConfig(rule=rule, rate=1.0)  # type: ignore[arg-type]
+            config = DynamicConfig(rule=rule, rate=1.0)
             step = threshold_step(counts, _TOKENS, _BUDGET, config)
             worst = max(worst, float((step + _printed(counts.double() / _TOKENS, rule, mean=mean)).abs().max()))
     return worst
