@@ -69,6 +69,19 @@ def test_the_regret_is_below_the_bound_for_the_best_and_for_random_comparators(l
     assert all(mean(x, best).mean() <= mean(x, rival).mean() + 1e-3 for rival in rivals)
 
 
+@pytest.mark.parametrize(("loss", "schedule"), zip(LOSSES, SCHEDULES))
+def test_the_regret_is_below_the_bound_over_ten_thousand_steps(loss, schedule):
+    steps, G = 10_000, LOSSES[loss]
+    x, project = samples(steps), project_to_ball(1.0)
+    rates = SCHEDULES[schedule](steps, G)
+    path = descend(loss, x, torch.zeros(10, dtype=torch.float64), rates, project)
+    best = best_fixed(loss, x, torch.zeros(10, dtype=torch.float64), project, steps=100)
+    mean = torch.func.vmap(loss, (0, None))
+    for rival in [best, *(project(gaussian(10, seed=seed)) for seed in range(5))]:
+        regret = path.losses.mean() - mean(x, rival).mean()
+        assert regret <= regret_bound(rates, 2.0, G) + 1e-9
+
+
 def test_the_path_on_alternating_samples_is_the_one_by_hand():
     x = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(500)
     rates, start = inverse_root_rates(1000, 1.0), torch.zeros(1, dtype=torch.float64)

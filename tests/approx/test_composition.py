@@ -1,13 +1,14 @@
 """Compositions against the printed lists, the error tables, closed forms and the greedy optimality theorem."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danlu.approx import TABLES, optimal_composition, published
+from danlu.approx import TABLES, large_gap_step, optimal_composition, published
 from danlu.approx.composition import _alternate, _cubic
 
 PAPER_CUSHION = 0.02407327424182761  # the ratio at which the optimal quintic leaves (1 - E) / (1 + E) = 0.1
@@ -281,3 +282,61 @@ def test_bad_names_and_lengths_of_published_sets_are_named():
         published("you", 5)
     with pytest.raises(TypeError, match="lower must be a number"):
         optimal_composition("small")
+
+
+# kexue.fm 10592: rows, columns, steps, coefficients fitted to these sizes, mean (sigma - 1)^2 with them and Jordan's.
+FITTED = [
+    (1024, 1024, 3, (4.328, -9.666, 7.020), 0.10257, 0.18278),
+    (1024, 1024, 5, (3.297, -4.136, 1.724), 0.02733, 0.04431),
+    (2048, 1024, 3, (4.095, -9.327, 7.028), 0.01628, 0.06171),
+    (2048, 1024, 5, (2.644, -3.128, 1.476), 0.00038, 0.02954),
+    (4096, 1024, 3, (3.886, -8.956, 6.948), 0.00371, 0.02574),
+    (4096, 1024, 5, (2.461, -2.663, 1.214), 0.00008, 0.02563),
+    (2048, 2048, 3, (4.857, -13.103, 11.130), 0.10739, 0.24410),
+    (2048, 2048, 5, (3.333, -4.259, 1.779), 0.03516, 0.04991),
+    (4096, 4096, 3, (5.460, -17.929, 18.017), 0.11303, 0.33404),
+    (4096, 4096, 5, (3.373, -4.613, 2.057), 0.04700, 0.06372),
+    (8192, 8192, 3, (6.139, -24.893, 30.147), 0.11944, 0.44843),
+    (8192, 8192, 5, (3.389, -4.902, 2.310), 0.05869, 0.07606),
+]
+
+
+@pytest.mark.parametrize(("rows", "columns", "steps", "row", "fitted", "jordan"), FITTED)
+def test_every_row_of_the_source_s_table_is_the_error_on_the_law_of_large_gaussian_matrices(
+    rows, columns, steps, row, fitted, jordan
+):
+    # Squared singular values over the Frobenius norm are x / columns with x of Marchenko and Pastur's law.
+    ratio = columns / rows
+    angle = (np.arange(20_000) + 0.5) / 20_000 * np.pi
+    x = 1 + ratio + 2 * math.sqrt(ratio) * np.cos(angle)
+    weight = np.sin(angle) ** 2 / x
+    steps_of = published("jordan", steps)
+    for f, printed in [(replace(steps_of, coefficients=(row,) * steps), fitted), (steps_of, jordan)]:
+        found = np.average((f(np.sqrt(x / columns)) - 1) ** 2, weights=weight)
+        # Three per cent or half of the last digit printed where that is all there is.
+        assert found == pytest.approx(printed, rel=0.01 if printed > 1e-3 else 0.03, abs=5e-6)
+
+
+@pytest.mark.parametrize("z", [0.71, 0.8, 0.9, 0.97])
+def test_the_step_for_a_large_gap_takes_the_largest_and_the_largest_other_to_one(z):
+    a, b = large_gap_step(z)
+    k = math.sqrt(1 - z * z)
+    rest = np.linspace(0, k, 1001)
+    assert a * z + b * z**3 == pytest.approx(1, rel=1e-12)
+    assert a * k + b * k**3 == pytest.approx(1, rel=1e-12)
+    # What is below the gap grows, nothing above 1: the polynomial is increasing up to k.
+    assert (np.diff(a * rest + b * rest**3) > 0).all()
+    assert a > 1.5 * math.sqrt(2) - 1e-12
+
+
+def test_the_step_for_a_large_gap_is_held_where_it_is_steep_but_safe():
+    assert large_gap_step(0.0) == large_gap_step(math.sqrt(0.5))
+    assert large_gap_step(1.0) == large_gap_step(0.97)
+    with pytest.raises(ValueError, match="largest"):
+        large_gap_step(1.1)
+    # A matrix with a gap: the largest value is there after one step, and the small ones have grown.
+    S = np.array([0.9, *(0.4 / math.sqrt(40) * np.ones(40))])
+    S /= np.linalg.norm(S)
+    a, b = large_gap_step(S[0])
+    assert np.abs(a * S + b * S**3 - 1)[0] < 1e-12
+    assert (a * S + b * S**3)[1] > 2.5 * S[1]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import Chebyshev, Polynomial
 
-from danlu.approx import ConvergenceWarning, certify, minimax, optimal_composition
+from danlu.approx import ConvergenceWarning, certify, max_norm_derivative, minimax, optimal_composition
 
 
 def runge(x):
@@ -276,3 +276,29 @@ def test_a_function_that_cannot_be_levelled_comes_back_with_both_bounds_and_a_wa
         best = minimax(lambda x: noise.standard_normal(x.shape), 5)
     assert not best.optimal
     assert best.lower_bound < best.error
+
+
+def test_the_derivative_of_the_maximum_norm_is_exact_for_small_steps():
+    f = np.array([2.0, -2.0, 1.0, 2.0])
+    directions = np.random.default_rng(0).integers(-8, 9, (50, 4)) / 8
+    step = 2.0**-10
+    for h in directions:
+        assert max_norm_derivative(f, h) == (np.abs(f + step * h).max() - 2) / step
+    assert max_norm_derivative(np.zeros(4), directions[0]) == np.abs(directions[0]).max()
+    # It is no gradient: neither of two opposite directions lowers a maximum taken with both signs.
+    assert max_norm_derivative([1.0, -1.0], [1.0, 1.0]) == max_norm_derivative([1.0, -1.0], [-1.0, -1.0]) == 1
+    with pytest.raises(ValueError, match="h must have the shape of f"):
+        max_norm_derivative([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(("f", "degree"), [(np.exp, 3), (runge, 8), (np.abs, 6)])
+def test_the_best_polynomial_meets_kolmogorov_s_criterion_and_a_near_one_does_not(f, degree):
+    best = minimax(f, degree)
+    x = np.unique(np.concatenate([np.linspace(-1, 1, 4001), best.points]))
+    random = np.random.default_rng(1)
+    error = best(x) - f(x)
+    for _ in range(200):
+        h = Chebyshev(random.standard_normal(degree + 1))(x)
+        assert max_norm_derivative(error, h, tolerance=1e-7) > 0
+    other = best.polynomial + 1e-3 * best.error * Chebyshev(random.standard_normal(degree + 1))
+    assert max_norm_derivative(other(x) - f(x), best(x) - other(x), tolerance=1e-7) < 0

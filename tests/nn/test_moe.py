@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig, MoE, MoEConfig, scaling_factor
+from danlu.nn import AuxiliaryLossConfig, DynamicConfig, LossFreeConfig, MoE, MoEConfig, balanced_load, scaling_factor
 from danlu.nn.grouped import routed_experts
 
 from .expert_sums import random, written_out
@@ -298,3 +298,29 @@ def test_the_router_decides_in_float32_under_autocast_too() -> None:
         again, under = layer.route(x)
     assert torch.equal(under, chosen)
     assert torch.equal(again, gate)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "shared"), [(6, 2, 1), (7, 3, 2), (5, 5, 0), (8, 1, 2)])
+def test_balanced_load_is_the_share_of_tokens_where_every_expert_is_chosen_equally_often(
+    num_experts: int, top_k: int, shared: int
+) -> None:
+    torch.manual_seed(0)
+    config = MoEConfig(num_experts=num_experts, top_k=top_k, num_shared_experts=shared, hidden=3)
+    layer = MoE(num_experts, config).double()
+    with torch.no_grad():
+        layer.router.copy_(torch.eye(num_experts))
+    token = torch.zeros(num_experts, dtype=torch.float64)
+    token[:top_k] = torch.linspace(1, 2, top_k)
+    tokens = torch.stack([token.roll(turn) for turn in range(num_experts)])
+    _, chosen = layer.route(tokens)
+    counts = torch.bincount(chosen.flatten(), minlength=num_experts)
+    work = torch.cat((torch.full((shared,), len(tokens)), counts)).double()
+    torch.testing.assert_close(balanced_load(num_experts, top_k, shared), work / work.sum(), rtol=1e-12, atol=0)
+
+
+def test_the_printed_load_is_that_of_one_routed_expert_a_token() -> None:
+    shared, routed = 3, 13
+    printed = torch.tensor([1.0] * shared + [1 / routed] * routed, dtype=torch.float64) / (shared + 1)
+    torch.testing.assert_close(balanced_load(routed, 1, shared), printed, rtol=1e-12, atol=0)
+    assert balanced_load(routed, 5, shared).sum().item() == pytest.approx(1, rel=1e-12)
+    assert balanced_load(routed, 5, shared)[0].item() == pytest.approx(1 / 8, rel=1e-12)

@@ -16,6 +16,8 @@ from danlu.nn import (
     rotate,
     text_image_coordinates,
     text_image_grid,
+    yarn_frequencies,
+    yarn_magnitude,
 )
 from danlu.nn.rotary import SCHEMES, Scheme
 
@@ -245,3 +247,60 @@ def test_with_and_without_gradients_a_few_tokens_and_many_turn_alike(rows: int, 
         y = rotate(x, cos.unsqueeze(-2), sin.unsqueeze(-2))
     pairs = torch.complex(x[..., 3:8], x[..., 8:]) * torch.complex(cos[:, None, :5], sin[:, None, :5])
     torch.testing.assert_close(y, torch.cat((x[..., :3], pairs.real, pairs.imag), -1), rtol=0, atol=1e-13)
+
+
+def test_yarn_has_the_constants_of_deepseek() -> None:
+    found = yarn_frequencies(64, 40.0)
+    plain = 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    listed = {10: 0.0562341, 11: 0.0390069, 15: 0.00833451, 16: 0.0055, 22: 1.778279e-4, 23: 3.333804e-5}
+    for pair, value in listed.items():
+        assert found[pair].item() == pytest.approx(value, rel=1e-6)
+    torch.testing.assert_close(found[:11], plain[:11], rtol=1e-15, atol=0)
+    torch.testing.assert_close(found[23:], plain[23:] / 40, rtol=1e-15, atol=0)
+    assert yarn_magnitude(40.0, 0.707) == pytest.approx(1.260804, abs=5e-7)
+    assert yarn_magnitude(40.0, 0.707) ** 2 == pytest.approx(1.589626, abs=5e-7)
+    assert yarn_magnitude(40.0) ** 2 == pytest.approx(1.8738542, abs=5e-8)
+
+
+def test_yarn_with_factor_one_is_the_plain_rotation() -> None:
+    assert yarn_magnitude(1.0, 0.7) == 1
+    plain = 500000.0 ** (-torch.arange(0, 48, 2, dtype=torch.float64) / 48)
+    torch.testing.assert_close(yarn_frequencies(48, 1.0, base=500000.0), plain, rtol=1e-15, atol=0)
+    cos, sin = rotary_angles(torch.arange(9), 48, base=500000.0)
+    angles = torch.arange(9)[:, None] * yarn_frequencies(48, 1.0, base=500000.0)
+    torch.testing.assert_close(angles.cos().float(), cos[:, :24], rtol=0, atol=1e-6)
+    torch.testing.assert_close(angles.sin().float(), sin[:, :24], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [2.0, 40.0])
+@pytest.mark.parametrize(("dim", "base", "length"), [(64, 10000.0, 4096), (128, 500000.0, 8192), (32, 1e6, 256)])
+def test_yarn_is_that_of_transformers(factor: float, dim: int, base: float, length: int) -> None:
+    utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    scaling = {
+        "rope_type": "yarn",
+        "rope_theta": base,
+        "factor": factor,
+        "original_max_position_embeddings": length,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    }
+    config = transformers.LlamaConfig(
+        hidden_size=2 * dim,
+        num_attention_heads=2,
+        head_dim=dim,
+        max_position_embeddings=int(factor * length),
+        rope_parameters=scaling,
+    )
+    frequencies, magnitude = utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    torch.testing.assert_close(yarn_frequencies(dim, factor, base=base, original_length=length).float(), frequencies)
+    assert magnitude == pytest.approx(yarn_magnitude(factor), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"dim": 7}, "dim must be even"), ({"factor": 0.5}, "factor"), ({"beta_fast": 0.5}, "beta_fast")],
+)
+def test_yarn_names_what_is_out_of_range(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        yarn_frequencies(**({"dim": 8, "factor": 2.0} | changes))  # type: ignore[arg-type]

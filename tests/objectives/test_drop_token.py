@@ -147,3 +147,21 @@ def test_a_rate_of_one_and_a_model_whose_time_is_the_tokens_read_raise():
     CausalLM(hybrid)
     with pytest.raises(ValueError, match="protected must be"):
         kept_tokens(2, 5, 0.5, protected=torch.zeros(2, 4, dtype=torch.bool))
+
+
+def test_a_step_s_work_falls_at_least_by_the_share_that_is_left_out() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    time = 128
+    tokens = torch.randint(31, (2, time))
+    batch = {"tokens": tokens, "targets": tokens.roll(-1, 1)}
+    work = {}
+    for rate in (0.0, 0.1, 0.25, 0.5):
+        objective = CausalLM(build(GQAConfig(num_heads=3)), CausalLMConfig(drop_tokens=rate)).train()
+        with FlopCounterMode(display=False) as counter:
+            objective(batch).backward()
+        work[rate] = counter.get_total_flops()
+    for rate in (0.1, 0.25, 0.5):
+        kept = 1 - round(rate * time) / time
+        assert work[rate] <= 1.001 * kept * work[0.0]
+        assert work[rate] >= kept**2 * work[0.0]

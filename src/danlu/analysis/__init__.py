@@ -16,6 +16,7 @@ from danlu.analysis.gradients import (
     norm_summary,
     rate_for_size,
 )
+from danlu.analysis.quanta import angular_similarity, sample_gradients
 from danlu.analysis.scaling import (
     Exponents,
     data_loss,
@@ -60,6 +61,7 @@ __all__ = [
     "ParityTasks",
     "RegretReport",
     "Trajectory",
+    "angular_similarity",
     "attention_matrix",
     "average_loss_report",
     "best_fixed",
@@ -86,6 +88,7 @@ __all__ = [
     "rank_correlation",
     "rate_for_size",
     "regret_bound",
+    "sample_gradients",
     "step_terms",
     "token_spread",
     "train_parity",

@@ -181,6 +181,30 @@ def published(name: str, steps: int | None = None, *, lower: float = 1e-3, upper
 
 
 @functools.lru_cache(maxsize=1024)
+def large_gap_step(largest: float) -> tuple[float, float]:
+    r"""Return the cubic ``a x + b x^3`` that takes ``z`` and ``sqrt(1 - z^2)`` to 1: a first step for a large gap.
+
+    Of a matrix of Frobenius norm 1 whose largest singular value is ``z``, the others are at most
+    :math:`k = \sqrt{1 - z^2}`. Where :math:`z^2 > 1/2` nothing lies between, and one step brings the largest to 1 and
+    the next to at most 1, at a slope :math:`a = (z^2 + z k + k^2) / (z k (z + k))` of 1.5 and more.
+
+    Args:
+        largest: z, estimated from below, for instance by power iteration; taken between ``sqrt(1/2)`` and 0.97, where
+            the slope is 3.8.
+
+    Source: NoahAmsel/PolarExpress (arXiv 2505.16932), the variant for a large spectral gap.
+
+    >>> a, b = large_gap_step(0.8)
+    >>> round(0.8 * a + 0.8**3 * b, 12), round(0.6 * a + 0.6**3 * b, 12)
+    (1.0, 1.0)
+    """
+    _validate.number("largest", largest, low=0, high=1)
+    z = min(max(largest, math.sqrt(0.5)), 0.97)
+    k = math.sqrt(1 - z * z)
+    common = z * k * (z + k)
+    return (z * z + z * k + k * k) / common, -1 / common
+
+
 def _designed(
     lower: float, upper: float, degrees: tuple[int, ...], cushion: float, safety: float, recentre: bool, name: str
 ) -> Composition:

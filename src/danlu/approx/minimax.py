@@ -22,7 +22,15 @@ from danlu.approx._search import climb, grid
 from danlu.approx._settle import settle
 from danlu.approx._view import Array, Function, Parity, View, values_of, view_of
 
-__all__ = ["Certificate", "ConvergenceWarning", "ExtendedMinimax", "Minimax", "certify", "minimax"]
+__all__ = [
+    "Certificate",
+    "ConvergenceWarning",
+    "ExtendedMinimax",
+    "Minimax",
+    "certify",
+    "max_norm_derivative",
+    "minimax",
+]
 
 _TOLERANCE = 1e-9
 _DOUBT = 1e-7  # of the error: a refinement that still raises a peak by more has not found its top
@@ -221,6 +229,38 @@ def certify(
     _validate.integer("degree", degree, low=0)
     view = view_of(f, a, b, parity, weight)
     return _searched(view, polynomial, _basis_size(degree, parity), tolerance)
+
+
+def max_norm_derivative(f: ArrayLike, h: ArrayLike, *, tolerance: float = 0.0) -> float:
+    r"""Return the derivative of ``max |f|`` in the direction ``h``: the largest ``sign(f) h`` where ``|f|`` is largest.
+
+    It is one-sided, :math:`\lim_{\epsilon \to 0+} (\|f + \epsilon h\| - \|f\|) / \epsilon`, and linear in ``h`` only
+    where the maximum is taken once. Kolmogorov's criterion: ``p`` is the best approximation of ``g`` in a linear space
+    if and only if this is not negative for ``f = p - g`` and every ``h`` of the space.
+
+    Args:
+        f: values at finitely many points.
+        h: values at the same points.
+        tolerance: of the largest ``|f|``, relative: points that count as taking it.
+
+    Raises:
+        ValueError: no points, or shapes that differ.
+
+    Source: kexue.fm 10972.
+
+    >>> max_norm_derivative([3.0, -3.0, 1.0], [-1.0, 2.0, 9.0])
+    -1.0
+    """
+    value, direction = np.asarray(f, dtype=np.float64), np.asarray(h, dtype=np.float64)
+    if value.shape != direction.shape or not value.size:
+        raise ValueError(f"h must have the shape of f, which has points, got {direction.shape} and {value.shape}")
+    _validate.number("tolerance", tolerance, low=0, high=1)
+    size = np.abs(value)
+    largest = size.max()
+    if not largest:
+        return float(np.abs(direction).max())
+    taken = size >= largest * (1 - tolerance)
+    return float((np.sign(value) * direction)[taken].max())
 
 
 def _in_x(inner: Array, view: View, parity: Parity) -> Chebyshev:

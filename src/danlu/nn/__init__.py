@@ -26,7 +26,7 @@ from danlu.nn.feed_forward import FeedForward, swiglu
 from danlu.nn.linear import Linear, as_torch_linear
 from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
 from danlu.nn.loss_free import LossFreeConfig
-from danlu.nn.moe import MoE, MoEConfig, scaling_factor
+from danlu.nn.moe import MoE, MoEConfig, balanced_load, scaling_factor
 from danlu.nn.norm import RMSNorm
 from danlu.nn.rotary import (
     grid_coordinates,
@@ -35,6 +35,8 @@ from danlu.nn.rotary import (
     rotary_span,
     rotate,
     text_image_coordinates,
+    yarn_frequencies,
+    yarn_magnitude,
 )
 from danlu.nn.ssm import SSM, SSMConfig, StateCache
 
@@ -66,6 +68,7 @@ __all__ = [
     "apply_lora",
     "as_torch_linear",
     "attend",
+    "balanced_load",
     "causal_mask",
     "declare",
     "document_mask",
@@ -85,4 +88,6 @@ __all__ = [
     "swiglu",
     "text_image_coordinates",
     "text_image_grid",
+    "yarn_frequencies",
+    "yarn_magnitude",
 ]

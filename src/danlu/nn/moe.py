@@ -126,6 +126,24 @@ def scaling_factor(
     return float((max(num_shared_experts, 1) ** 0.5 / chosen.square().sum(-1).sqrt()).mean())
 
 
+def balanced_load(num_experts: int, top_k: int, num_shared_experts: int = 0) -> Tensor:
+    """Return the share of the work of each expert where the routed ones are chosen equally often, float64.
+
+    Of ``k = num_shared_experts + top_k`` experts of a token each shared one does ``1 / k``, and a routed one
+    ``top_k / (k * num_experts)``. (kexue.fm 10945 prints the case ``top_k = 1``.)
+
+    Returns:
+        ``(num_shared_experts + num_experts,)``, the shared ones first; their sum is 1.
+
+    >>> balanced_load(4, 2, 1).tolist()
+    [0.3333333333333333, 0.16666666666666666, 0.16666666666666666, 0.16666666666666666, 0.16666666666666666]
+    """
+    _check_sizes(num_experts, top_k, num_shared_experts, "sigmoid")
+    k = num_shared_experts + top_k
+    shares = ((num_shared_experts, 1 / k), (num_experts, top_k / (k * num_experts)))
+    return torch.cat([torch.full((count,), share, dtype=torch.float64) for count, share in shares])
+
+
 def _check_sizes(num_experts: int, top_k: int, num_shared_experts: int, gate: str) -> None:
     integer("num_experts", num_experts)
     integer("top_k", top_k, high=num_experts)

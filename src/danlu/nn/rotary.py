@@ -9,6 +9,7 @@ one of the two. Where text is to keep its one dimension, the token ``n`` stands 
 where the patches of an image stand (kexue.fm 10040, 10352): `grid_coordinates`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -95,6 +96,68 @@ def rotary_angles_nd(
         run = max(dim // unit, 1)
         axis, exponents = pairs // run, 2 * axes * (pairs % run).double() / max(dim, 1)
     return _tables(coordinates.to(torch.float64)[..., axis] * base**-exponents, coordinates.dtype)
+
+
+def yarn_frequencies(
+    dim: int,
+    factor: float,
+    *,
+    base: float = 10000.0,
+    original_length: int = 4096,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> Tensor:
+    r"""Return the angle per position of each rotated pair in YaRN, float64 ``(dim / 2,)``.
+
+    A model trained on ``original_length`` tokens reads ``factor`` times as many: pairs that turn more than
+    ``beta_fast`` times over the original length keep their frequency, those below ``beta_slow`` turns are slowed down
+    by ``factor``, and a ramp lies between. What the softmax needs with it is `yarn_magnitude`.
+
+    Args:
+        dim: rotated size, even.
+        factor: new length over the original one, at least 1.
+        base: period scale theta.
+        original_length: tokens that the model was trained on.
+        beta_fast, beta_slow: turns over the original length where the ramp begins and ends.
+
+    Raises:
+        ValueError: an odd or negative size, or a number out of range.
+
+    Source: Peng et al., arXiv 2309.00071, with the constants of DeepSeek-V2 (arXiv 2405.04434) as defaults.
+
+    >>> yarn_frequencies(64, 40.0)[[0, 10, 16, 31]]
+    tensor([1.0000e+00, 5.6234e-02, 5.5000e-03, 3.3338e-06], dtype=torch.float64)
+    """
+    integer("dim", dim, low=2)
+    if dim % 2:
+        raise ValueError(f"dim must be even (coordinates are rotated in pairs), got {dim}")
+    number("factor", factor, low=1)
+    number("base", base, low=1, low_open=True)
+    integer("original_length", original_length)
+    positive("beta_slow", beta_slow)
+    number("beta_fast", beta_fast, low=beta_slow)
+
+    def pair(turns: float) -> float:
+        return dim * math.log(original_length / (2 * math.pi * turns)) / (2 * math.log(base))
+
+    low, high = max(math.floor(pair(beta_fast)), 0), min(math.ceil(pair(beta_slow)), dim - 1)
+    pairs = torch.arange(dim // 2, dtype=torch.float64)
+    ramp = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    frequencies: Tensor = base ** (-2 * pairs / dim) * (1 - ramp + ramp / factor)
+    return frequencies
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """Return ``0.1 mscale ln(factor) + 1``, by which YaRN makes attention sharper: its square multiplies the scores.
+
+    DeepSeek-V2's factor 40 and mscale 0.707 give 1.2608 and, squared, 1.5896; a factor of 1 changes nothing.
+
+    >>> round(yarn_magnitude(40.0, 0.707), 4)
+    1.2608
+    """
+    number("factor", factor, low=1)
+    number("mscale", mscale, low=0)
+    return 0.1 * mscale * math.log(factor) + 1
 
 
 def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
