@@ -34,7 +34,8 @@ PACKAGES = ("approx", "linalg", "optim", "nn", "distributions", "diffusion", "ob
 NO_MATHEMATICS = {
     "linalg/_matrix.py", "optim/_classify.py", "optim/_config.py", "optim/_known.py", "optim/_layout.py",
     "optim/_sharded.py", "optim/_base.py", "optim/build.py", "optim/combined.py", "optim/groups.py",
-    "optim/state_bytes.py", "optim/telemetry.py", "nn/linear.py", "nn/attention/context.py", "nn/attention/cache.py",
+    "optim/state_bytes.py", "optim/telemetry.py", "optim/_gathered.py", "optim/_exchange.py",
+    "nn/linear.py", "nn/attention/context.py", "nn/attention/cache.py",
     "diffusion/codec_file.py", "objectives/validation.py", "objectives/_images.py", "approx/_view.py",
 }  # fmt: skip
 # Tests of a file beside, or instead of, the file of its name.

@@ -119,3 +119,10 @@ def test_a_row_of_an_embedding_decays_by_its_own_rate():
     torch.testing.assert_close(table, start * (1 - 0.5 * rates), rtol=0, atol=1e-15)
     matrix, _ = run([torch.zeros_like(start)], start, lr=0.1, weight_decay=0.5)
     torch.testing.assert_close(matrix, start * (1 - 0.05 * start.square().mean().sqrt()), rtol=0, atol=1e-15)
+
+
+def test_rows_longer_than_a_piece_are_stepped_like_short_ones():
+    start, gradient = gaussian(2, 200_000, dtype=torch.float32), gaussian(2, 200_000, seed=1, dtype=torch.float32)
+    table, _ = run([gradient], start, lr=0.1, weight_decay=0.5, role="embedding")
+    rates = 0.1 * start.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(table, start * (1 - 0.5 * rates) - rates * gradient.sign())

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from danlu.nn import FullAttention, attend, rotary_angles
 
@@ -34,3 +36,10 @@ def test_without_positions_tokens_may_be_permuted_and_with_them_not():
 def test_heads_that_do_not_divide_are_rejected():
     with pytest.raises(ValueError, match="num_heads must divide the width 10, got 3"):
         FullAttention(10, 3)
+
+
+def test_operations_are_those_that_torch_counts():
+    layer, x = FullAttention(24, 3), torch.randn(1, 11, 24)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        layer(x)
+    assert layer.flops(11) == counter.get_total_flops()

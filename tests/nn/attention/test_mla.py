@@ -120,3 +120,23 @@ def test_a_chunk_behind_a_cache_sees_itself_only_up_to_each_token(kind: str, chu
     for start, end in ((0, 20), (20, 20 + chunk)):
         part = layer(x[:, start:end], Context(rope=rope(layer, start, end), cache=cache))
         torch.testing.assert_close(part, full[:, start:end], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mla", "mla compressed queries"])
+@pytest.mark.parametrize("chunk", [1, 2, 20])
+def test_a_mask_behind_a_cache_is_the_only_one(kind: str, chunk: int) -> None:
+    """Of a sequence whose first three tokens are hidden, nothing depends on them."""
+    layer = build(kind)
+    x = random(2, 20 + chunk, DIM)
+    other = torch.cat((random(2, 3, DIM) + 1, x[:, 3:]), 1)
+    mask = causal_mask(chunk, 20 + chunk)[None, None].clone()
+    mask[..., :3] = False
+    ends = []
+    for tokens in (x, other):
+        cache = layer.new_cache(2, 20 + chunk, dtype=torch.float64, device=torch.device("cpu"))
+        hidden = causal_mask(20, 20)[None, None].clone()
+        hidden[..., 3:, :3] = False
+        layer(tokens[:, :20], Context(rope=rope(layer, 0, 20), cache=cache, mask=hidden))
+        ends.append(layer(tokens[:, 20:], Context(rope=rope(layer, 20, 20 + chunk), cache=cache, mask=mask)))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+    assert ends[0].isfinite().all()

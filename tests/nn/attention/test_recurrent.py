@@ -197,3 +197,12 @@ def test_what_is_held_at_one_time_grows_with_the_layers_and_not_with_the_length(
     assert peak(1, 8) == peak(1, 16) == peak(1, 32)
     assert peak(2, 8) == peak(2, 16)
     assert peak(1, 8) < peak(2, 8) < peak(3, 8)
+
+
+def test_a_stack_survives_scores_of_a_thousand() -> None:
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)) * 30
+    layer = RecurrentLayer(lambda h, i: h, lambda h, i: (h, h), lambda h, o: o)
+    found = torch.stack(list(RecomputeStack([layer], scale=1.0).outputs(lambda i: x[i], 9)))
+    scores = (x @ x.T).double().masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
+    assert scores.max() > 1000
+    torch.testing.assert_close(found, (scores.softmax(-1) @ x.double()).float())
