@@ -152,13 +152,14 @@ def test_bad_input_is_one_clear_error(call, error, words):
         call()
 
 
-def test_the_start_that_transforms_take_has_no_structure_either():
-    M = gaussian(3, 7, 11)
-    M -= M.mean(-1, keepdim=True)  # the vector of ones is in the null space
-    values = torch.func.vmap(lambda one: spectral_norm(one, iterations=300).value)(M)
-    torch.testing.assert_close(values, torch.linalg.matrix_norm(M, 2), rtol=1e-9, atol=0)
-    blocks = torch.func.vmap(lambda one: spectral_norm(one, iterations=100, block=3).value)(M)
-    torch.testing.assert_close(blocks, torch.linalg.matrix_norm(M, 2), rtol=1e-9, atol=0)
+def test_no_start_that_is_drawn_or_replaced_is_in_the_null_space_of_rows_that_sum_to_zero():
+    M = torch.tensor([[[2.0, -2.0]], [[1.0, -1.0]]])
+    exact = torch.tensor([8.0, 2.0]).sqrt()  # of a matrix of rank one, after one iteration
+    torch.testing.assert_close(spectral_norm(M, iterations=1).value, exact)
+    torch.testing.assert_close(spectral_norm(M, start=torch.ones(2, 2), iterations=1).value, exact)
+    for start in (None, torch.ones(2)):
+        mapped = torch.func.vmap(lambda one, start=start: spectral_norm(one, start=start, iterations=1).value)(M)
+        torch.testing.assert_close(mapped, exact)
 
 
 @pytest.mark.parametrize("block", [1, 2])
