@@ -1,5 +1,6 @@
 """Tests and claims run against a changed copy of the tree, each time in a forked process: for `tools/mutate.py`."""
 
+import contextlib
 import doctest
 import importlib
 import io
@@ -43,8 +44,8 @@ def run_tests(paths: Sequence[str], module: str, known: dict[str, float], *, fir
     import pytest
 
     order = Order(known)
-    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-n", "0", "-o", "addopts=--import-mode=importlib"]
-    quiet += ["-o", "timeout=0", *(["-x"] if first else []), "--no-header", "-W", "ignore"]
+    quiet = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", "--no-header", "-W", "ignore"]
+    quiet += ["-x"] if first else []
     code = pytest.main([*quiet, *(f"tests/{path}" for path in paths)], plugins=[order]) if paths else 0
     if code not in (0, 1, 5):
         return {"killed": "collection", "seconds": order.seconds, "failed": order.failed}
@@ -150,8 +151,13 @@ class Tree:
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
             sys.argv = ["mutate"]
+            # Reading every installed package's entry points for plugins takes longer than most tests.
+            os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+            before = set(sys.modules)
             try:
                 answer = work()
+                if keep:
+                    answer["modules"] = [name for name in set(sys.modules) - before if self._foreign(name)]
             except BaseException as problem:  # an import that fails notices the change as well
                 answer = {"killed": f"{type(problem).__name__}: {problem}"[:200], "seconds": {}, "failed": ["import"]}
             data = json.dumps(answer).encode()
@@ -160,6 +166,11 @@ class Tree:
                 data = data[os.write(writing, data) :]
         finally:
             os._exit(0)
+
+    def _foreign(self, name: str) -> bool:
+        """Say whether a module that a try has imported is the same for every mutant: from no file of this tree."""
+        file = getattr(sys.modules[name], "__file__", None)
+        return file is not None and not Path(file).is_relative_to(self.path) and "danlu" not in name
 
 
 def _read(pipe: int) -> bytes:
@@ -170,6 +181,13 @@ def _read(pipe: int) -> bytes:
     except BlockingIOError:
         pass
     return data
+
+
+def preload(modules: Sequence[str]) -> None:
+    """Import what the tries of one file need beside danlu."""
+    for name in sorted(modules):
+        with contextlib.suppress(BaseException):
+            importlib.import_module(name)
 
 
 def warm() -> None:

@@ -49,6 +49,9 @@ _LEFT_OUT = {
     "masked_fill", "contiguous", "transpose", "reciprocal", "pow",
 }  # fmt: skip
 _LEFT_OUT_ATTRIBUTES = {"mT", "T", "mH", "H", "real"}
+_SYMMETRIC = {
+    "range", "getattr", "zip", "max", "min", "mul", "add", "maximum", "minimum", "hypot", "logaddexp", "equal", "isclose",
+}  # fmt: skip
 _DIMENSIONS = {"dim", "axis", "dims"}
 
 
@@ -310,7 +313,7 @@ class _Finder(ast.NodeVisitor):
         if isinstance(node.func, ast.Attribute) and name in _LEFT_OUT and ast.unparse(node.func.value) not in _MODULES:
             self.add("call dropped", node, node.func.value)
         plain = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
-        if len(plain) == len(node.args) >= 2 and name not in ("range", "getattr", "zip", "max", "min"):
+        if len(plain) == len(node.args) >= 2 and name not in _SYMMETRIC:
             self.changed("arguments swapped", node, lambda new: _swap(new.args))  # type: ignore[attr-defined]
         for position, keyword in enumerate(node.keywords):
             self._keyword(node, position, keyword)

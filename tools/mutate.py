@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
-from attempts import Tree, run_claims, run_tests, warm
+from attempts import Tree, preload, run_claims, run_tests, warm
 from mutants import Mutant, apply, changes, choose
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +194,7 @@ def try_file(file: str, mutants: Sequence[Mutant], by: str, tree: Tree, book: Bo
     tree.write(file, source)
     base = tree.run(work, 1200, keep=True)
     known = base.get("seconds", {}) | dict.fromkeys(base.get("failed", []), -1.0)
+    preload(base.get("modules", []))
     first = True
     if base.get("failed") or "seconds" not in base:
         print(f"{file}: without a change already {base.get('failed') or base['killed']}", flush=True)
