@@ -50,7 +50,7 @@ _LEFT_OUT = {
 }  # fmt: skip
 _LEFT_OUT_ATTRIBUTES = {"mT", "T", "mH", "H", "real"}
 _SYMMETRIC = {
-    "range", "getattr", "zip", "max", "min", "mul", "add", "maximum", "minimum", "hypot", "logaddexp", "equal", "isclose",
+    "range", "getattr", "zip", "max", "min", "mul", "add", "maximum", "minimum", "hypot", "logaddexp", "equal",
 }  # fmt: skip
 _DIMENSIONS = {"dim", "axis", "dims"}
 

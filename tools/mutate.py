@@ -67,6 +67,7 @@ ELSEWHERE = {
     "nn/attention/full.py": ("nn/attention/test_attention.py",),
     "nn/attention/mla.py": ("nn/attention/test_attention.py",),
     "nn/attention/kv_shared.py": ("nn/attention/test_attention.py",),
+    "nn/balance.py": ("nn/test_auxiliary_loss.py", "nn/test_loss_free.py", "nn/test_dynamic_experts.py"),
     "nn/feed_forward.py": ("nn/test_layers.py",),
     "nn/norm.py": ("nn/test_layers.py",),
     "nn/ssm/convolution.py": ("nn/ssm/test_blocks.py", "nn/ssm/test_layer.py", "nn/ssm/test_s4.py"),

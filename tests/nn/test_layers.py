@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tensors import gaussian
 
-from danlu.nn import FeedForward, Linear, RMSNorm, declare, swiglu
+from danlu.nn import FeedForward, Linear, RMSNorm, SquarePlusConfig, declare, swiglu
 from danlu.nn.linear import matrix_vector
 
 random = partial(gaussian, seed=2)
@@ -46,6 +46,13 @@ def test_feed_forward_is_the_gated_formula_with_separate_weights() -> None:
     layer, x = FeedForward(5, 7).double(), random(3, 5)
     gate, up = layer.gate_up.weight.split(7)
     expected = (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_feed_forward_gates_by_another_activation_where_one_is_given() -> None:
+    layer, x = FeedForward(5, 7, activation=SquarePlusConfig()).double(), random(2, 3, 5)
+    gate, up = layer.gate_up.weight.split(7)
+    expected = (layer.activation(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T
     torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)
 
 
