@@ -58,10 +58,9 @@ def run_tests(paths: Sequence[str], module: str, known: dict[str, float], *, fir
 
 
 def _examples(module: str) -> str:
-    import torch
-
-    torch.manual_seed(0)
     importlib.import_module(module)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
     report = io.StringIO()
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=_FLAGS, verbose=False)
     for test in finder.find(sys.modules[module], module):
@@ -184,15 +183,7 @@ def _read(pipe: int) -> bytes:
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Import what the tries of one file need beside danlu."""
+    """Import what the tries of one file need beside danlu, in the process that they are forked from."""
     for name in sorted(modules):
         with contextlib.suppress(BaseException):
             importlib.import_module(name)
-
-
-def warm() -> None:
-    """Import what every try needs, once; nothing of danlu."""
-    for name in ("torch", "torch._dynamo", "torch.optim", "pytest", "hypothesis", "scipy.optimize", "scipy.linalg"):
-        importlib.import_module(name)
-    importlib.import_module("torch").set_num_threads(1)
-    assert not any(name.partition(".")[0] == "danlu" for name in sys.modules)

@@ -6,7 +6,7 @@
     python tools/mutate.py                                 all methods: hours on one core; what is known is kept
 
 Each mutant stands in a copy of the tree, never in the checkout, and is tried in a process of its own, forked from one
-that has imported torch: the tests of its file (the file of the same name in tests/ and those of `ELSEWHERE`) and the
+that has imported what they need: the tests of its file (the file of the same name in tests/ and those of `ELSEWHERE`) and the
 examples of its module, quickest test first, until one fails; then the claims of its method. A process that hangs has
 noticed, too. Results are appended to a file of JSON lines and hold until the mutated file changes; a survivor is tried
 again when tests or claims have changed.
@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
-from attempts import Tree, preload, run_claims, run_tests, warm
+from attempts import Tree, preload, run_claims, run_tests
 from mutants import Mutant, apply, changes, choose
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +182,6 @@ def try_file(file: str, mutants: Sequence[Mutant], by: str, tree: Tree, book: Bo
         return
     if by == "claims" and not claims_of(file):
         return
-    warm()
     module = "danlu." + file.removesuffix(".py").replace("/", ".")
     known: dict[str, float] = {}
     first = False
