@@ -6,10 +6,10 @@
     python tools/mutate.py                                 all methods: hours on one core; what is known is kept
 
 Each mutant stands in a copy of the tree, never in the checkout, and is tried in a process of its own, forked from one
-that has imported what they need: the tests of its file (the file of the same name in tests/ and those of `ELSEWHERE`) and the
-examples of its module, quickest test first, until one fails; then the claims of its method. A process that hangs has
-noticed, too. Results are appended to a file of JSON lines and hold until the mutated file changes; a survivor is tried
-again when tests or claims have changed.
+that has imported what they need: the tests of its file (the file of the same name in tests/ and those of `ELSEWHERE`)
+and the examples of its module, quickest test first, until one fails; then the claims of its method. A process that
+hangs has noticed, too. Results are appended to a file of JSON lines and hold until the mutated file changes; a survivor
+is tried again when tests or claims have changed.
 """
 
 import argparse
