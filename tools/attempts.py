@@ -51,7 +51,7 @@ def run_tests(paths: Sequence[str], module: str, known: dict[str, float], *, fir
         return {"killed": "collection", "seconds": order.seconds, "failed": order.failed}
     if order.failed and first:
         return {"killed": order.failed[0]}
-    examples = _examples(module) if known.get("examples", 0.0) >= 0 else ""
+    examples = _examples(module) if module and known.get("examples", 0.0) >= 0 else ""
     if examples:
         order.failed.append("examples")
     return {"killed": examples or None, "seconds": order.seconds, "failed": order.failed}

@@ -20,7 +20,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -173,43 +173,62 @@ def judges_of(file: str, by: str) -> list[Path]:
     return [ROOT / "src" / "danlu" / "claims" / f"{name}.py" for name in claims_of(file)]
 
 
+class Measured(NamedTuple):
+    """What the judges of a file do without a change: seconds by test or claim, below zero for what fails anyway."""
+
+    seconds: dict[str, float]
+    took: float
+
+    @staticmethod
+    def of(file: str, by: str, tree: Tree, book: Book) -> "Measured":
+        """Measure each test file and each method's claims once, as long as neither they nor the sources change."""
+        whole, took = dict[str, float](), 0.0
+        sources = sorted((ROOT / "src" / "danlu").rglob("*.py"))
+        for name in (*tests_of(file), _module(file)) if by == "tests" else claims_of(file):
+            path = ROOT / "tests" / name
+            stamp = digest([*sources, path] if path.is_file() else sources)
+            found = book.known.get((name, f"measured {by}"), {})
+            if found.get("source") != stamp:
+                found = tree.run(lambda name=name: _measure(name, by), 1200, keep=True)  # type: ignore[misc]
+                if found.get("failed") or "seconds" not in found:
+                    print(f"{name}: without a change already {found.get('failed') or found['killed']}", flush=True)
+                book.add({"id": name, "by": f"measured {by}", "source": stamp, **found})
+            preload(found.get("modules", []))
+            whole |= found.get("seconds", {}) | dict.fromkeys(found.get("failed", []), -1.0)
+            took += found["took"]
+        return Measured(whole, took)
+
+
+def _measure(name: str, by: str) -> dict[str, Any]:
+    if by == "claims":
+        return run_claims([name], {}, first=False)
+    tests = [name] if name.endswith(".py") else []
+    return run_tests(tests, "" if tests else name, {}, first=False)
+
+
+def _module(file: str) -> str:
+    return "danlu." + file.removesuffix(".py").replace("/", ".")
+
+
 def try_file(file: str, mutants: Sequence[Mutant], by: str, tree: Tree, book: Book) -> None:
     """Try the mutants of one file that are not known yet."""
     source = (ROOT / "src" / "danlu" / file).read_text(encoding="utf-8")
     stamp, judges = digest([ROOT / "src" / "danlu" / file]), digest(judges_of(file, by))
     new = [mutant for mutant in mutants if book.get(mutant.id, by, stamp, judges) is None]
-    if not new:
+    if not new or (by == "claims" and not claims_of(file)):
         return
-    if by == "claims" and not claims_of(file):
-        return
-    module = "danlu." + file.removesuffix(".py").replace("/", ".")
-    known: dict[str, float] = {}
-    first = False
+    measured = Measured.of(file, by, tree, book)
 
     def work() -> dict[str, Any]:
         if by == "tests":
-            return run_tests(tests_of(file), module, known, first=first)
-        return run_claims(claims_of(file), known, first=first)
+            return run_tests(tests_of(file), _module(file), measured.seconds, first=True)
+        return run_claims(claims_of(file), measured.seconds, first=True)
 
-    tree.write(file, source)
-    base = tree.run(work, 1200, keep=True)
-    known = base.get("seconds", {}) | dict.fromkeys(base.get("failed", []), -1.0)
-    preload(base.get("modules", []))
-    first = True
-    if base.get("failed") or "seconds" not in base:
-        print(f"{file}: without a change already {base.get('failed') or base['killed']}", flush=True)
     for mutant in new:
         tree.write(file, apply(source, mutant))
-        result = tree.run(work, 30 + 4 * base["took"])
-        record = {
-            "id": mutant.id,
-            "by": by,
-            "file": file,
-            "source": stamp,
-            "judges": judges,
-            "killed": result["killed"],
-        }
-        book.add({**record, "took": result["took"]})
+        result = tree.run(work, 30 + 4 * measured.took)
+        known = {"id": mutant.id, "by": by, "file": file, "source": stamp, "judges": judges}
+        book.add({**known, "killed": result["killed"], "took": result["took"]})
         print(f"{mutant.id} {file}:{mutant.line} {mutant.operator}: {by}: {result['killed'] or 'SURVIVES'}", flush=True)
     tree.write(file, source)
 
