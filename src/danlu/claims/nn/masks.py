@@ -20,11 +20,16 @@ def _sample(time: int = _TIME, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v[..., :7]
 
 
+def _with_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
 def _softmax(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, in_turn: bool = False) -> Tensor:
     """Attention with its matrix; the heads of a group are neighbours, or (wrongly) every second one."""
     repeats = q.shape[1] // k.shape[1]
     k, v = (t.repeat(1, repeats, 1, 1) if in_turn else t.repeat_interleave(repeats, 1) for t in (k, v))
-    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+    y: Tensor = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+    return y
 
 
 def _allowed(mask: Mask, documents: Tensor, *, one_more: bool = False) -> Tensor:
@@ -56,7 +61,7 @@ def _largest_error(*, one_more: bool = False) -> float:
     worst = 0.0
     packed = torch.tensor([[0] * 16 + [1] * 13 + [0] * 8, [5] * 37])
     for mask in MASKS:
-        inputs = tuple(t.requires_grad_() for t in _sample())
+        inputs = _with_gradients(*_sample())
         prefix = _PREFIX if mask == "prefix" else None
         alone = _allowed(mask, torch.zeros(2, _TIME), one_more=one_more)
         together = _allowed(mask, packed, one_more=one_more)
@@ -68,7 +73,7 @@ def _largest_error(*, one_more: bool = False) -> float:
         ):
             worst = max(worst, _errors(found, _softmax(*inputs, allowed), inputs))
     for size in (8, 64):  # short rows keep their weights for the backward pass, long ones form them again
-        inputs = tuple(t.requires_grad_() for t in _sample(150, size))
+        inputs = _with_gradients(*_sample(150, size))
         wanted = _softmax(*inputs, _allowed("causal", torch.zeros(1, 150), one_more=one_more))
         found = blocked_attention(*inputs, causal=True, scale=size**-0.5)
         worst = max(worst, _errors(found, wanted, inputs))

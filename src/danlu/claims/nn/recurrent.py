@@ -28,6 +28,10 @@ def _blocks(*, stable: bool, lag: int = 0) -> float:
     return max(_error(attend(block)) for block in (1, 3, 8, 64))
 
 
+def _layer(q: Tensor, k: Tensor, v: Tensor) -> RecurrentLayer:
+    return RecurrentLayer(lambda h, i: h @ q, lambda h, i: (h @ k, h @ v), lambda h, o: (h + o).tanh())
+
+
 def _stack_error(*, late: bool = False) -> float:
     """Largest error of a stack of three layers without a cache against softmax attention over all of the past.
 
@@ -36,10 +40,7 @@ def _stack_error(*, late: bool = False) -> float:
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(3, 3, 6, 6, generator=generator, dtype=torch.float64) / 2
     x = torch.randn(7, 6, generator=generator, dtype=torch.float64)
-    layers = [
-        RecurrentLayer(lambda h, i, q=q: h @ q, lambda h, i, k=k, v=v: (h @ k, h @ v), lambda h, o: (h + o).tanh())
-        for q, k, v in maps
-    ]
+    layers = [_layer(*of_layer) for of_layer in maps]
     found = torch.stack(list(RecomputeStack(layers).outputs(lambda i: x[i], 7)))
     hidden = torch.ones(7, 7).triu(0 if late else 1) > 0
     hidden[0, 0] = False
