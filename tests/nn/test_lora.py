@@ -17,9 +17,11 @@ from danlu.nn import (
     MLAConfig,
     MoEConfig,
     apply_lora,
+    declare,
     lora_state_dict,
     merge_lora,
 )
+from danlu.optim import MuonConfig, balanced_ratio, loraplus_groups, param_groups
 
 
 def randomize(model):
@@ -203,12 +205,88 @@ def test_factors_on_a_base_of_sixteen_bits_are_float32_and_the_result_keeps_its_
     assert layer.merged().weight.dtype == torch.bfloat16
 
 
-def test_a_pattern_that_names_a_stack_of_experts_is_an_error():
-    model = Transformer(
-        TransformerConfig(
-            vocab_size=11, dim=12, layers=2, hidden=8, experts=MoEConfig(num_experts=4, top_k=2, hidden=8)
-        )
-    )
-    for pattern in ("*w_up", "embedding"):
+def sparse():
+    torch.manual_seed(0)
+    experts = MoEConfig(num_experts=4, top_k=2, hidden=8)
+    return Transformer(TransformerConfig(vocab_size=11, dim=12, layers=2, hidden=8, experts=experts)).double()
+
+
+def test_a_pattern_that_names_a_parameter_without_a_layer_is_an_error():
+    for pattern in ("*router", "embedding"):
         with pytest.raises(ValueError, match="without a layer of its own"):
-            apply_lora(model, LoRAConfig(rank=2, targets=("*qkv", pattern), exclude=()))
+            apply_lora(sparse(), LoRAConfig(rank=2, targets=("*qkv", pattern), exclude=()))
+
+
+def test_experts_are_adapted_each_by_its_own_product_and_merge_to_what_they_were():
+    model, tokens = sparse(), torch.tensor([[1, 5, 9, 10, 0]])
+    names, before, shapes = list(model.state_dict()), model(tokens), [p.shape for p in model.parameters()]
+    apply_lora(model, LoRAConfig(rank=2, alpha=6))
+    torch.testing.assert_close(model(tokens), before, rtol=0, atol=0)
+    layer = model.blocks[1].feed_forward
+    frozen = layer.parametrizations.w_up.original.clone()
+    adapted = randomize(model)(tokens)
+    assert not torch.allclose(adapted, before)
+    A, B = layer.parametrizations.w_up[0].lora_A, layer.parametrizations.w_up[0].lora_B
+    expected = torch.stack([frozen[e] + 3 * B[e] @ A[e] for e in range(4)])
+    torch.testing.assert_close(layer.w_up, expected, rtol=1e-12, atol=1e-12)
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    assert {name for name in lora_state_dict(model) if "w_" in name} == {
+        f"blocks.1.feed_forward.parametrizations.{weight}.0.lora_{factor}"
+        for weight in ("w_up", "w_down")
+        for factor in "AB"
+    }
+    merge_lora(model)
+    assert list(model.state_dict()) == names
+    assert [p.shape for p in model.parameters()] == shapes
+    torch.testing.assert_close(model(tokens), adapted, rtol=1e-10, atol=1e-10)
+
+
+def test_adapters_of_experts_learn_and_have_the_roles_and_rates_of_factors():
+    model = apply_lora(sparse(), LoRAConfig(rank=2, targets=("*w_down", "*w_up")))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    groups = param_groups(model)
+    assert {(group["role"], p.shape) for group in groups for p in group["params"]} == {
+        ("experts", shape) for shape in [(4, 2, 12), (4, 16, 2), (4, 2, 8), (4, 12, 2)]
+    }
+    rates = {n: g["lr_factor"] for g in loraplus_groups(model, 1e-3, "auto") for n in g["param_names"]}
+    (rate,) = [rate for name, rate in rates.items() if name.endswith("w_down.0.lora_B")]
+    assert rate == pytest.approx(balanced_ratio(8, 12, 2))
+    optimizer = MuonConfig(lr=0.1, dtype="float32").build(model)
+    model(torch.tensor([[1, 5, 9]])).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed <= set(lora_state_dict(model))
+    assert {name for name in changed if name.endswith("lora_B")}
+
+
+def test_a_stack_with_inputs_first_gets_factors_of_its_own_orientation():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3, 5, 7).double())  # from 5 features to 7
+            declare(self, "w", "experts", transposed=True)
+
+    layer = randomize(apply_lora(Experts(), LoRAConfig(rank=2, alpha=2)))
+    factors = layer.parametrizations.w[0]
+    assert factors.lora_A.shape == (3, 2, 5)
+    assert factors.lora_B.shape == (3, 7, 2)
+    torch.testing.assert_close(layer.w.mT, factors.lora_B @ factors.lora_A)
+
+
+def test_a_stack_of_sixteen_bits_or_of_a_smaller_rank_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"blocks\.1\.feed_forward\.w_up is a stack of experts in torch\.bfloat16"):
+        apply_lora(sparse().bfloat16(), LoRAConfig(rank=2))
+    assert apply_lora(sparse().bfloat16(), LoRAConfig(rank=2, exclude=("*.w_up", "*.w_down")))
+    with pytest.raises(ValueError, match=r"the smaller size of blocks\.1\.feed_forward\.w_up, \(4, 16, 12\), got 13"):
+        apply_lora(sparse(), LoRAConfig(rank=13, targets=("*.w_up",)))
+
+
+def test_a_stack_that_is_used_elsewhere_stays_as_it_is_there():
+    model = nn.ModuleList([sparse().blocks[1].feed_forward for _ in range(2)])
+    model[1].w_up = model[0].w_up
+    table = model[0].w_up.detach().clone()
+    randomize(apply_lora(model, LoRAConfig(rank=2, targets=("0.w_up",))))
+    merge_lora(model)
+    assert torch.equal(model[1].w_up, table)
+    assert not torch.equal(model[0].w_up, table)

@@ -24,7 +24,15 @@ from danlu.nn.cross_entropy import linear_cross_entropy
 from danlu.nn.dynamic_experts import DynamicConfig
 from danlu.nn.feed_forward import FeedForward, swiglu
 from danlu.nn.linear import Linear, as_torch_linear
-from danlu.nn.lora import LoRAConfig, LoRAEmbedding, LoRALinear, apply_lora, lora_state_dict, merge_lora
+from danlu.nn.lora import (
+    LoRAConfig,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRAStack,
+    apply_lora,
+    lora_state_dict,
+    merge_lora,
+)
 from danlu.nn.loss_free import LossFreeConfig
 from danlu.nn.moe import MoE, MoEConfig, balanced_load, scaling_factor
 from danlu.nn.norm import RMSNorm
@@ -56,6 +64,7 @@ __all__ = [
     "LoRAConfig",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRAStack",
     "LossFreeConfig",
     "MLAConfig",
     "MoE",

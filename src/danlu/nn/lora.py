@@ -16,11 +16,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from danlu._roles import Role, declaration, declare
+from danlu._roles import Role, declaration, declare, oriented
 from danlu._validate import integer, number, positive
 
-__all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear", "apply_lora", "lora_state_dict", "merge_lora"]
+__all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear", "LoRAStack", "apply_lora", "lora_state_dict", "merge_lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,9 @@ class LoRAConfig:
     rank_stabilized: bool = False
     """divide alpha by sqrt(rank) instead, so that the size of the update does not fall with the rank (2312.03732)"""
     dropout: float = 0.0
-    """share of the inputs of A that is dropped in training; an embedding has none"""
+    """share of the inputs of A that is dropped in training; embeddings and stacks of experts have none"""
     targets: tuple[str, ...] = ("*",)
-    """patterns (of fnmatch) of the paths of the linear layers and embeddings to adapt"""
+    """patterns (of fnmatch) of the paths of the linear layers and embeddings, and of the stacks of experts, to adapt"""
     exclude: tuple[str, ...] = ("*head", "*embed*")
     """patterns of paths that are left alone all the same"""
 
@@ -160,11 +161,53 @@ class LoRAEmbedding(nn.Module):
         return self.base
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
-    """Freeze ``model`` and put an adapter on each of its linear layers and embeddings that ``config`` names.
+class LoRAStack(nn.Module):
+    """What is added to a stack of matrices ``(..., out, in)`` that a layer of experts holds: ``s B A`` of each matrix.
 
-    Only the adapters are trainable afterwards. A layer that sits in several places gets one adapter. Parameters that
-    are used without a layer of their own (stacks of experts, `danlu.models.Transformer`'s embedding) stay frozen.
+    A parametrization (`torch.nn.utils.parametrize`) of the parameter: the sum is made whenever the layer reads it, so
+    that a pass holds one more stack in memory. The sum has the dtype of the stack.
+
+    Args:
+        weight: the stack, of float32 or float64.
+        config: rank and scale.
+        transposed: whether its matrices are kept as (in, out).
+
+    >>> LoRAStack(torch.zeros(4, 6, 5), LoRAConfig(rank=2))(torch.ones(4, 6, 5)).sum()
+    tensor(120., grad_fn=<SumBackward0>)
+    """
+
+    order: tuple[str, ...] = ()
+    """the parameters of the layer before it was adapted"""
+
+    def __init__(self, weight: Tensor, config: LoRAConfig, *, transposed: bool = False) -> None:
+        super().__init__()
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"weight must be float32 or float64: {weight.dtype} would round small adapters away")
+        self.scale, self.transposed = config.scale, transposed
+        *count, rows, columns = oriented(weight.shape, transposed)
+        self.lora_A = nn.Parameter(weight.new_empty(*count, config.rank, columns))
+        declare(self, "lora_A", "experts")
+        self.lora_B = nn.Parameter(weight.new_empty(*count, rows, config.rank))
+        declare(self, "lora_B", "experts")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the adapter anew."""
+        nn.init.normal_(self.lora_A, std=self.lora_A.shape[-1] ** -0.5)
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the stack with the adapter added, of the shape of ``weight``."""
+        product = self.lora_B @ self.lora_A
+        return torch.add(weight, product.mT if self.transposed else product, alpha=self.scale)
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
+    """Freeze ``model`` and put an adapter on each linear layer, embedding and stack of experts that ``config`` names.
+
+    Only the adapters are trainable afterwards. A layer that sits in several places gets one adapter. Stacks of experts
+    are the parameters that `danlu.nn.declare` says so of, as `MoE`'s ``w_up`` and ``w_down``. Other parameters that are
+    used without a layer of their own (the routers of `MoE`, `danlu.models.Transformer`'s embedding) stay frozen.
 
     Returns:
         ``model``, changed in place.
@@ -172,6 +215,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     Raises:
         ValueError: no layer matches, a pattern names a parameter that has no layer of its own, a layer is smaller than
             the rank, or the model has adapters already.
+        TypeError: a stack of experts is of 16 bits, which the sum with a small adapter would be rounded to.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     >>> model = apply_lora(model, LoRAConfig(rank=2, targets=("0",)))
@@ -182,8 +226,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     if isinstance(model, (nn.Linear, nn.Embedding)):
         raise ValueError(f"model is itself a {type(model).__name__}; wrap it in LoRALinear or LoRAEmbedding")
     layers = {}
+    stacks = _stacks(model, config)
     for path, module in model.named_modules():
-        if isinstance(module, (LoRALinear, LoRAEmbedding)):
+        if isinstance(module, (LoRALinear, LoRAEmbedding, LoRAStack)):
             raise ValueError(f"model has an adapter at {path or 'its root'} already; merge it first")
         if isinstance(module, (nn.Linear, nn.Embedding)) and config.matches(path):
             if min(module.weight.shape) < config.rank:
@@ -191,16 +236,19 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
                 raise ValueError(f"rank must be at most the smaller size of {path}, {shape}, got {config.rank}")
             layers[module] = path
     for pattern in config.targets:
-        bare = [name for name, p in model.named_parameters() if p.ndim > 1 and fnmatchcase(name, pattern)]
+        named = [name for name, p in model.named_parameters() if p.ndim > 1 and fnmatchcase(name, pattern)]
+        bare = [] if stacks.keys() & set(named) else named
         if bare and not _names_a_layer(model, pattern):
             raise ValueError(
                 f"targets must name linear layers or embeddings; {pattern!r} names {bare[0]}, a parameter that the "
-                "model uses without a layer of its own (a stack of experts, a Transformer's embedding)"
+                "model uses without a layer of its own (a router, a Transformer's embedding)"
             )
-    if not layers:
+    if not layers and not stacks:
         kinds = f"{', '.join(config.targets)} without {', '.join(config.exclude) or 'exceptions'}"
-        raise ValueError(f"targets must match a linear layer or an embedding of the model, got {kinds}")
+        raise ValueError(f"targets must match a linear layer, an embedding or a stack of experts, got {kinds}")
     model.requires_grad_(False)
+    for name, (module, adapter) in stacks.items():
+        parametrize.register_parametrization(module, name.rpartition(".")[2], adapter)
     adapted: dict[nn.Module, nn.Module] = {
         layer: LoRAEmbedding(layer, config) if isinstance(layer, nn.Embedding) else LoRALinear(layer, config)
         for layer in layers
@@ -228,7 +276,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     )
     """
     adapters = [module for module in model.modules() if isinstance(module, (LoRALinear, LoRAEmbedding))]
-    if not adapters:
+    if not _merge_stacks(model) and not adapters:
         raise ValueError("model has no adapter to merge")
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for adapter in adapters:
@@ -250,6 +298,54 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     ['0.lora_A', '0.lora_B']
     """
     return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2].startswith("lora_")}
+
+
+def _stacks(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[nn.Module, LoRAStack]]:
+    """Return {name: (what holds it, its adapter)} of the stacks of experts that are to be adapted."""
+    found = {}
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name, said = f"{path}.{key}" if path else key, declaration(module, key)
+            if said.role != "experts" or not config.matches(name):
+                continue
+            if min(parameter.shape[-2:]) < config.rank:
+                shape = tuple(parameter.shape)
+                raise ValueError(f"rank must be at most the smaller size of {name}, {shape}, got {config.rank}")
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"{name} is a stack of experts in {parameter.dtype}, to which the sum with a small adapter would "
+                    "be rounded; accepted are float32 and float64, or a pattern in exclude that leaves it out"
+                )
+            adapter = LoRAStack(parameter, config, transposed=said.transposed)
+            adapter.order = tuple(module._parameters)
+            found[name] = module, adapter
+    return found
+
+
+def _merge_stacks(model: nn.Module) -> bool:
+    """Add the adapters of stacks to these, and say whether there were any."""
+    found = [
+        (module, name, part)
+        for module in list(model.modules())
+        if parametrize.is_parametrized(module)
+        for name, made in cast(nn.ModuleDict, module.parametrizations).items()
+        for part in cast(parametrize.ParametrizationList, made)
+        if isinstance(part, LoRAStack)
+    ]
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    with torch.no_grad():
+        for module, name, adapter in found:
+            whole = getattr(module, name).clone()
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            parameter = cast(nn.Parameter, getattr(module, name))
+            if owners[id(parameter)] > 1:  # it stays as it is where it is used besides
+                module.register_parameter(name, nn.Parameter(whole, requires_grad=False))
+            else:
+                parameter.copy_(whole)
+            for key in adapter.order:  # as before, for those who count parameters
+                if key in module._parameters:
+                    module._parameters[key] = module._parameters.pop(key)
+    return bool(found)
 
 
 def _names_a_layer(model: nn.Module, pattern: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from danlu._roles import declared
 from danlu._validate import choice, integer, number, positive
 
 Group = dict[str, Any]
@@ -105,7 +106,10 @@ def loraplus_groups(
             factor = ratio
         elif role == "lora_B":
             other = every[name.replace("lora_B", "lora_A")]
-            factor = max(1.0, balanced_ratio(other[0].numel(), parameter.shape[0], other.shape[0]))
+            sizes = other[0].numel(), parameter.shape[0], other.shape[0]
+            if declared(name, parameter).role == "experts":  # factors of one matrix after another
+                sizes = other.shape[-1], parameter.shape[-2], other.shape[-2]
+            factor = max(1.0, balanced_ratio(*sizes))
         if (role, factor) not in found:
             found[role, factor] = {
                 "params": [],
