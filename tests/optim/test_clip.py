@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from tensors import gaussian
 from torch import nn
 
 from danlu.optim import (
@@ -16,6 +17,7 @@ from danlu.optim import (
     clip_groups_,
     descent_factor,
     grad_norm,
+    limited_step,
     nonfinite_gradients,
 )
 
@@ -225,3 +227,40 @@ def test_wrong_arguments_are_named():
         descent_factor([], [torch.ones(1)])
     with pytest.raises(ValueError, match="one shape"):
         descent_factor([torch.ones(2)], [torch.ones(1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_limited_step_of_gradient_descent_lowers_the_loss_by_the_rate_times_the_limit_at_most(dtype):
+    slope = gaussian(7, dtype=dtype)
+    for size, limit in [(3.0, 1.0), (3.0, 0.25), (0.01, 1.0)]:
+        weight = torch.nn.Parameter(torch.zeros(7, dtype=dtype))
+        weight.grad = size * slope / slope.norm()
+        factor = limited_step(torch.optim.SGD([weight], lr=0.1), limit)
+        fall = -(weight.grad * weight).sum().item()
+        assert fall == pytest.approx(0.1 * min(size**2, limit), rel=1e-5)
+        assert factor.item() == pytest.approx(min(1, limit / size**2), rel=1e-5)
+
+
+def test_a_step_below_the_limit_is_the_optimizer_s_own_bit_for_bit():
+    ends = []
+    for limit in (None, 1e9):
+        weights = [torch.nn.Parameter(gaussian(5, 3, dtype=torch.float32)) for _ in range(2)]
+        groups = [{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "lr": 0.01}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+        for seed in range(3):
+            for weight in weights:
+                weight.grad = gaussian(5, 3, seed=seed, dtype=torch.float32)
+            optimizer.step() if limit is None else limited_step(optimizer, limit)
+        ends.append(torch.stack([weight.detach() for weight in weights]))
+    assert torch.equal(*ends)
+
+
+def test_a_limited_step_counts_each_group_at_its_own_rate_and_leaves_out_what_has_no_gradient():
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    groups = [{"params": weights[:1], "lr": 1.0}, {"params": weights[1:], "lr": 0.125}]
+    for weight in weights[:2]:
+        weight.grad = torch.ones(1)
+    assert limited_step(torch.optim.SGD(groups), 0.5).item() == 0.25  # <u, g> is 2
+    assert [weight.item() for weight in weights] == [-0.25, -0.03125, 0]
+    with pytest.raises(ValueError, match="limit must be"):
+        limited_step(torch.optim.SGD(groups), 0.0)

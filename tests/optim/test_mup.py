@@ -1,6 +1,7 @@
 """The spectral condition: norms at initialisation, rates by shape and role, Muon's rate from AdamW's."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from danlu.models import Transformer, TransformerConfig
 from danlu.nn import GQAConfig, MoEConfig
 from danlu.optim import (
+    AdamWConfig,
     Muon,
     check_partition,
     declare,
@@ -19,6 +21,7 @@ from danlu.optim import (
     spectral_init_,
     spectral_std,
 )
+from danlu.recipes import load
 
 
 def norm(M):
@@ -208,3 +211,31 @@ def test_a_weight_kept_as_inputs_by_outputs_has_the_norm_and_the_rates_of_its_tr
     assert group["lr"] == pytest.approx(1e-2 * 128 / 256)
     (group,) = mup_groups(layer, 1e-2, base_width=128, rule="sgd")
     assert group["lr"] == pytest.approx(1e-2 * 512 / 256)
+
+
+def test_a_configuration_with_a_base_width_takes_these_groups() -> None:
+    network = nn.Sequential(nn.Embedding(11, 64), nn.Linear(64, 64), nn.Linear(64, 128, bias=False))
+    config = AdamWConfig(lr=0.1, weight_decay=0.3, mup_base_width=16)
+    found = {name: group for group in config.build(network).param_groups for name in group["param_names"]}
+    expected = {name: g for g in mup_groups(network, 0.1, 16, weight_decay=0.3) for name in g["param_names"]}
+    assert {name: group["lr"] for name, group in found.items()} == {name: g["lr"] for name, g in expected.items()}
+    assert found["1.weight"]["lr"] == found["2.weight"]["lr"] == 0.1 * 16 / 64
+    assert found["1.weight"]["weight_decay"] == pytest.approx(0.3 * 64 / 16)
+    assert found["1.bias"]["weight_decay"] == 0
+    with pytest.raises(ValueError, match="mup_base_width"):
+        AdamWConfig(mup_base_width=0)
+
+
+def test_the_recipe_is_lm_dense_adamw_at_its_own_width_and_takes_half_the_rate_at_twice_the_width() -> None:
+    def rates(name: str, dim: int) -> dict[str, float]:
+        config = load(name)
+        with torch.device("meta"):
+            network = replace(config.model, dim=dim).build()
+        groups = config.optim.build(network).param_groups
+        return {name: group["lr"] for group in groups for name in group["param_names"]}
+
+    plain, here, wide = rates("lm-dense-adamw", 256), rates("lm-dense-mup", 256), rates("lm-dense-mup", 512)
+    assert here["head.weight"] == plain["head.weight"] == 2 * wide["head.weight"]
+    assert here["blocks.0.attention.qkv.weight"] == plain["blocks.0.attention.qkv.weight"]
+    assert wide["blocks.0.attention.qkv.weight"] == plain["blocks.0.attention.qkv.weight"] / 2
+    assert wide["embedding"] == plain["embedding"]

@@ -94,6 +94,22 @@ def test_the_first_step_is_the_gradient_of_the_mean_over_units() -> None:
         torch.testing.assert_close(trained, before - 0.1 * before.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("descent", [1e-3, 1e3])
+def test_a_step_of_gradient_descent_lowers_the_loss_by_at_most_the_limit_times_the_rate(descent: float) -> None:
+    ends = []
+    for limit in (None, descent):
+        x, y = points()
+        objective = squares()
+        start = [weight.detach().clone() for weight in objective.parameters()]
+        trainer(objective, Rows(x, y, 12), config(steps=1, clip=None, descent=limit)).fit()
+        ends.append([weight.detach() - before for weight, before in zip(objective.parameters(), start)])
+    # Of gradient descent <u, g> is |g|^2, and the step is 0.1 g.
+    product = sum((part / 0.1).square().sum() for part in ends[0])
+    factor = min(1.0, descent / product.item())
+    for whole, limited in zip(*ends):
+        torch.testing.assert_close(limited, factor * whole, rtol=1e-9, atol=1e-15)
+
+
 def test_records_say_what_was_trained() -> None:
     x, y = points()
     log = Log()

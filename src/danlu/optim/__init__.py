@@ -11,6 +11,7 @@ from danlu.optim.clip import (
     clip_groups_,
     descent_factor,
     grad_norm,
+    limited_step,
     nonfinite_gradients,
 )
 from danlu.optim.combined import CombinedOptimizer, merged_state_dicts
@@ -61,6 +62,7 @@ __all__ = [
     "descent_factor",
     "describe",
     "grad_norm",
+    "limited_step",
     "loraplus_groups",
     "measured_step",
     "merged_state_dicts",

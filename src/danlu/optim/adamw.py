@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from danlu._validate import number, positive
+from danlu._validate import integer, number, positive
 from danlu.optim._base import MomentumOptimizer
 from danlu.optim._common import check_rate, is_dtensor
 from danlu.optim._config import by_role, check_betas, check_by_role
 from danlu.optim._sharded import check_placement, local
 from danlu.optim.groups import Group, param_groups
+from danlu.optim.mup import mup_groups
 from danlu.optim.rounding import check_rounding, watch_resolution
 
 
@@ -157,6 +158,8 @@ class AdamWConfig:
         weight_decay: decoupled decay.
         embedding_lr: learning rate of the embeddings; None for lr.
         no_decay: roles (see :data:`danlu.optim.ROLES`) without decay.
+        mup_base_width: width at which ``lr`` was found; matrices of other widths take what the spectral condition makes
+            of it (:func:`danlu.optim.mup_groups`). None: lr for all.
         rounding: of bfloat16 weights: ``nearest``, ``stochastic`` or ``compensated``; wider ones are left as they are.
         rounding_seed: of ``stochastic``.
     """
@@ -167,6 +170,7 @@ class AdamWConfig:
     weight_decay: float = 0.1
     embedding_lr: float | None = None
     no_decay: tuple[str, ...] = ("gain", "bias")
+    mup_base_width: int | None = None
     rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"
     rounding_seed: int = 0
 
@@ -176,6 +180,8 @@ class AdamWConfig:
         positive("eps", self.eps)
         number("weight_decay", self.weight_decay, low=0)
         check_by_role(self.embedding_lr, self.no_decay)
+        if self.mup_base_width is not None:
+            integer("mup_base_width", self.mup_base_width)
         check_rounding("", {"rounding": self.rounding, "rounding_seed": self.rounding_seed})
 
     def build(self, model: nn.Module, **others: Any) -> AdamW | RoundedAdamW:
@@ -184,7 +190,9 @@ class AdamWConfig:
         >>> AdamWConfig(lr=0.1).build(nn.Linear(2, 3)).param_groups[1]["weight_decay"]
         0.0
         """
-        return self.of_groups(param_groups(model))
+        if self.mup_base_width is None:
+            return self.of_groups(param_groups(model))
+        return self.of_groups(mup_groups(model, self.lr, self.mup_base_width, weight_decay=self.weight_decay))
 
     def of_groups(self, groups: list[Group]) -> AdamW | RoundedAdamW:
         """Return the optimizer of groups that :func:`danlu.optim.param_groups` made."""

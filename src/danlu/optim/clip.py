@@ -196,6 +196,48 @@ def descent_factor(updates: Sequence[Tensor], gradients: Sequence[Tensor], limit
 
 
 @torch.no_grad()
+def limited_step(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+    """Take a step of any optimizer, made shorter where it would lower the loss by more than ``limit`` times its rate.
+
+    The update u is what the optimizer did to the weights, decay included, over its group's learning rate; the step is
+    multiplied by `descent_factor` and the optimizer's state is that of the whole step. It needs a copy of the weights.
+
+    Args:
+        optimizer: with gradients; of parameters that each process holds whole.
+        limit: cap on <u, g> over all parameters.
+
+    Returns:
+        The factor, a scalar on the parameters' device.
+
+    Raises:
+        ValueError: a parameter is divided among processes, or ``limit`` is not positive.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> limited_step(torch.optim.SGD([weight], lr=0.1), 1.0), weight.data
+    (tensor(0.0400), tensor([-0.0120, -0.0160]))
+    """
+    positive("limit", limit)
+    moved = [
+        (parameter, group["lr"], parameter.grad, parameter.detach().clone())
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None and float(group["lr"]) > 0
+    ]
+    if any(is_dtensor(parameter) for parameter, *_ in moved):
+        raise ValueError("limit must be left out where parameters are divided among processes: <u, g> is over all")
+    optimizer.step()
+    updates = []
+    for parameter, lr, _, before in moved:
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        updates.append((before.to(wide) - parameter.to(wide)) / lr)
+    factor = descent_factor(updates, [gradient for _, _, gradient, _ in moved], limit)
+    for parameter, _, _, before in moved:
+        parameter.copy_(before.lerp_(parameter, factor.to(parameter.dtype)))
+    return factor
+
+
+@torch.no_grad()
 def nonfinite_gradients(named_parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Return the names of the parameters whose gradient holds a NaN or an infinity.
 

@@ -64,6 +64,15 @@ def lm_dense_adamw() -> RunConfig:
     )
 
 
+def lm_dense_mup() -> RunConfig:
+    """lm-dense-adamw with learning rates that follow the width.
+
+    The rate was found at width 256: other widths (``--model.dim 512``) need no search of their own.
+    """
+    config = lm_dense_adamw()
+    return replace(config, recipe="lm-dense-mup", optim=AdamWConfig(lr=3e-3, mup_base_width=256))
+
+
 def lm_dense_lion() -> RunConfig:
     """lm-dense trained by Lion instead.
 

@@ -26,6 +26,8 @@ class TrainConfig:
         accumulate: micro-batches in a step.
         seed: of the weights, the order of the data and everything drawn.
         clip: largest global norm of the gradient; None leaves it as it is.
+        descent: largest product of update and gradient: a step that would lower the loss by more than it times the
+            learning rate is made shorter (:func:`danlu.optim.limited_step`); None leaves steps as they are.
         patience: steps in a row that may be skipped because a gradient is not finite before the run stops.
         log_every: steps between two logged ones.
         eval_every: steps between evaluations (the last step is always evaluated); None for the last only.
@@ -45,6 +47,7 @@ class TrainConfig:
     accumulate: int = 1
     seed: int = 0
     clip: float | None = 1.0
+    descent: float | None = None
     patience: int = 10
     log_every: int = 1
     eval_every: int | None = 100
@@ -73,6 +76,8 @@ class TrainConfig:
         integer("seed", self.seed, low=0, high=2**63 - 1)
         if self.clip is not None:
             positive("clip", self.clip)
+        if self.descent is not None:
+            positive("descent", self.descent)
         if self.ema is not None:
             number("ema", self.ema, low=0, high=1, high_open=True)
         literals(self)

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from danlu.objectives import evaluate
-from danlu.optim import NonFiniteGuard, clip_grad_norm_, grad_norm
+from danlu.optim import NonFiniteGuard, clip_grad_norm_, grad_norm, limited_step
 from danlu.protocols import Batch, Loader, Paced, Record, Reporter, ScheduleConfig
 from danlu.train import checkpoint, rng
 from danlu.train.budget import Length
@@ -264,7 +264,10 @@ class Trainer:
         lr = float(self.optimizer.param_groups[0]["lr"])
         allowed = self.guard.allows(norm, self.objective.named_parameters())
         if allowed:
-            self.optimizer.step()
+            if self.config.descent is None:
+                self.optimizer.step()
+            else:
+                limited_step(self.optimizer, self.config.descent)
             if self.ema is not None:
                 self.ema.update_parameters(self.objective)
         self.optimizer.zero_grad(set_to_none=True)
