@@ -4,6 +4,7 @@ import itertools
 import math
 
 import torch
+from torch import Tensor
 
 from danlu.claims.frame import Claim, at_most, exact, relative
 from danlu.diffusion import (
@@ -41,6 +42,58 @@ def _table_misses(power: int) -> float:
     return float(misses)
 
 
+def _printed(kind: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b of the printed schedules, with the two shifted ones at their own scale."""
+    if kind in ("cosine", "limited"):
+        first = math.atan(math.exp(-4.0)) if kind == "limited" else 0.0
+        angle = first + (math.pi / 2 - 2 * first) * t
+        return angle.cos(), angle.sin()
+    if kind == "edm":
+        return torch.ones_like(t), (0.002 ** (1 / 7) * (1 - t) + 80 ** (1 / 7) * t) ** 7
+    if kind == "flow":
+        return 1 - t, t
+    if kind == "betas":
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        step = (1000 * t.detach()).long()
+        kept = (1 - betas).cumprod(0)[step - 1] * (1 - betas[step]) ** (1000 * t - step)
+        return kept.sqrt(), (1 - kept).sqrt()
+    a, b = _printed("cosine" if kind == "shifted" else "flow", t)
+    factor = 4.0 if kind == "shifted" else 4.0 ** (1 - t) * 2.0**t
+    size = (a**2 + factor**2 * b**2).sqrt() if kind == "shifted" else a + factor * b
+    return a / size, factor * b / size
+
+
+def _schedule_error(*, half: bool = False) -> float:
+    """Largest relative error of a, b, their derivatives, log SNR, its slope, its exponential and its inverse.
+
+    The control forgets that the log SNR is of squares.
+    """
+    schedules: dict[str, Schedule] = {
+        "cosine": Cosine(),
+        "limited": Cosine(limit=8.0),
+        "edm": EDM(),
+        "flow": Flow(),
+        "betas": Betas(),
+        "shifted": Shifted(base=Cosine(), factor=4.0),
+        "interpolated": Shifted(base=Flow(), factor=4.0, final=2.0),
+    }
+    worst, t = 0.0, (_TIMES + 3e-4).requires_grad_()
+    for kind, schedule in schedules.items():
+        a, b = _printed(kind, t)
+        logsnr = (1 if half else 2) * (a / b).log()
+        slopes = [
+            torch.autograd.grad(value.sum(), t, retain_graph=True)[0] if value.requires_grad else 0 * t
+            for value in (a, b)
+        ]
+        found = [*schedule.coefficients(t), *schedule.derivatives(t), schedule.logsnr_slope(t)]
+        found += [schedule.logsnr(t), schedule.snr(t), schedule.time(logsnr.detach())]
+        wanted = (a, b, *slopes, 2 * (slopes[0] / a - slopes[1] / b), logsnr, logsnr.exp(), t)
+        for x, y in zip(found, wanted):
+            x, y = x.detach(), y.detach()
+            worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp_min(1e-9)))
+    return worst
+
+
 def _shift_error(*, closed: bool) -> float:
     """Largest relative error of SNR_high s^2 / SNR_low at s = 4; the control shifts sigma's logarithm half as far."""
     high = Shifted(base=Cosine(), factor=4.0 if closed else 2.0)
@@ -64,6 +117,16 @@ def _conversion_error(read_as: Schedule | None = None) -> float:
 
 
 CLAIMS = (
+    Claim(
+        name="formulas",
+        statement="error of seven schedules, their ratios, inverses and slopes; control: log SNR not of squares",
+        source="arXiv 2102.09672, 2006.11239, 2206.00364 (equation 5), 2210.02747, 2301.11093 (section 3.1)",
+        expected=2e-13,
+        tolerance=at_most(),
+        measure=_schedule_error,
+        control=lambda: _schedule_error(half=True),
+        seconds=0.1,
+    ),
     Claim(
         name="aligned-time",
         statement="time of the cosine schedule whose ratio is 4 times that at t = 0.5; control: twice the ratio",
@@ -89,7 +152,7 @@ CLAIMS = (
         name="shift",
         statement="relative error of SNR_high s^2 / SNR_low at s = 4; control: shifted by s instead of s^2",
         source="Hoogeboom et al., arXiv 2301.11093, section 3.1",
-        expected=1e-9,
+        expected=2e-15,
         tolerance=at_most(),
         measure=lambda: _shift_error(closed=True),
         control=lambda: _shift_error(closed=False),
@@ -99,7 +162,7 @@ CLAIMS = (
         name="conversions",
         statement="largest error of the 30 conversions of predictions on four schedules; control: one schedule for all",
         source="derivation: all are linear in data and noise",
-        expected=1e-12,
+        expected=5e-14,
         tolerance=at_most(),
         measure=_conversion_error,
         control=lambda: _conversion_error(Cosine()),
