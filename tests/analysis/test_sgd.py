@@ -214,3 +214,21 @@ def test_samples_in_a_list_and_in_a_tensor_have_one_best_point():
 def test_bad_input_is_named(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_the_bound_along_the_path_takes_the_largest_distance_and_slope_that_occurred():
+    x = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
+    rates, start = torch.full((4,), 0.25, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    # Slopes 2 (theta - x): the path is 0, 1/2, -1/4, 3/8, before a last step.
+    report = average_loss_report(
+        lambda x, theta: (theta - x).square().sum(),
+        x,
+        start,
+        rates,
+        diameter=2.0,
+        gradient_norm=4.0,
+        project=interval,
+        comparator=torch.tensor([0.75], dtype=torch.float64),
+    )
+    assert report.bound_along_path == pytest.approx(regret_bound(rates, 1.0, 3.0), rel=1e-12)
+    assert report.bound == pytest.approx(regret_bound(rates, 2.0, 4.0), rel=1e-12)

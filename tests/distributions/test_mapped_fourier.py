@@ -57,3 +57,8 @@ def test_a_fit_recovers_a_density_of_its_own_family():
     assert -1 < 2 * (q.log_prob(y) - true.log_prob(y)).sum() < 35
     free = MappedFourierDensity.fit(y, 8)
     assert free.loc.item() == pytest.approx(y.mean().item())
+
+
+def test_single_samples_are_averaged_in_double_precision():
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 0.01 + 3
+    assert MappedFourierDensity.fit(x, 3).loc.item() == torch.tensor(x.double().mean().item()).item()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from danlu.approx import optimal_composition, published
 from danlu.linalg import _newton_schulz, orthogonalize
-from danlu.linalg._newton_schulz import default_gram_steps, iterate, power_of_two_scale
+from danlu.linalg._newton_schulz import chunk_length, default_gram_steps, iterate, power_of_two_scale
 from danlu.linalg.msign import default_compositions
 
 
@@ -131,3 +131,8 @@ def test_scale_is_a_power_of_two_that_brings_the_largest_entry_into_the_upper_ha
     M = torch.tensor([[3.0, -100.0]])
     assert power_of_two_scale(M).item() == 2**-7
     assert power_of_two_scale(torch.zeros(2, 3)).item() == 1
+
+
+def test_as_many_matrices_go_together_as_the_memory_asked_for_holds():
+    sizes = [chunk_length(4, 8, torch.float32, torch.device("cpu"), limit) for limit in (1, 128, 255, 256, 1280)]
+    assert sizes == [1, 1, 1, 2, 10]

@@ -290,3 +290,13 @@ def test_a_stack_that_is_used_elsewhere_stays_as_it_is_there():
     merge_lora(model)
     assert torch.equal(model[1].w_up, table)
     assert not torch.equal(model[0].w_up, table)
+
+
+def test_a_merged_embedding_is_a_frozen_leaf():
+    layer = LoRAEmbedding(nn.Embedding(7, 5), LoRAConfig(rank=2))
+    nn.init.normal_(layer.lora_embedding_A)
+    expected = layer.weight.detach().clone()
+    merged = layer.merged()
+    assert torch.equal(merged.weight, expected)
+    assert merged.weight.is_leaf
+    assert not merged.weight.requires_grad

@@ -324,3 +324,9 @@ def test_the_printed_load_is_that_of_one_routed_expert_a_token() -> None:
     torch.testing.assert_close(balanced_load(routed, 1, shared), printed, rtol=1e-12, atol=0)
     assert balanced_load(routed, 5, shared).sum().item() == pytest.approx(1, rel=1e-12)
     assert balanced_load(routed, 5, shared)[0].item() == pytest.approx(1 / 8, rel=1e-12)
+
+
+def test_the_output_of_an_expert_has_the_size_that_is_asked_for_at_any_width() -> None:
+    for hidden in (50, 400):
+        layer = MoEConfig(num_experts=8, top_k=2, hidden=hidden).build(100, out_std=0.02)
+        assert layer.w_down.std().item() == pytest.approx(0.02 * (100 / hidden) ** 0.5, rel=0.03)

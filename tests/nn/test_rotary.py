@@ -273,7 +273,9 @@ def test_yarn_with_factor_one_is_the_plain_rotation() -> None:
 
 
 @pytest.mark.parametrize("factor", [2.0, 40.0])
-@pytest.mark.parametrize(("dim", "base", "length"), [(64, 10000.0, 4096), (128, 500000.0, 8192), (32, 1e6, 256)])
+@pytest.mark.parametrize(
+    ("dim", "base", "length"), [(64, 10000.0, 4096), (128, 500000.0, 8192), (32, 1e6, 256), (128, 100.0, 4096)]
+)
 def test_yarn_is_that_of_transformers(factor: float, dim: int, base: float, length: int) -> None:
     utils = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")

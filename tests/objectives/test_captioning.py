@@ -90,3 +90,10 @@ def test_evaluating_nothing_is_rejected_and_a_negative_weight_too() -> None:
         evaluate(objective, [])
     with pytest.raises(ValueError, match="patch_weight"):
         Captioning(objective.model, CaptioningConfig(patch_weight=-1.0))
+
+
+def test_the_validation_loss_is_the_loss_per_target() -> None:
+    objective, sentences = build()
+    batch = sentences.batch(range(9))
+    expected = objective.eval()(batch) / objective.denominator(batch)
+    assert evaluate(objective, [batch])["val_loss"] == pytest.approx(expected.item(), rel=1e-5)

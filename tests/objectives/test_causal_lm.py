@@ -82,3 +82,14 @@ def test_a_mask_that_shows_the_token_to_be_predicted_is_rejected(mask: str) -> N
     sizes = TransformerConfig(vocab_size=11, dim=16, layers=2, hidden=8, attention=GQAConfig(num_heads=2, mask=mask))
     with pytest.raises(ValueError, match="mask must be 'causal' for next-token prediction"):
         CausalLMConfig().build(sizes.build())
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3, 0.7])
+def test_a_target_weighs_the_same_at_every_drop_rate(drop: float) -> None:
+    """A head of zeros makes every loss log V: the sum counts the targets of the whole batch, however many are left."""
+    objective, b = build().train(), batch(3)
+    objective.config = CausalLMConfig(drop_tokens=drop)
+    torch.nn.init.zeros_(objective.model.head.weight)
+    torch.testing.assert_close(objective(b), 20 * torch.tensor(31.0).log())
+    nothing = {**b, "targets": torch.full_like(b["targets"], -100)}
+    assert objective(nothing).item() == 0

@@ -165,3 +165,10 @@ def test_a_step_s_work_falls_at_least_by_the_share_that_is_left_out() -> None:
         kept = 1 - round(rate * time) / time
         assert work[rate] <= 1.001 * kept * work[0.0]
         assert work[rate] >= kept**2 * work[0.0]
+
+
+def test_a_seed_draws_the_same_tokens_whatever_was_drawn_elsewhere():
+    first = kept_tokens(3, 29, 0.5, generator=generator(5))
+    torch.rand(7)
+    assert torch.equal(kept_tokens(3, 29, 0.5, generator=generator(5)), first)
+    assert not torch.equal(kept_tokens(3, 29, 0.5, generator=generator(6)), first)

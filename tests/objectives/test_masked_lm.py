@@ -160,3 +160,11 @@ def test_a_target_weighs_the_same_at_every_drop_rate(drop):
     torch.nn.init.zeros_(objective.model.head.weight)
     expected = objective.denominator(batch) * torch.tensor(13.0).log()
     torch.testing.assert_close(objective(batch), expected)
+
+
+def test_a_sequence_with_anything_to_ask_is_asked_one_token_at_least():
+    objective, batch = build(rate=0.15), draw(3, 20)
+    batch["targets"][1, 2:] = -100
+    batch["targets"][2] = -100
+    assert askable(batch).sum(1).tolist() == [19, 2, 0]
+    assert objective.denominator(batch).item() == 3 + 1 + 0

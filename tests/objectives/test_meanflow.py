@@ -409,3 +409,11 @@ def test_a_predicted_image_divides_by_no_time_below_a_twentieth():
     x, t = images(4)["images"], torch.tensor([0.0, 0.01, 0.05, 0.8]).double()
     found = objective.average(x, t, None, t)
     torch.testing.assert_close(found, x / torch.tensor([0.05, 0.05, 0.05, 0.8]).double().view(4, 1, 1, 1))
+
+
+def test_both_ends_of_the_guided_times_are_guided():
+    objective = MeanFlow(network(classes=3), MeanFlowConfig(omega=2.0, guidance_from=0.25, guidance_to=0.75))
+    batch, t = images(4), torch.tensor([0.24, 0.25, 0.75, 0.76], dtype=torch.float64)
+    v = torch.ones_like(batch["images"])
+    changed = (objective._guided(batch["images"], t, batch["labels"], v) != v).flatten(1).any(1)
+    assert changed.tolist() == [False, True, True, False]

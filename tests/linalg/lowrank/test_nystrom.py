@@ -126,3 +126,11 @@ def test_bad_input_is_named(generator):
         nystrom(K, 2, diagonal=torch.ones(3))
     with pytest.raises(TypeError, match="K must be float32 or float64"):
         nystrom(K.half(), 2)
+
+
+@pytest.mark.parametrize("exponent", [-80, 80])
+def test_a_power_of_four_on_the_matrix_is_one_of_two_on_its_factor(exponent, generator):
+    X = torch.randn(23, 3, dtype=D, generator=generator)
+    plain, scaled = (nystrom(c * (X @ X.mT), 7, method="cholesky") for c in (1.0, 2.0**exponent))
+    assert torch.equal(plain.landmarks, scaled.landmarks)
+    assert torch.equal(2.0 ** (exponent // 2) * plain.factor, scaled.factor)
