@@ -138,7 +138,7 @@ def main() -> None:
                     begin.append(found["start"])
     table = Table("", *WEIGHTS, title=f"validation loss, from {statistics.mean(begin):.3f}")
     for label, row in losses.items():
-        spread = [f"{statistics.mean(found):.4f} ± {statistics.pstdev(found):.4f}" for found in row.values()]
+        spread = [f"{statistics.mean(found):.4f} ± {statistics.stdev(found):.4f}" for found in row.values()]
         table.add_row(label, *spread)
     Console().print(table)
     if arguments.optimizers == list(OPTIMIZERS):
