@@ -239,3 +239,12 @@ def test_the_recipe_is_lm_dense_adamw_at_its_own_width_and_takes_half_the_rate_a
     assert here["blocks.0.attention.qkv.weight"] == plain["blocks.0.attention.qkv.weight"]
     assert wide["blocks.0.attention.qkv.weight"] == plain["blocks.0.attention.qkv.weight"] / 2
     assert wide["embedding"] == plain["embedding"]
+
+
+def test_a_seed_draws_the_same_start_whatever_was_drawn_elsewhere():
+    starts = []
+    for _ in range(2):
+        network = spectral_init_(nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3, bias=False)), generator=seeded())
+        starts.append([parameter.detach().clone() for parameter in network.parameters()])
+        torch.rand(3)
+    assert all(map(torch.equal, *starts))

@@ -103,3 +103,20 @@ def test_greedy_keeps_its_digits_below_the_square_root_of_eps(make):
     Q = torch.linalg.qr(M[:, chosen])[0]
     optimum = 0.2**16 / (1 - 0.04) ** 0.5
     assert torch.linalg.matrix_norm(M - Q @ (Q.mT @ M)) < 5 * optimum
+
+
+def test_the_greedy_choice_goes_on_where_the_gram_matrix_has_lost_its_digits():
+    """All columns nearly one: what is left of them after the first step is below the rounding of their products."""
+    generator = torch.Generator().manual_seed(0)
+    common, own = torch.linalg.qr(torch.randn(31, 9, dtype=torch.float64, generator=generator))[0].split((1, 8), 1)
+    order = torch.tensor([3, 0, 6, 1, 7, 2, 5, 4])
+    M = common + 1e-9 * own * 2.0**-order
+    chosen = residual_greedy(M, 8)
+    for count in range(1, 7):
+        Q = torch.linalg.qr(M[:, chosen[:count]])[0]
+        E = M - Q @ (Q.mT @ M)
+        E = E - Q @ (Q.mT @ E)
+        norms = E.square().sum(0)
+        left = norms > 1e-6 * norms.max()
+        gain = torch.where(left, (E.mT @ E).square().sum(1) / norms, 0)
+        assert gain[chosen[count]] > 0.99 * gain.max()

@@ -226,3 +226,10 @@ def test_the_layer_is_its_formula_summed_token_by_token(kind: str) -> None:
     mixed = torch.stack([sum(K[:, t - s] * u[:, s] for s in range(t + 1)) for t in range(11)], 1)  # type: ignore[misc]
     expected = ((mixed + layer.skip * u) * gate * gate.sigmoid()) @ layer.out.weight.T
     torch.testing.assert_close(layer(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_operations_are_two_transforms_of_twice_the_length_and_a_product() -> None:
+    layer = SSM(DIM, SSMConfig(kernel=S4DConfig(state=10), channels=31))
+    # 2 * 512 - 1 is transformed at length 1024, 5/2 n log2 n each, and three operations a number.
+    assert layer.flops_per_token(512) == 31 * (2 * 2.5 * 1024 * 10 + 3 * 1024) / 512
+    assert layer.flops_per_token(1) == 31 * (2 * 2.5 * 2 + 3 * 2)
