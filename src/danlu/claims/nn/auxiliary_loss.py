@@ -30,7 +30,7 @@ def _difference(form: str, *, counted: bool = True) -> float:
     """Relative distance of gradients from those of the usual loss, or of that with P in place of F.
 
     By the logits for a loss written in the straight-through load, by a layer's router for the layer's own loss in two
-    halves of a batch; each with an even and another target.
+    parts of a batch behind which there is padding, seven times the loss; each with an even and another target.
     """
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -48,8 +48,9 @@ def _difference(form: str, *, counted: bool = True) -> float:
             selected = torch.zeros_like(share).scatter_(-1, score.topk(2, -1).indices, 0.5).detach()
             counts = counts + selected.sum(0)
             load = counts / counts.sum() if counted else share.mean(0)
-            total = total + 0.3 * _usual(load, share.mean(0), form, target)
-            follow_loss(layer(part).mean(), layer).backward()
+            total = total + 7 * 0.3 * _usual(load, share.mean(0), form, target)
+            padded, real = torch.cat((part, part[:50])), torch.arange(len(part) + 50) < len(part)
+            (7 * follow_loss(layer(padded, real=real).mean(), layer)).backward()
             if len(part) == 400:
                 ours = 0.3 * FORMS[form](straight_through(share, selected), target)
                 usual = 0.3 * _usual(load, share.mean(0), form, target)

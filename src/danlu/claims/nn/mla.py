@@ -79,7 +79,7 @@ def _decoding_error(*, rotate_latent: bool) -> float:
         cache = layer.new_cache(2, 17, dtype=torch.float64, device=x.device)
         tables = rotary_angles(torch.arange(17, dtype=torch.float64), layer.rope_dim)
         steps, start = [], 0
-        for size in (4, 1, 2, 1, 9):
+        for size in (2, 1, 1, 13):  # the last is expanded
             rope = (tables[0][start : start + size], tables[1][start : start + size])
             steps.append(layer(x[:, start : start + size], Context(rope=rope, cache=cache)))
             start += size

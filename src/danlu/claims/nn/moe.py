@@ -1,5 +1,6 @@
 """Fine-grained and shared experts: the factor that balances their norms, and the identities behind the layer."""
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -84,6 +85,10 @@ def _formula_error(*, best: int = 2) -> float:
         pairs = [(found, wanted), *zip(*(torch.autograd.grad((weight * y).sum(), inputs) for y in (found, wanted)))]
         with torch.no_grad():
             pairs.append((layer(x[:1]), wanted[:1]))
+        layer.eval()
+        pairs.append(
+            tuple(torch.func.jvp(f, (x.detach(),), (weight,))[1] for f in (layer, partial(_by_hand, layer, best=best)))
+        )
         worst = max(worst, *(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs))
     return worst
 

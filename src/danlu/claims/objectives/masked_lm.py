@@ -46,7 +46,8 @@ def _shown_error(*, uniform: bool) -> float:
 def _even_loss(*, weighted: bool = True) -> float:
     """Loss of a network that finds all 13 tokens equally likely, over its targets' number times ln 13.
 
-    Half of each sequence is left out of the step, and two thirds of one are padding; the control weighs what is left.
+    Times the same in evaluation. Half of each sequence is left out of the step, two thirds of one are padding; the
+    control weighs what is left.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -60,7 +61,8 @@ def _even_loss(*, weighted: bool = True) -> float:
         batch = {"tokens": tokens, "targets": targets}
         # 0.15 of 60, 60 and 20 tokens that may be asked for.
         number = 9 + 9 + 3
-        loss = float(objective(batch).detach())
+        measured = objective.evaluate([batch])["val_loss"]
+        loss = float(objective(batch).detach()) * float(measured.total / measured.denominator) / math.log(13)
         if not weighted:
             short = drop_tokens({**batch, "asked": askable(batch)}, 0.5)
             loss *= float(objective.denominator(short) / objective.denominator(batch))
