@@ -259,7 +259,7 @@ CLAIMS = (
         tolerance=exact(),
         measure=lambda: _nearest_is_largest(raw=False),
         control=lambda: _nearest_is_largest(raw=True),
-        seconds=0.2,
+        seconds=0.1,
     ),
     Claim(
         name="codewords",

@@ -166,6 +166,6 @@ CLAIMS = (
         tolerance=at_most(),
         measure=_conversion_error,
         control=lambda: _conversion_error(Cosine()),
-        seconds=0.3,
+        seconds=0.1,
     ),
 )

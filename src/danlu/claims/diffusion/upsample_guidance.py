@@ -102,7 +102,7 @@ CLAIMS = (
         tolerance=at_most(),
         measure=lambda: _largest_z(aligned=True),
         control=lambda: _largest_z(aligned=False),
-        seconds=0.3,
+        seconds=0.1,
     ),
     Claim(
         name="rho",

@@ -67,7 +67,7 @@ CLAIMS = (
         tolerance=absolute(2e-10),
         measure=lambda: float(_distance(MINIMAX).abs().max()),
         control=lambda: float(_distance(1.52).abs().max()),
-        seconds=0.3,
+        seconds=0.2,
     ),
     Claim(
         name="dominance",
@@ -77,7 +77,7 @@ CLAIMS = (
         tolerance=at_least(1e-15),
         measure=lambda: float(_distance(DOMINANT).min()),
         control=lambda: float(_distance(0.999 * DOMINANT).min()),
-        seconds=0.3,
+        seconds=0.2,
     ),
     Claim(
         name="equal-at-zero",
@@ -107,7 +107,7 @@ CLAIMS = (
         tolerance=at_most(),
         measure=lambda: _float32_error(stable=True),
         control=lambda: _float32_error(stable=False),
-        seconds=0.2,
+        seconds=0.1,
     ),
     Claim(
         name="inverse",

@@ -177,7 +177,7 @@ CLAIMS = (
         tolerance=at_least(),
         measure=lambda: _speed("rms"),
         control=lambda: _speed("rms", 1e-3 / _EXPERTS**0.5),
-        seconds=2.0,
+        seconds=3.0,
     ),
     Claim(
         name="no-trace-in-the-gates",

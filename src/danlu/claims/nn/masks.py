@@ -190,6 +190,6 @@ CLAIMS = (
         tolerance=exact(),
         measure=lambda: _leaks("causal") + _leaks("prefix"),
         control=lambda: _leaks("prefix", _PREFIX + 1),
-        seconds=0.3,
+        seconds=0.1,
     ),
 )

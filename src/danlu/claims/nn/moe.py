@@ -116,7 +116,7 @@ CLAIMS = (
         tolerance=absolute(0.04),
         measure=lambda: scaling_factor(160, 6, 2, "softmax", renormalize=False),
         control=lambda: _ratio_of_rms(160, 6, 2),
-        seconds=1.0,
+        seconds=0.4,
     ),
     Claim(
         name="factor-deepseek-v3",
@@ -126,7 +126,7 @@ CLAIMS = (
         tolerance=absolute(0.005),
         measure=lambda: scaling_factor(256, 8, 1),
         control=lambda: scaling_factor(256, 8, 1, "softmax"),
-        seconds=1.5,
+        seconds=0.6,
     ),
     Claim(
         name="factor-moonlight",
@@ -136,7 +136,7 @@ CLAIMS = (
         tolerance=absolute(0.0005),
         measure=lambda: scaling_factor(64, 6, 0),
         control=lambda: scaling_factor(64, 6, 2),
-        seconds=0.5,
+        seconds=0.2,
     ),
     Claim(
         name="factor-moonlight-corrected",
@@ -146,7 +146,7 @@ CLAIMS = (
         tolerance=absolute(0.0005),
         measure=lambda: scaling_factor(64, 6, 2),
         control=lambda: scaling_factor(64, 6, 0),
-        seconds=0.5,
+        seconds=0.2,
     ),
     Claim(
         name="written-out",
@@ -156,7 +156,7 @@ CLAIMS = (
         tolerance=at_most(),
         measure=_formula_error,
         control=lambda: _formula_error(best=1),
-        seconds=0.2,
+        seconds=0.4,
     ),
     Claim(
         name="equal-experts",
@@ -166,7 +166,7 @@ CLAIMS = (
         tolerance=at_most(),
         measure=lambda: _equal_experts_error(renormalize=True),
         control=lambda: _equal_experts_error(renormalize=False),
-        seconds=0.2,
+        seconds=0.1,
     ),
     Claim(
         name="finer-experts-cost-the-same",

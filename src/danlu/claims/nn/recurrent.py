@@ -83,7 +83,7 @@ CLAIMS = (
         tolerance=at_most(),
         measure=lambda: _blocks(stable=False),
         control=lambda: _blocks(stable=False, lag=1),
-        seconds=0.3,
+        seconds=0.1,
     ),
     Claim(
         name="large-scores",
@@ -93,7 +93,7 @@ CLAIMS = (
         tolerance=at_most(),
         measure=lambda: _error(lambda q, k, v: recurrent_attention(q, k, v, block=3), spread=30.0),
         control=lambda: _error(lambda q, k, v: recurrent_attention(q, k, v, block=3, stable=False), spread=30.0),
-        seconds=0.2,
+        seconds=0.1,
     ),
     Claim(
         name="worked-example",
@@ -123,6 +123,6 @@ CLAIMS = (
         tolerance=exact(),
         measure=_inputs_read,
         control=lambda: sum(_inputs_read_without_reuse(4, i) for i in range(9)),
-        seconds=0.3,
+        seconds=0.2,
     ),
 )

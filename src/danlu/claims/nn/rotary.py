@@ -151,7 +151,7 @@ CLAIMS = (
         tolerance=at_most(),
         measure=_formula_error,
         control=lambda: _formula_error(halves=False),
-        seconds=0.1,
+        seconds=0.3,
     ),
     Claim(
         name="halves",

@@ -151,7 +151,7 @@ CLAIMS = (
         tolerance=relative(0.01),
         measure=lambda: _pooled_error(4),
         control=lambda: _pooled_error(2),
-        seconds=0.2,
+        seconds=0.1,
     ),
     Claim(
         name="unit-targets",

@@ -88,6 +88,6 @@ CLAIMS = (
         tolerance=relative(0.01),
         measure=lambda: _loss(1.0),
         control=lambda: _loss(0.7),
-        seconds=0.2,
+        seconds=0.1,
     ),
 )

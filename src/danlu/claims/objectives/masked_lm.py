@@ -61,7 +61,8 @@ def _even_loss(*, weighted: bool = True) -> float:
         batch = {"tokens": tokens, "targets": targets}
         # 0.15 of 60, 60 and 20 tokens that may be asked for.
         number = 9 + 9 + 3
-        measured = objective.evaluate([batch])["val_loss"]
+        with torch.no_grad():
+            measured = objective.evaluate([batch])["val_loss"]
         loss = float(objective(batch).detach()) * float(measured.total / measured.denominator) / math.log(13)
         if not weighted:
             short = drop_tokens({**batch, "asked": askable(batch)}, 0.5)

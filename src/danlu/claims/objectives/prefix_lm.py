@@ -57,7 +57,7 @@ CLAIMS = (
         tolerance=absolute(0.02),
         measure=lambda: _loss_on_random_tokens(PrefixLM),
         control=lambda: _loss_on_random_tokens(_OneTooEarly),
-        seconds=1.5,
+        seconds=3.5,
     ),
     Claim(
         name="every-length",
@@ -67,6 +67,6 @@ CLAIMS = (
         tolerance=absolute(0.004),
         measure=lambda: _mean_length(off=0),
         control=lambda: _mean_length(off=-1),
-        seconds=0.1,
+        seconds=0.2,
     ),
 )

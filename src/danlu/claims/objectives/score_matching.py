@@ -143,7 +143,7 @@ CLAIMS = (
         tolerance=absolute(1e-7),
         measure=_size,
         control=lambda: _size(twice=False),
-        seconds=0.1,
+        seconds=0.2,
     ),
     Claim(
         name="objectives",
@@ -163,7 +163,7 @@ CLAIMS = (
         tolerance=relative(0.003),
         measure=lambda: _minimum(normal=True),
         control=lambda: _minimum(normal=False),
-        seconds=0.2,
+        seconds=0.1,
     ),
     Claim(
         name="ratio-is-biased",
@@ -173,6 +173,6 @@ CLAIMS = (
         tolerance=relative(0.005),
         measure=lambda: _slope(16),
         control=lambda: _slope(16, own=True),
-        seconds=0.3,
+        seconds=0.1,
     ),
 )
