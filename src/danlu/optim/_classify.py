@@ -31,7 +31,7 @@ _HEADS = {
     *("cls_classifier", "distillation_classifier", "head_dist", "classification_head", "classification_heads"),
 }
 #: Names of heads where they stand at the top of a model: the first set of layers, the second of layers or containers.
-_TOP_HEADS = {"output", "proj_out", "decoder", "logits", "fc"}
+_TOP_HEADS = {"output", "proj_out", "proj_out_2", "decoder", "logits", "fc"}
 _TOP_CONTAINERS = {"heads", "lm_heads"}
 #: Children that stand in a module's place: of ``torch.compile``, FSDP, activation checkpointing and PEFT.
 _WRAPPED = {

@@ -118,6 +118,13 @@ FUSED: dict[str, dict[str, Rule]] = {
     "GluMlp": {"fc1": _equal(2)},
     **_each("Mamba", "MambaMixer", "FalconMambaMixer", "JambaMambaMixer", in_proj=_equal(2)),
     **_each("Lfm2ShortConv", "Lfm2MoeShortConv", "Lfm3ShortConv", "Lfm3VlVisionShortConv", in_proj=_equal(3)),
+    # shifts, scales and gates made of a condition
+    **_each("AdaLayerNormZero", "AdaLayerNormSingle", "CogVideoXLayerNormZero", linear=_equal(6)),
+    **_each("AdaLayerNormContinuous", "AdaGroupNorm", linear=_equal(2)),
+    "AdaLayerNormZeroSingle": {"linear": _equal(3)},
+    "LuminaRMSNormZero": {"linear": _equal(4)},
+    "SD35AdaLayerNormZeroX": {"linear": _equal(9)},
+    "DiTTransformer2DModel": {"proj_out_1": _equal(2)},
     # experts one below the other
     "DbrxExpertGLU": {"w1": _experts, "v1": _experts, "w2": _experts},
 }
