@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from danlu.claims.frame import Claim, at_most, exact
-from danlu.nn.rotary import Layout, Scheme, rotary_angles, rotary_angles_nd, rotary_span, rotate, text_image_coordinates
+from danlu.nn.rotary import (
+    Layout,
+    Scheme,
+    rotary_angles,
+    rotary_angles_nd,
+    rotary_span,
+    rotate,
+    text_image_coordinates,
+    yarn_frequencies,
+)
 
 
 def _sample() -> tuple[Tensor, Tensor]:
@@ -142,7 +151,25 @@ def _listed_error(*, rows_first: bool) -> float:
     return worst
 
 
+def _yarn_error(*, above: int) -> float:
+    """Largest relative error of YaRN's frequencies, 64 coordinates, 40 times 4096 tokens; a pair ends the ramp."""
+    found = yarn_frequencies(64, 40.0)
+    ramp = ((torch.arange(32, dtype=torch.float64) - 10) / (above - 10)).clamp(0, 1)
+    plain = 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    return float((found / (plain * (1 - ramp) + plain / 40 * ramp) - 1).abs().max())
+
+
 CLAIMS = (
+    Claim(
+        name="yarn",
+        statement="error of YaRN's frequencies, 64 coordinates, 40 times 4096 tokens; control: the ramp ends early",
+        source="Peng et al., arXiv 2309.00071, with DeepSeek-V2's constants: from pair 10 to 23",
+        expected=1e-15,
+        tolerance=at_most(),
+        measure=lambda: _yarn_error(above=23),
+        control=lambda: _yarn_error(above=22),
+        seconds=0.1,
+    ),
     Claim(
         name="complex-numbers",
         statement="error of rotations of all or the last coordinates against complex numbers; control: neighbours",
