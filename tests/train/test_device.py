@@ -100,6 +100,18 @@ def test_what_was_measured_is_remembered_for_this_machine(monkeypatch: pytest.Mo
         probe("cpu", threads=1, refresh=True)
 
 
+def test_kernels_held_below_the_processor_are_measured_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DANLU_CACHE", str(tmp_path))
+    monkeypatch.setattr(device, "_measure", lambda *_: PROCESSORS["matrix tiles"].rates)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert probe("cpu", threads=1).rates == PROCESSORS["matrix tiles"].rates
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setattr(device, "_measure", lambda *_: PROCESSORS["AVX-512 without bfloat16"].rates)
+    assert probe("cpu", threads=1).rates == PROCESSORS["AVX-512 without bfloat16"].rates
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"device": "cpu"}', '{"rates": 3}'])
 def test_a_spoilt_memory_is_measured_anew(content: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DANLU_CACHE", str(tmp_path))

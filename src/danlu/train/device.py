@@ -134,7 +134,10 @@ def probe(device: torch.device | str = "cpu", *, threads: int | None = None, ref
     threads = available_threads() if threads is None else threads
     integer("threads", threads)
     name = _device_name(device)
-    signature = json.dumps([1, torch.__version__, device.type, name, threads, platform.machine(), _cpu_flags()])
+    # Kernels may be held below what the processor has.
+    allowed = [torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA")]
+    processor = [platform.machine(), _cpu_flags(), *allowed]
+    signature = json.dumps([1, torch.__version__, device.type, name, threads, *processor])
     path = cache_folder() / f"device-{hashlib.sha256(signature.encode()).hexdigest()[:16]}.json"
     if not refresh:
         try:
