@@ -69,8 +69,8 @@ class FullAttention(nn.Module):
         tokens of each sequence stand elsewhere.
         """
         B, T, D = x_btd.shape
-        qkv = self.qkv(x_btd).view(B, T, 3 * self.num_heads, self.head_dim)
-        qk, v = qkv[:, :, : 2 * self.num_heads], qkv[:, :, 2 * self.num_heads :]
+        H = self.num_heads
+        qk, v = self.qkv(x_btd).view(B, T, 3 * H, self.head_dim).split((2 * H, H), dim=2)
         if rope is not None:
             cos, sin = (table.unsqueeze(-2) for table in rope)
             qk = rotate(qk, cos, sin)

@@ -118,11 +118,11 @@ class GQA(nn.Module):
         mask, prefix, cache = context.mask, context.prefix, context.cache
         B, T, _ = x_btd.shape
         H, G = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_btd).view(B, T, H + 2 * G, self.head_dim)
+        # Split, not sliced: the gradients of slices are made by filling each up with zeros, and are then added.
+        qk, v = self.qkv(x_btd).view(B, T, H + 2 * G, self.head_dim).split((H + G, G), dim=2)
         cos, sin = context.tables(self.rope_dim)
-        qk = rotate(qkv[:, :, : H + G], cos.unsqueeze(-2), sin.unsqueeze(-2))
-        q_bhtk = qk[:, :, :H].transpose(1, 2)
-        k_bglk, v_bglk = qk[:, :, H:].transpose(1, 2), qkv[:, :, H + G :].transpose(1, 2)
+        q, k = rotate(qk, cos.unsqueeze(-2), sin.unsqueeze(-2)).split((H, G), dim=2)
+        q_bhtk, k_bglk, v_bglk = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k_bglk, v_bglk = cache.append(k_bglk, v_bglk)
         L = k_bglk.shape[-2]

@@ -170,9 +170,10 @@ class MLA(nn.Module):
         """Multi-head form: every head's keys and values are formed from the latent."""
         B, L, _ = c_blc.shape
         kv = self.kv_up(c_blc).view(B, L, self.num_heads, self.nope_dim + self.value_dim)
+        k_nope, v = kv.split((self.nope_dim, self.value_dim), dim=-1)
         k_rope = k_blr[:, :, None, :].expand(B, L, self.num_heads, self.rope_dim)
-        k_blhk = torch.cat((kv[..., : self.nope_dim], k_rope), dim=-1)
-        q, k, v = (t.transpose(1, 2) for t in (q_bthk, k_blhk, kv[..., self.nope_dim :]))
+        k_blhk = torch.cat((k_nope, k_rope), dim=-1)
+        q, k, v = (t.transpose(1, 2) for t in (q_bthk, k_blhk, v))
         if mask is None and q.shape[2] == L:
             return masked_attention(q, k, v, self.mask, prefix=prefix, scale=self.scale).transpose(1, 2)
         return attention_under(q, k, v, mask, scale=self.scale).transpose(1, 2)
