@@ -58,6 +58,17 @@ def ordinary(*inputs: Any) -> bool:
     return True
 
 
+def readable(x: Tensor) -> bool:
+    """Whether numbers of ``x`` can be looked at now: not in a trace or a batch that is mapped over, nor on meta."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return type(x) in (Tensor, nn.Parameter) and not x.is_meta
+
+
 def kept(make: Callable[[*Ts], T]) -> Callable[[*Ts], T]:
     """``functools.lru_cache`` for a function that makes tensors of hashable arguments, one of them the device.
 
@@ -114,6 +125,9 @@ class Fused:
     """linear in its first input, of whose shape and dtype the result is: that input is not kept, and given as zeros"""
     compiled: ClassVar[bool] = False
     """a compiler takes the hand-written passes as well: the plain formula would need far more memory"""
+    native: ClassVar[bool] = False
+    """``fast`` is PyTorch's own function with its own derivative, which cannot be differentiated: there is no
+    ``derivative``, and the plain formula stands in for the derivative of a derivative, transforms and forward mode"""
 
     plain: ClassVar[Callable[..., Tensor]]
     fast: ClassVar[Callable[..., tuple[Any, ...]]]
@@ -123,11 +137,13 @@ class Fused:
     def of(cls, *inputs: Any, by_hand: bool = True) -> Tensor:
         """Apply the function, whose first input is a tensor; ``by_hand=False``: by its plain formula in any case."""
         device = inputs[0].device.type
-        if _autocast(device):
+        if autocasts(device):
             if cls.products:
                 inputs = tuple(_cast(x, torch.get_autocast_dtype(device)) for x in inputs)
             with torch.autocast(device, enabled=False):
                 return cls.of(*inputs, by_hand=by_hand)
+        if cls.native:
+            return _native(cls, inputs)
         if not (cls.compiled and compiling()):
             by_hand = by_hand and ordinary(*inputs) and inputs[0].numel() > 0
         if not by_hand:
@@ -154,12 +170,75 @@ class _Call(torch.autograd.Function):
         saved, count = ctx.saved_tensors, len(ctx.others)
         inputs = [other if x is None else x for x, other in zip(saved, ctx.others)]
         device = grad.device.type
-        with torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
             if not compiling() and (torch.is_grad_enabled() or not ordinary(grad) or _mapped(grad)):
                 if ctx.own.linear:
-                    inputs[0] = torch.zeros_like(grad)
+                    # Not zeros_like: of several gradients in one it would be several.
+                    inputs[0] = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
                 return None, *_of_plain(ctx.own.plain, inputs, grad, ctx.needs)
             return None, *ctx.own.derivative(ctx, grad, inputs, saved[count:])
+
+
+def _native(own: type[Fused], inputs: tuple[Any, ...]) -> Tensor:
+    if torch._C._are_functorch_transforms_active() or tangents(inputs):
+        return own.plain(*inputs)
+    wanted = [isinstance(x, Tensor) and x.requires_grad for x in inputs]
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(wanted):
+        return own.fast(None, *inputs)[0]  # type: ignore[no-any-return]
+    held: list[Tensor] = []
+    entered = iter(_Enter.apply(own, held, *inputs))
+    y = own.fast(None, *(next(entered) if wants else x for x, wants in zip(inputs, wanted)))[0]
+    left: Tensor = _Leave.apply(held, y)
+    return left
+
+
+class _Enter(torch.autograd.Function):
+    """Around PyTorch's function: what comes back is its gradient, or, once `_Leave` held what came, the plain one."""
+
+    @staticmethod
+    def forward(ctx: Any, own: type[Fused], held: list[Tensor], *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.own, ctx.held = own, held
+        ctx.set_materialize_grads(False)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        return tuple(x.view_as(x) for x, wants in zip(inputs, ctx.needs_input_grad[2:]) if wants)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2:]
+        if not ctx.held:
+            found = iter(grads)
+            return None, None, *(next(found) if wants else None for wants in needs)
+        grad = ctx.held.pop()
+        inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others)]
+        device = grad.device.type
+        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+            return None, None, *_of_plain(ctx.own.plain, inputs, grad, needs)
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, held: list[Tensor], y: Tensor) -> Tensor:
+        ctx.held = held
+        ctx.set_materialize_grads(False)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+        ctx.held.clear()
+        if grad is None:
+            return None, None
+        if torch.is_grad_enabled() or _mapped(grad) or torch._C._are_functorch_transforms_active():
+            ctx.held.append(grad)
+            return None, None
+        return None, grad
+
+
+def tangents(inputs: Sequence[Any]) -> bool:
+    """Whether a tensor among ``inputs`` is differentiated in forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
 def _differentiable(x: Tensor) -> Tensor:
@@ -171,7 +250,8 @@ def _mapped(grad: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def _autocast(device: str) -> bool:
+def autocasts(device: str) -> bool:
+    """Whether ``torch.autocast`` is on for a device; there is none for meta."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 

@@ -240,7 +240,8 @@ def _autocast(case: Case, dtype: torch.dtype) -> None:
         assert y.dtype == (dtype if case.products and not case.loss else torch.float32)
         exact = inputs_of(case)
         expected = case.plain(*exact)
-        rtol = 4 * case.slack * torch.finfo(dtype).eps if case.products else 1e-5 * case.slack
+        rounds = case.products or (case.recorded and inside)
+        rtol = case.slack * (4 * torch.finfo(dtype).eps if rounds else 1e-5)
         close(found, [expected, *torch.autograd.grad(expected, leaves(exact), towards(y).double())], rtol)
 
 
@@ -256,10 +257,11 @@ def autocast_float16(case: Case) -> None:
 
 @condition("torch.compile(fullgraph=True)")
 def compiled_without_a_break(case: Case) -> None:
-    """With fixed and with open sizes (what takes seconds, with open ones only), and eager afterwards."""
+    """With fixed and with open sizes (heavy: open ones only, traced and run), and eager afterwards."""
     for dynamic in (True,) if case.heavy else (False, True):
         torch._dynamo.reset()
-        compiled = torch.compile(case.fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        backend = "eager" if case.heavy else "aot_eager"
+        compiled = torch.compile(case.fast, fullgraph=True, backend=backend, dynamic=dynamic)
         close(value_and_gradients(compiled, inputs_of(case)), expected_of(case))
         if dynamic:
             close(value_and_gradients(compiled, inputs_of(case, batch=5)), expected_of(case, batch=5))
@@ -304,7 +306,7 @@ def fake_tensors(case: Case) -> None:
     """The shapes are right, a real call between two fake ones too."""
     expected = expected_of(case, batch=2)
     inputs = inputs_of(case, batch=2)
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [mode.from_tensor(x) for x in inputs]
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
@@ -315,7 +317,7 @@ def fake_tensors(case: Case) -> None:
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             close(case.fast(*inputs_of(case, batch=2)), expected[0])
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         case.fast(*[mode.from_tensor(x) for x in inputs])
 
 

@@ -11,10 +11,12 @@ what `test_contract.py` tests, so that a matrix written from it cannot be out of
 """
 
 from contract.conditions import CONDITIONS
+from contract.layers import CASES as LAYERS
+from contract.matrices import CASES as MATRICES
 from contract.table import CASES as FUNCTIONS
 from contract.table import Case
 
-CASES: list[Case] = [*FUNCTIONS]
+CASES: list[Case] = [*FUNCTIONS, *MATRICES, *LAYERS]
 
 
 def support() -> dict[str, dict[str, str]]:

@@ -9,11 +9,13 @@ To add one, append a line to ``CASES``:
   the weights, and return one tensor). ``plain`` is the formula in a few lines without a hand-written derivative;
 - a layer: ``layer(name, build, plain, activations)``: its parameters, in their order, are the weights.
 
-``products=True`` says that autocast computes it in its own dtype. ``loss=True``: the result is float32 at least,
-whatever the activations are. ``dynamic`` names the axes besides the batch that an exported program leaves open: 1 where
-the time is the second axis of every activation, None where a size is part of the function. ``slack`` multiplies what
-16 bits may round (deep networks, iterations); ``heavy`` tries compilers in one way only. ``raises`` names the
-conditions under which there is no right answer, each with words of the one error that says so.
+``products=True`` says that autocast computes it in its own dtype; ``recorded=True`` that PyTorch records products of
+it, whose backward pass rounds them where it runs inside of autocast's region, as with all of PyTorch's own.
+``loss=True``: the result is float32 at least, whatever the activations are. ``dynamic`` names the axes besides the
+batch that an exported program leaves open: 1 where the time is the second axis of every activation, None where a size
+is part of the function. ``slack`` multiplies what 16 bits may round (deep networks, iterations); ``heavy`` tries
+compilers in one way only. ``raises`` names the conditions under which there is no right answer, each with words of the
+one error that says so.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,6 +55,7 @@ class Case:
     activations: Callable[[int, int], tuple[Tensor, ...]]
     weights: Callable[[], tuple[Tensor, ...]] = tuple
     products: bool = False
+    recorded: bool = False
     loss: bool = False
     dynamic: int | None = 1
     slack: float = 1
@@ -71,6 +74,7 @@ def layer(
     slack: float = 1,
     heavy: bool = False,
     loss: bool = False,
+    recorded: bool = False,
     raises: Mapping[str, str] | None = None,
 ) -> Case:
     """Return the case of a layer; ``plain`` takes the activations and its parameters in their order."""
@@ -81,10 +85,15 @@ def layer(
 
     def fast(*inputs: Tensor) -> Tensor:
         x, weights = inputs[: len(inputs) - len(names)], inputs[len(inputs) - len(names) :]
-        y: Tensor = torch.func.functional_call(module, dict(zip(names, weights)), x)
+        device = weights[0].device
+        buffers = {name: buffer.to(device) for name, buffer in module.named_buffers()}
+        y: Tensor = torch.func.functional_call(module, buffers | dict(zip(names, weights)), x)
         return y
 
-    return Case(name, fast, plain, activations, lambda: values, products, loss, dynamic, slack, heavy, raises or {})
+    return Case(
+        name, fast, plain, activations, lambda: values, products=products, recorded=recorded, loss=loss,
+        dynamic=dynamic, slack=slack, heavy=heavy, raises=raises or {},
+    )  # fmt: skip
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from danlu._autograd import ordinary
+from danlu._autograd import ordinary, readable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,3 +51,27 @@ def check_matrix(name: str, M: Tensor, *, finite: bool = True) -> None:
         raise ValueError(f"{name} must have at least 2 dimensions (…, m, n), got shape {tuple(M.shape)}")
     if finite and ordinary(M) and M.numel() and not bool(torch.isfinite(M).all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity in a tensor of shape {tuple(M.shape)}")
+
+
+def holds(flags: Tensor, *, unknown: bool) -> bool:
+    """Whether all flags are true, or ``unknown`` where they cannot be looked at.
+
+    >>> holds(torch.tensor([True, False]), unknown=True), holds(torch.ones(2, device="meta"), unknown=True)
+    (False, True)
+    """
+    return bool(flags.all()) if readable(flags) else unknown
+
+
+def check_readable(what: str, M: Tensor) -> None:
+    """Raise where ``what`` would have to look at numbers that cannot be looked at.
+
+    >>> check_readable("this", torch.ones(2, 2, device="meta"))
+    Traceback (most recent call last):
+    ...
+    NotImplementedError: this looks at the numbers of the matrix, which compilers, torch.func.vmap, fake tensors and ...
+    """
+    if not readable(M):
+        raise NotImplementedError(
+            f"{what} looks at the numbers of the matrix, which compilers, torch.func.vmap, fake tensors and the meta "
+            "device do not show: call it outside, and give the indices that it chose"
+        )

@@ -123,14 +123,16 @@ def power_of_two_scale(M: Tensor) -> Tensor:
 
 def default_gram_steps(steps: Sequence[Sequence[float]], m: int, n: int, dtype: torch.dtype) -> int:
     """Return the number of last steps that are cheapest in Gram space, within what the dtype bears."""
-    found, growth = [(_products(steps, m, n, 0), 0)], 1.0
+    least, best, growth = _products(steps, m, n, 0), 0, 1.0
     for k in range(1, len(steps)):
         if k > 1:
             growth *= steps[len(steps) - k][0] ** 2
         if growth > _GRAM_GROWTH[dtype]:
             break
-        found.append((_products(steps, m, n, k), k))
-    return min(found)[1]
+        cost = _products(steps, m, n, k)
+        if cost < least:
+            least, best = cost, k
+    return best
 
 
 def multiplications(steps: Sequence[Sequence[float]], m: int, n: int, dtype: torch.dtype) -> float:

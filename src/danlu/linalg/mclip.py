@@ -89,9 +89,9 @@ def mclip(M: Tensor, low: float = -1.0, high: float = 1.0, *, method: Method = "
     if method in ("v1", "v2", "v3", "block", "hard_cap") and (low > 0 or high <= 0):
         raise ValueError(f"method {method!r} needs low <= 0 < high, got low={low!r} and high={high!r}; use 'auto'")
     if high == 0 and capping:
-        return torch.zeros_like(M)
+        return M.clone().zero_()
     if M.numel() == 0:
-        return torch.empty_like(M)
+        return M.clone()
     if method in ("svd", "gram"):
         return _Clip.of(M, None if capping else low, high, method == "gram")
     # Every form commutes with transposition; a wide matrix keeps the square factors on the small side.

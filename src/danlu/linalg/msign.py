@@ -256,7 +256,9 @@ def _polished(M: Tensor, X: Tensor) -> Tensor:
     sums = S.unsqueeze(-1) + S.unsqueeze(-2)
     rotation = torch.where(sums > 2 * tolerance.unsqueeze(-1), 1 / sums, 0)
     inverse = (U * torch.where(tolerance < S, 1 / S, 0).unsqueeze(-2)) @ U.mT
-    for _ in range(_ORDERS):
+    # What a compiler differentiates it differentiates once.
+    once = torch.compiler.is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
+    for _ in range(1 if once else _ORDERS):
         X = 1.5 * X - X @ X.mT @ X / 2
         N = M @ X.mT
         turn = U @ (rotation * (U.mT @ (N - N.mT) @ U)) @ U.mT
@@ -275,10 +277,12 @@ def _msign_backward(M: Tensor, X: Tensor, G: Tensor) -> Tensor:
     work = at_least_float32(M.dtype)
     scale = power_of_two_scale(M)
     A, X, G = (M * scale).to(work), X.to(work), G.to(work)
+    if M.dtype.itemsize < 4:  # the gradient of a small singular value would multiply what the iteration rounded
+        X = _svd_msign(A)
     H = A @ X.mT
     S, U = torch.linalg.eigh((H + H.mT) / 2)
     S = S.clamp_min(0)
-    tolerance = rank_tolerance(M) * S[..., -1:]
+    tolerance = rank_tolerance(A) * S[..., -1:]
     VT, UG = U.mT @ X, U.mT @ G
     K = UG @ VT.mT
     sums = S.unsqueeze(-1) + S.unsqueeze(-2)

@@ -1,11 +1,12 @@
 """The spectral norm by power iteration, and its gradient."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from danlu._autograd import ordinary
+from danlu._autograd import Fused, ordinary
 from danlu._validate import integer
 from danlu.linalg._matrix import check_matrix, in_own_dtype
 from danlu.linalg._newton_schulz import at_least_float32, power_of_two_scale
@@ -17,7 +18,8 @@ class TopSingular(NamedTuple):
     """The largest singular value of ``M`` and its vectors: ``M right = value * left``.
 
     Attributes:
-        value: ``(…)``, differentiable once (the vectors count as constants); the gradient is ``left right^T``.
+        value: ``(…)``. The gradient is ``left right^T``, second and third derivatives are those of the exact norm
+            (where the largest singular value is simple). The vectors are constants.
         left: ``(…, m)``, a unit vector.
         right: ``(…, n)``, a unit vector.
         start: ``(…, n)`` or ``(…, n, block)``: pass it as ``start`` to the next call.
@@ -83,9 +85,7 @@ def spectral_norm(M: Tensor, *, start: Tensor | None = None, iterations: int = 1
         # A zero matrix has no left singular vector; any unit vector will do.
         left = torch.where(norm > 0, image / norm, torch.eye(m, 1, dtype=A.dtype, device=A.device)[:, 0])
         left, right, V = left.to(M.dtype), right.to(M.dtype), V.to(M.dtype)
-    value = ((M * scale * right.unsqueeze(-2)).sum(-1) * left).sum(-1) / scale[..., 0, 0]
-    value = value.to(M.dtype)
-    return TopSingular(value, left, right, V[..., 0] if block == 1 else V)
+    return TopSingular(_Norm.of(M, left, right), left, right, V[..., 0] if block == 1 else V)
 
 
 @in_own_dtype
@@ -102,6 +102,43 @@ def spectral_norm_gradient(M: Tensor, *, start: Tensor | None = None, iterations
     """
     top = spectral_norm(M.detach(), start=start, iterations=iterations, block=block)
     return top.left.unsqueeze(-1) * top.right.unsqueeze(-2)
+
+
+class _Norm(Fused):
+    """``left^T M right`` of the two vectors that were found, whose further derivatives are those of the exact norm."""
+
+    @staticmethod
+    def plain(M: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        scale = power_of_two_scale(M.detach())
+        A = (M * scale).to(at_least_float32(M.dtype))
+        wide = A if A.shape[-2] <= A.shape[-1] else A.mT
+        G = wide @ wide.mT
+        S, U = torch.linalg.eigh(G.detach())
+        top = U[..., -1:]
+        # Newton's step for the eigenvector, and its Rayleigh quotient: right up to the third derivative.
+        gaps = S[..., -1:] - S
+        apart = gaps > 4 * torch.finfo(S.dtype).eps * S.shape[-1] * S[..., -1:]
+        turned = top + (U * torch.where(apart, 1 / gaps, 0).unsqueeze(-2)) @ (U.mT @ (G @ top))
+        square = (turned * (G @ turned)).sum((-2, -1)) / turned.square().sum((-2, -1))
+        exact = torch.where(square > 0, square, 1).sqrt()
+        # Less its value and first derivative, which are those of the vectors found.
+        image = (wide.detach().mT @ top) / exact.detach()[..., None, None]
+        rest = exact - (top * (wide @ image)).sum((-2, -1))
+        found = ((A * right.to(A.dtype).unsqueeze(-2)).sum(-1) * left.to(A.dtype)).sum(-1)
+        return ((found + (rest - rest.detach())) / scale[..., 0, 0]).to(M.dtype)
+
+    @staticmethod
+    def fast(_: Any, M: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor]:
+        scale = power_of_two_scale(M)
+        value = ((M * scale * right.unsqueeze(-2)).sum(-1) * left).sum(-1) / scale[..., 0, 0]
+        return (value.to(M.dtype),)
+
+    @staticmethod
+    def derivative(
+        _: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]
+    ) -> tuple[Tensor | None, None, None]:
+        _, left, right = inputs
+        return (grad.unsqueeze(-1) * left).unsqueeze(-1) * right.unsqueeze(-2), None, None
 
 
 def _start(A: Tensor, start: Tensor | None, block: int) -> Tensor:

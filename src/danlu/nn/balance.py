@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from danlu._autograd import ordinary
+from danlu._autograd import readable, tangents
 from danlu.protocols import BalanceConfig
 
 
@@ -83,12 +83,14 @@ class Balancer(nn.Module):
             RuntimeError: an auxiliary loss, where its gradient cannot be added.
         """
         trains = self.training and torch.is_grad_enabled()
-        if not ordinary(scores_ne):
-            if trains and self.config.auxiliary and torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or tangents((scores_ne,)):
+            if trains and self.config.auxiliary:
                 raise RuntimeError(
-                    "an auxiliary balancing loss has no gradient under torch.func: call eval() on the layer, or use "
-                    "torch.autograd"
+                    "an auxiliary balancing loss has no gradient under torch.func and in forward mode: call eval() on "
+                    "the layer, or use torch.autograd"
                 )
+            return False
+        if not readable(scores_ne):
             return False
         return self.watched is not None or (trains and scores_ne.requires_grad)
 
@@ -286,7 +288,7 @@ def follow_loss(loss: Tensor, model: nn.Module, *, summed: bool = False) -> Tens
 
     def arrived(upstream: Tensor) -> None:
         for balancer in balancers:
-            balancer.upstream = (upstream.detach(), summed)
+            balancer.upstream = (upstream, summed)
         # The next loss has its own scale.
         torch.autograd.Variable._execution_engine.queue_callback(forget)
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._autograd import autocasts
 from danlu._roles import declare
 from danlu._validate import choice, integer, positive
 from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
@@ -233,7 +234,7 @@ class MoE(nn.Module):
     def _logits(self, x_nd: Tensor) -> Tensor:
         wide = torch.promote_types(x_nd.dtype, torch.float32)
         device = x_nd.device.type
-        if torch.is_autocast_enabled(device):
+        if autocasts(device):
             with torch.autocast(device, enabled=False):
                 return F.linear(x_nd.to(wide), self.router.to(wide))
         return F.linear(x_nd.to(wide), self.router.to(wide))

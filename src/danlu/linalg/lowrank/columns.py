@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer
-from danlu.linalg._matrix import in_own_dtype
+from danlu.linalg._matrix import check_readable, in_own_dtype
 from danlu.linalg.lowrank.matrix import (
     ImplicitMatrix,
     Matrix,
@@ -176,6 +176,7 @@ def _kmeans(points: Tensor, count: int, generator: torch.Generator | None) -> Te
     if points.ndim > 2:
         flat = points.reshape(-1, *points.shape[-2:])
         return torch.stack([_kmeans(one, count, generator) for one in flat]).reshape(*points.shape[:-2], count)
+    check_readable("k-means", points)
     n = points.shape[0]
     pool = torch.arange(n, device=points.device)
     if n > max(_LLOYD_SAMPLE, count):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from danlu._autograd import ordinary
 from danlu._validate import integer
+from danlu.linalg._matrix import holds
 
 BLOCK_BYTES = 64 << 20
 _DTYPES = (torch.float32, torch.float64)
@@ -252,10 +253,10 @@ def check_indices(name: str, index: Tensor, size: int, M: Matrix) -> Tensor:
         raise TypeError(f"{name} must be a tensor of integer indices, got {index!r}")
     if index.ndim < 1 or index.shape[-1] == 0:
         raise ValueError(f"{name} must hold at least one index, got shape {tuple(index.shape)}")
-    if bool((index < 0).any()) or bool((index >= size).any()):
+    if not holds((index >= 0) & (index < size), unknown=True):
         raise ValueError(f"{name} must lie in [0, {size - 1}], got {int(index.min())} … {int(index.max())}")
     ordered = index.sort(-1).values
-    if bool((ordered.diff(dim=-1) == 0).any()):
+    if not holds(ordered.diff(dim=-1) != 0, unknown=True):
         raise ValueError(f"{name} must not repeat an index")
     batch = () if isinstance(M, ImplicitMatrix) else M.shape[:-2]
     if index.ndim > 1 and index.shape[:-1] != batch:
@@ -303,12 +304,12 @@ def gaussian(M: Matrix, rows: int, columns: int, generator: torch.Generator | No
 def solve_triangular(R: Tensor, B: Tensor, size: int) -> Tensor:
     """Return R⁺ B for an upper triangular R (…, r, r), the factor of a matrix whose larger side is ``size``.
 
-    It uses back substitution where R is numerically regular, and elsewhere the minimum-norm solution by a truncated
-    SVD, so that dependent columns give finite coefficients.
+    It uses back substitution where R is numerically regular, and elsewhere (or where nobody can look) the minimum-norm
+    solution by a truncated SVD, so that dependent columns give finite coefficients.
     """
     diagonal = R.diagonal(dim1=-2, dim2=-1).abs()
     rtol = size * torch.finfo(R.dtype).eps
-    if bool((diagonal.amin(-1) > rtol * diagonal.amax(-1)).all()):
+    if holds(diagonal.amin(-1) > rtol * diagonal.amax(-1), unknown=False):
         solved: Tensor = torch.linalg.solve_triangular(R, B, upper=True)
     else:
         solved = torch.linalg.pinv(R, rtol=rtol) @ B

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danlu._autograd import ordinary
 from danlu._validate import choice
-from danlu.linalg._matrix import in_own_dtype
+from danlu.linalg._matrix import holds, in_own_dtype
 from danlu.linalg.lowrank.matrix import (
     ImplicitMatrix,
     Matrix,
@@ -100,7 +101,7 @@ def nystrom(
     if d.shape != (*batch, n):
         raise ValueError(f"diagonal must have shape {(*batch, n)}, got {tuple(d.shape)}")
     check_finite("K", d, matrix)
-    if bool((d < 0).any()):
+    if not holds(~(d < 0), unknown=True):
         raise ValueError(f"K must be positive semi-definite, but its diagonal holds {d.min().item():.3g}")
     if landmarks is None and method == "uniform":
         landmarks = torch.rand(*batch, n, device=d.device, generator=generator).topk(rank, dim=-1).indices
@@ -115,8 +116,10 @@ def _partial_cholesky(
     allowed = torch.ones(d.shape, dtype=torch.bool, device=d.device)
     if landmarks is not None:
         allowed = torch.zeros_like(allowed).scatter(-1, landmarks, True)
-    F = d.new_zeros(*d.shape, rank)
-    order = torch.empty(*d.shape[:-1], rank, dtype=torch.long, device=d.device)
+    # Written in place, unless somebody keeps the columns for a derivative.
+    recorded = not ordinary(d) or (torch.is_grad_enabled() and d.requires_grad)
+    F = d.new_zeros(*d.shape, 0 if recorded else rank)
+    order: list[Tensor] = []
     for j in range(rank):
         score = d.clamp(min=0).masked_fill(~allowed, -1.0)
         if random and landmarks is None:
@@ -124,24 +127,27 @@ def _partial_cholesky(
             draw = torch.rand(d.shape, dtype=torch.float64, device=d.device, generator=generator)
             score = torch.where(score > 0, score / -draw.log().clamp(max=-1e-300), score.double())
         p = score.argmax(-1, keepdim=True)
-        order[..., j] = p[..., 0]
-        allowed.scatter_(-1, p, False)
+        order.append(p)
+        allowed = allowed.scatter(-1, p, False)
         pivot = d.gather(-1, p)
         row = rows_of(K, p)[..., 0, :]
         check_finite("K", row, K)
         past = torch.take_along_dim(F[..., :j], p.unsqueeze(-1), dim=-2)
         column = row - (F[..., :j] @ past.mT)[..., 0]
         usable = pivot > tolerance
-        F[..., j] = torch.where(
-            usable, column / pivot.clamp(min=torch.finfo(d.dtype).tiny).sqrt(), torch.zeros_like(row)
-        )
-        d = (d - F[..., j].square()).scatter(-1, p, torch.where(usable, torch.zeros_like(pivot), pivot))
-        if bool((d < -100 * tolerance.sqrt() * d.abs().amax().sqrt() - 100 * tolerance).any()):
+        column = torch.where(usable, column / pivot.clamp(min=torch.finfo(d.dtype).tiny).sqrt(), torch.zeros_like(row))
+        if recorded:
+            F = torch.cat((F, column.unsqueeze(-1)), -1)
+        else:
+            F[..., j] = column
+        d = (d - column.square()).scatter(-1, p, torch.where(usable, torch.zeros_like(pivot), pivot))
+        most = d.abs().amax(-1, keepdim=True)
+        if not holds(~(d < -100 * (tolerance * most).sqrt() - 100 * tolerance), unknown=True):
             raise ValueError(
                 f"K must be symmetric positive semi-definite, but a Schur complement of it has {d.min().item():.3g} "
                 "on its diagonal"
             )
-    return Nystrom(order, F, d.clamp(min=0).sum(-1))
+    return Nystrom(torch.cat(order, -1), F, d.clamp(min=0).sum(-1))
 
 
 def _diagonal(K: Matrix) -> Tensor:
@@ -149,7 +155,7 @@ def _diagonal(K: Matrix) -> Tensor:
         scale = K.abs().amax((-2, -1))
         check_finite("K", scale, K)
         asymmetry = (K - K.mT).abs().amax((-2, -1))
-        if bool((asymmetry > torch.finfo(K.dtype).eps ** 0.5 * scale).any()):
+        if not holds(~(asymmetry > torch.finfo(K.dtype).eps ** 0.5 * scale), unknown=True):
             raise ValueError(f"K must be symmetric, but K - Kᵀ reaches {asymmetry.max().item():.3g}")
         return K.diagonal(dim1=-2, dim2=-1).clone()
     index = torch.arange(K.shape[0], device=K.device)

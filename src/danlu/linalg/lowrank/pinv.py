@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from danlu._validate import choice, integer, number
-from danlu.linalg._matrix import in_own_dtype
+from danlu.linalg._matrix import holds, in_own_dtype
 from danlu.linalg.lowrank.matrix import as_tensor, check_finite, solve_triangular
 
 ITERATIONS = ("chebyshev", "nystromformer")
@@ -70,7 +70,7 @@ def least_squares(A: Tensor, M: Tensor) -> Tensor:
         Q, R = torch.linalg.qr(A.mT)
         diagonal = R.diagonal(dim1=-2, dim2=-1).abs()
         rtol = size * torch.finfo(A.dtype).eps
-        if bool((diagonal.amin(-1) > rtol * diagonal.amax(-1)).all()):
+        if holds(diagonal.amin(-1) > rtol * diagonal.amax(-1), unknown=False):
             inner: Tensor = torch.linalg.solve_triangular(R.mT, M, upper=False)
         else:
             inner = torch.linalg.pinv(R.mT, rtol=rtol) @ M

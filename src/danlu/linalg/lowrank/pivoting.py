@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from danlu.linalg._matrix import check_readable
+
 
 def pivots(T: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return rows of T in the order of column-pivoted QR of Tᵀ: each time the row with the largest residual.
@@ -18,6 +20,7 @@ def pivots(T: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         Indices (…, count), distinct also if the rank of T is smaller, and the Frobenius norm (…) of the residual of T.
     """
+    check_readable("column-pivoted QR", T)
     eps = torch.finfo(T.dtype).eps
     scale = T.abs().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -72,6 +75,7 @@ def residual_greedy(M: Tensor, count: int) -> Tensor:
     Each step takes the column with the largest Σ_j ⟨e_i, e_j⟩²/‖e_i‖² over the current residual E and deflates. The
     Gram matrix of the residual is updated in O(n²); it is recomputed from a deflated E once half its digits are lost.
     """
+    check_readable("the choice of columns by the total residual", M)
     eps = torch.finfo(M.dtype).eps
     scale = M.abs().amax((-2, -1), keepdim=True)
     M = M / torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -3,21 +3,18 @@ r"""Attention in which every token sees every token, and which has a derivative 
 Shape suffixes: B batch, T tokens, H heads, K head size, D model size.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from danlu._validate import integer
+from danlu.nn.attention.kernel import scaled_dot_product
 from danlu.nn.linear import Linear
 from danlu.nn.rotary import rotate
 
 
 def attend(q_bhtk: Tensor, k_bhtk: Tensor, v_bhtk: Tensor) -> Tensor:
-    """Scaled dot-product attention over all tokens: torch's fused kernel, or its plain formula in forward mode.
+    """Scaled dot-product attention over all tokens: torch's fused kernel, or its plain formula where that has no rule.
 
-    The fused kernels have no forward-mode rule (``torch.func.jvp`` raises); the plain formula has one, and is taken
-    when an input carries a tangent and only then.
+    That is under ``torch.func``, in forward mode and for second derivatives (see `danlu.nn.attention.kernel`).
 
     >>> import torch
     >>> x = torch.randn(2, 3, 5, 8)
@@ -25,10 +22,7 @@ def attend(q_bhtk: Tensor, k_bhtk: Tensor, v_bhtk: Tensor) -> Tensor:
     >>> out.shape == derivative.shape
     True
     """
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q_bhtk, k_bhtk, v_bhtk)):
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q_bhtk, k_bhtk, v_bhtk)
-    return F.scaled_dot_product_attention(q_bhtk, k_bhtk, v_bhtk)
+    return scaled_dot_product(q_bhtk, k_bhtk, v_bhtk)
 
 
 class FullAttention(nn.Module):

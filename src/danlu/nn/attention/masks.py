@@ -20,11 +20,11 @@ told.
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from danlu._validate import choice, integer
 from danlu.nn.attention.blocked import applies, blocked_attention, one_query
+from danlu.nn.attention.kernel import scaled_dot_product
 
 Mask = Literal["causal", "anti-causal", "bidirectional", "prefix", "mixed-heads"]
 LayeredMask = Literal[Mask, "mixed-layers"]
@@ -141,8 +141,7 @@ def masked_attention(
     def fused(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         if applies(q, k):
             return blocked_attention(q, k, v, causal=causal, scale=q.shape[-1] ** -0.5 if scale is None else scale)
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)
+        return scaled_dot_product(q, k, v, causal=causal, scale=scale)
 
     def backwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fused(q.flip(2), k.flip(2), v.flip(2), causal=True).flip(2)
@@ -184,7 +183,7 @@ def attention_under(
         q, k, v = q_bhtk.reshape(B * G, H // G, K), k_bgsk.flatten(0, 1), v_bgse.flatten(0, 1)
         scale = K**-0.5 if scale is None else scale
         return one_query(q, k, v, scale).view(B, H, 1, v.shape[-1])
-    return F.scaled_dot_product_attention(q_bhtk, k_bgsk, v_bgse, attn_mask=mask, scale=scale, enable_gqa=G != H)
+    return scaled_dot_product(q_bhtk, k_bgsk, v_bgse, mask=mask, scale=scale)
 
 
 def mask_of_layer(mask: LayeredMask, index: int | None) -> LayeredMask:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu._validate import integer
 from danlu.nn.attention.blocked import one_query
 from danlu.nn.attention.cache import LayerCache
+from danlu.nn.attention.kernel import scaled_dot_product
 from danlu.nn.attention.masks import (
     LayeredMask,
     attention_under,
@@ -195,8 +195,6 @@ class MLA(nn.Module):
             if mask is not None:
                 mask = mask.expand(B, 1, T, mask.shape[-1]).repeat_interleave(H, dim=2)
             seen = seen_blm.unsqueeze(1)
-            o = F.scaled_dot_product_attention(
-                q_bhm.unsqueeze(1), seen, seen[..., : self.kv_rank], attn_mask=mask, scale=self.scale
-            )
+            o = scaled_dot_product(q_bhm.unsqueeze(1), seen, seen[..., : self.kv_rank], mask=mask, scale=self.scale)
         o_hnv = torch.bmm(o.reshape(B * T, H, self.kv_rank).transpose(0, 1), w_v.transpose(1, 2))
         return o_hnv.transpose(0, 1).reshape(B, T, H, self.value_dim)

@@ -209,7 +209,7 @@ class S4(nn.Module):
     def continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """``Lambda``, ``p``, ``b``, ``c`` (each ``(channels, state / 2)`` complex) and the steps ``(channels,)``."""
         eigenvalues = torch.complex(-wide(self.log_decay).exp(), wide(self.frequency))
-        p, b, c = (torch.view_as_complex(wide(t)) for t in (self.p, self.b, self.c))
+        p, b, c = (torch.view_as_complex(wide(t).contiguous()) for t in (self.p, self.b, self.c))
         return eigenvalues, p, b, c, wide(self.log_dt).exp()
 
     def discrete(self) -> tuple[Tensor, ...]:

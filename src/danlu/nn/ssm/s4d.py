@@ -144,7 +144,7 @@ class S4D(nn.Module):
         re, im = -wide(self.log_decay).exp(), wide(self.frequency)
         decay, angle = re * dt, im * dt
         z = torch.polar(decay.exp(), angle)
-        c = torch.view_as_complex(wide(self.c))
+        c = torch.view_as_complex(wide(self.c).contiguous())
         return decay, angle, z, c * (z - 1) / torch.complex(re, im)
 
     def kernel(self, length: int) -> Tensor:
