@@ -31,6 +31,11 @@ def compiling() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
+def compiling_plainly() -> bool:
+    """Whether ``torch.compile`` looks on and no transform: what a compiler differentiates it differentiates once."""
+    return compiling() and not torch._C._are_functorch_transforms_active()
+
+
 def watched() -> bool:
     """Whether operations now are traced, transformed or captured: what they give may not be kept."""
     return (

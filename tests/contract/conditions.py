@@ -257,8 +257,8 @@ def autocast_float16(case: Case) -> None:
 
 @condition("torch.compile(fullgraph=True)")
 def compiled_without_a_break(case: Case) -> None:
-    """With fixed and with open sizes (heavy: open ones only, traced and run), and eager afterwards."""
-    for dynamic in (True,) if case.heavy else (False, True):
+    """With fixed and with open sizes (heavy: one kind, traced and run), and eager afterwards."""
+    for dynamic in (case.dynamic is not None,) if case.heavy else (False, True):
         torch._dynamo.reset()
         backend = "eager" if case.heavy else "aot_eager"
         compiled = torch.compile(case.fast, fullgraph=True, backend=backend, dynamic=dynamic)

@@ -242,10 +242,18 @@ def next_tokens(these: Tensor, targets: Tensor, embedding: Tensor, *weights: Ten
 MLA_CONFIG = MLAConfig(num_heads=HEADS, kv_rank=3, nope_dim=SIZE - ROTATED, rope_dim=ROTATED, value_dim=SIZE - 1)
 
 
-REFUSED = dict.fromkeys(
-    ("forward mode", "torch.func.grad", "torch.func.vmap, per-sample gradients", "torch.func, Hessians"),
-    "an auxiliary balancing loss has no gradient under torch.func",
-)
+EXPORT = "torch.export, open batch and time"
+ONE_LENGTH = {EXPORT: "Guard failed"}
+"""The kernel's blocks follow from the length: an exported program has one."""
+
+REFUSED = {
+    **dict.fromkeys(
+        ("forward mode", "torch.func.grad", "torch.func.vmap, per-sample gradients", "torch.func, Hessians"),
+        "an auxiliary balancing loss has no gradient under torch.func",
+    ),
+    "torch.compile(fullgraph=True)": "an auxiliary balancing loss is added in the backward pass",
+    EXPORT: "an auxiliary balancing loss cannot be exported",
+}
 
 
 def inputs(b: int, t: int) -> tuple[Tensor, ...]:
@@ -264,11 +272,13 @@ CASES = [
     whole("MLA", lambda: Placed(MLA(DIM, MLA_CONFIG)), mla),
     whole("KVShared",
           lambda: Placed(KVShared(DIM, KVSharedConfig(num_heads=HEADS, head_dim=SIZE, rope_dim=ROTATED))), kv_shared),
-    whole("SSM, S4D", lambda: SSM(DIM, SSMConfig(kernel=S4DConfig(state=4), channels=3)), state_space(s4d_kernel)),
+    whole("SSM, S4D", lambda: SSM(DIM, SSMConfig(kernel=S4DConfig(state=4), channels=3)), state_space(s4d_kernel),
+          raises=ONE_LENGTH),
     whole("SSM, S4", lambda: SSM(DIM, SSMConfig(kernel=S4Config(state=4), channels=3)),
-          state_space(own_kernel(S4Config(state=4)))),
+          state_space(own_kernel(S4Config(state=4))), raises=ONE_LENGTH),
     whole("SSM, RTF", lambda: SSM(DIM, SSMConfig(kernel=RTFConfig(state=2, length=12), channels=3)),
-          state_space(own_kernel(RTFConfig(state=2, length=12)))),
+          state_space(own_kernel(RTFConfig(state=2, length=12))),
+          raises={EXPORT: "length must be an integer"}),
     whole("MoE", lambda: MoE(DIM, TOP_K), moe(TOP_K)),
     whole("MoE, dynamic", lambda: MoE(DIM, DYNAMIC), moe(DYNAMIC, -0.5)),
     whole("MoE, auxiliary loss", lambda: BALANCED, balanced, loss=True, activations=counted_anew, raises=REFUSED),

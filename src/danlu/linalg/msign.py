@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from danlu._autograd import Fused
+from danlu._autograd import Fused, compiling_plainly
 from danlu._validate import choice, integer, number
 from danlu.approx import TABLES, Composition, optimal_composition, published
 from danlu.linalg._matrix import check_matrix, in_own_dtype
@@ -256,9 +256,7 @@ def _polished(M: Tensor, X: Tensor) -> Tensor:
     sums = S.unsqueeze(-1) + S.unsqueeze(-2)
     rotation = torch.where(sums > 2 * tolerance.unsqueeze(-1), 1 / sums, 0)
     inverse = (U * torch.where(tolerance < S, 1 / S, 0).unsqueeze(-2)) @ U.mT
-    # What a compiler differentiates it differentiates once.
-    once = torch.compiler.is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
-    for _ in range(1 if once else _ORDERS):
+    for _ in range(1 if compiling_plainly() else _ORDERS):
         X = 1.5 * X - X @ X.mT @ X / 2
         N = M @ X.mT
         turn = U @ (rotation * (U.mT @ (N - N.mT) @ U)) @ U.mT

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from danlu._autograd import readable, tangents
+from danlu._autograd import compiling, readable, tangents
 from danlu.protocols import BalanceConfig
 
 
@@ -90,14 +90,17 @@ class Balancer(nn.Module):
                     "the layer, or use torch.autograd"
                 )
             return False
-        if not readable(scores_ne):
+        if torch.compiler.is_exporting() and trains and self.config.auxiliary:
+            raise RuntimeError("an auxiliary balancing loss cannot be exported: call eval() on the layer")
+        if not (compiling() or readable(scores_ne)):
             return False
         return self.watched is not None or (trains and scores_ne.requires_grad)
 
     def watch(self, scores_ne: Tensor, counts_e: Tensor, real_n: Tensor | None = None) -> Tensor:
         """Return the scores unchanged, and have their backward pass count the choices and add the auxiliary gradient.
 
-        Counting in the backward pass counts once also where activation checkpointing runs the forward pass twice.
+        Counting in the backward pass counts once also where activation checkpointing runs the forward pass twice. A
+        compiled layer, which has no auxiliary loss, counts in its forward pass: no rule asks how often in all.
 
         Args:
             scores_ne: scores of tokens for experts.
@@ -108,6 +111,9 @@ class Balancer(nn.Module):
             self.watched += counts_e
         if not (self.training and torch.is_grad_enabled() and scores_ne.requires_grad):
             return scores_ne
+        if compiling():
+            self.count(counts_e, scores_ne.shape[0] if real_n is None else real_n.sum())
+            return scores_ne
         share = None
         if self.config.auxiliary:
             total = scores_ne.sum(-1, keepdim=True)
@@ -117,8 +123,8 @@ class Balancer(nn.Module):
 
     def count(self, counts_e: Tensor, tokens: int | Tensor) -> None:
         """Add the choices of ``tokens`` tokens."""
-        self.counts += counts_e
-        self.tokens += tokens
+        self.counts.add_(counts_e)
+        self.tokens.add_(tokens)
 
     def share_gradient(self, tokens: int | Tensor) -> Tensor:
         """Derivative of the auxiliary loss by a token's normalised scores, at the load counted so far on all ranks.
@@ -258,7 +264,7 @@ def attach(
     return optimizer.register_step_post_hook(follow)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason="an auxiliary balancing loss follows the backward pass")  # type: ignore[untyped-decorator]
 def follow_loss(loss: Tensor, model: nn.Module, *, summed: bool = False) -> Tensor:
     """Have the auxiliary gradients of ``model`` follow ``loss``, whatever it is multiplied by before its backward pass.
 

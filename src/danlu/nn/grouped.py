@@ -14,13 +14,14 @@ part, D model size, H hidden size.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu._autograd import Fused, ordinary
+from danlu._autograd import Fused, compiling_plainly, ordinary
 
 _FEW = 16
 """Choices up to which a CPU loses more by sorting the tokens than by taking them one by one."""
@@ -99,16 +100,18 @@ class _Experts(Fused):
     """Gate and up activations are kept, in one tensor a part; everything else is formed again."""
 
     products = True
-    plain = staticmethod(_dense)
+
+    @staticmethod
+    def plain(x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        if not compiling_plainly():
+            return _dense(x_nd, gate, chosen, w_up, w_down)
+        y: Tensor = _opaque(x_nd, gate, chosen, w_up, w_down)[0]
+        return y
 
     @staticmethod
     def fast(ctx: Any, x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, ...]:
-        order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
-        dtype, (_, dim, hidden) = x_nd.dtype, w_down.shape
-        # Rows of the grouped product are multiples of 16 bytes.
-        grouped = dtype == torch.bfloat16 and dim % 8 == 0 and hidden % 8 == 0
-        ctx.parts = list(_parts(ends_e, 2 * hidden * dtype.itemsize, grouped))
-        gate_s1 = gate.flatten().index_select(0, order_s)[:, None].to(dtype)
+        gate_s1, order_s, token_s = _sorted(ctx, x_nd, gate, chosen, w_up, w_down)
+        dtype = x_nd.dtype
         y_nd, kept = torch.zeros_like(x_nd), []
         for part in ctx.parts:
             token_r = token_s[part.rows]
@@ -146,6 +149,65 @@ class _Experts(Fused):
         return grad_x, _at_gates(grad_gate_s, order_s, gate.shape).to(gate.dtype), None, grad_up, grad_down
 
 
+@torch.library.custom_op("danlu::experts", mutates_args=())
+def _opaque(x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
+    """Call `_Experts.fast` where a compiler cannot look inside, with what it keeps in one tensor.
+
+    The rows of a mask's choices are as many as their numbers say: there nothing is kept, and the pass is run again.
+    """
+    if not x_nd.numel():
+        return torch.zeros_like(x_nd), x_nd.new_empty(0, w_up.shape[1])
+    y_nd, _, _, _, *kept = _Experts.fast(SimpleNamespace(), x_nd, gate, chosen, w_up, w_down)
+    return y_nd, x_nd.new_empty(0, w_up.shape[1]) if chosen.dtype == torch.bool else torch.cat(kept)
+
+
+@_opaque.register_fake
+def _(x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
+    rows = 0 if chosen.dtype == torch.bool else chosen.numel()
+    return torch.empty_like(x_nd), x_nd.new_empty(rows, w_up.shape[1])
+
+
+@torch.library.custom_op("danlu::experts_backward", mutates_args=())
+def _opaque_backward(
+    grad: Tensor, x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not x_nd.numel():
+        return torch.zeros_like(x_nd), torch.zeros_like(gate), torch.zeros_like(w_up), torch.zeros_like(w_down)
+    ctx = SimpleNamespace()
+    if chosen.dtype == torch.bool:
+        _, *kept = _Experts.fast(ctx, x_nd, gate, chosen, w_up, w_down)
+    else:
+        plan = _sorted(ctx, x_nd, gate, chosen, w_up, w_down)
+        kept = [*plan, *(rows[part.rows] for part in ctx.parts)]
+    inputs = (x_nd, gate, chosen, w_up, w_down)
+    grad_x, grad_gate, _, grad_up, grad_down = _Experts.derivative(ctx, grad, inputs, kept)
+    return grad_x, grad_gate, grad_up, grad_down  # type: ignore[return-value]
+
+
+@_opaque_backward.register_fake
+def _(
+    grad: Tensor, x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(grad, memory_format=torch.contiguous_format),
+        gate.new_empty(gate.shape),
+        torch.empty_like(w_up),
+        torch.empty_like(w_down),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_x, grad_gate, grad_up, grad_down = _opaque_backward(grad, *ctx.saved_tensors)
+    return grad_x, grad_gate, None, grad_up, grad_down
+
+
+_opaque.register_autograd(_gradients, setup_context=_keep)
+
+
 def _at_gates(grad_s: Tensor, order_s: Tensor, shape: torch.Size) -> Tensor:
     """Gradients of the sorted choices at their places in the gates, zero elsewhere."""
     return grad_s.new_zeros(shape.numel()).index_copy_(0, order_s, grad_s).view(shape)
@@ -171,6 +233,18 @@ def _plan(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
         order_s, counts_e = torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts)
         token_s = torch.div(order_s, chosen.shape[1], rounding_mode="floor")
     return order_s, token_s, counts_e.cumsum(0).to(torch.int32)
+
+
+def _sorted(
+    ctx: Any, x_nd: Tensor, gate: Tensor, chosen: Tensor, w_up: Tensor, w_down: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, places and tokens of the choices, sorted by expert; the parts to work in on ``ctx``."""
+    order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
+    dtype, (_, dim, hidden) = x_nd.dtype, w_down.shape
+    # Rows of the grouped product are multiples of 16 bytes.
+    grouped = dtype == torch.bfloat16 and dim % 8 == 0 and hidden % 8 == 0
+    ctx.parts = list(_parts(ends_e, 2 * hidden * dtype.itemsize, grouped))
+    return gate.flatten().index_select(0, order_s)[:, None].to(dtype), order_s, token_s
 
 
 def routed_experts(
@@ -202,10 +276,17 @@ def routed_experts(
         return _few_choices(x_nd, gate, chosen, w_up, w_down)
     if rms is None:
         return _Experts.of(x_nd, gate, chosen, w_up, w_down)
+    if compiling_plainly() and chosen.dtype != torch.bool:
+        # Each choice is a token with one expert, whose output can be seen before the gate.
+        times = chosen.shape[1]
+        tokens_sd = x_nd.repeat_interleave(times, 0)
+        y_sd = _Experts.of(tokens_sd, torch.ones_like(tokens_sd[:, :1]), chosen.view(-1, 1), w_up, w_down)
+        gated_sd = _to_norm(y_sd) * (rms * gate.view(-1, 1)).to(y_sd.dtype)
+        return gated_sd.view(-1, times, x_nd.shape[1]).sum(1)
     if plain:
         return _dense(x_nd, gate, chosen, w_up, w_down, rms)
     order_s, token_s, ends_e = _plan(chosen, w_up.shape[0])
-    # Sorted rows of their own: each choice is a token with one expert, whose output can be seen before the gate.
+    # The same on rows that are sorted already.
     expert_s = torch.repeat_interleave(torch.diff(ends_e, prepend=ends_e.new_zeros(1)), output_size=token_s.numel())
     y_sd = _Experts.of(x_nd[token_s], x_nd.new_ones(token_s.numel(), 1), expert_s[:, None], w_up, w_down)
     gated_sd = _to_norm(y_sd) * (rms * gate.flatten()[order_s, None]).to(y_sd.dtype)

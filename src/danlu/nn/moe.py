@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from danlu._autograd import autocasts
+from danlu._autograd import autocasts, compiling
 from danlu._roles import declare
 from danlu._validate import choice, integer, positive
 from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
@@ -179,7 +179,8 @@ class MoE(nn.Module):
     Router scores are computed in float32 whatever the dtype of ``x``, under ``torch.autocast`` too. In training mode
     the choices are counted in ``balancer`` when the backward pass comes by; attach it to an optimizer with
     `danlu.nn.balance.attach`. A token whose scores are not finite gets an output that is not finite, and harms no other
-    token. Under ``torch.func`` and ``torch.export`` every expert works on every token, and nothing is counted.
+    token. Under ``torch.func`` and ``torch.export`` every expert works on every token, and nothing is counted. A
+    compiled layer is one graph (``fullgraph=True``), but for an auxiliary loss in training, before which it breaks.
 
     Args:
         dim: model size D.
@@ -275,6 +276,9 @@ class MoE(nn.Module):
             return (chosen if real_n is None else chosen & real_n[:, None]).sum(0)
         # What padding chose is counted behind the experts, and cut off.
         counted = chosen if real_n is None else chosen.masked_fill(~real_n[:, None], experts)
+        if compiling():  # which does not know how many numbers a bincount gives
+            counts_e = counted.new_zeros(experts + 1)
+            return counts_e.scatter_add(0, counted.flatten(), torch.ones_like(counted).flatten())[:experts]
         return torch.bincount(counted.flatten(), minlength=experts)[:experts]
 
     def _routed(self, x_nd: Tensor, real_n: Tensor | None) -> Tensor:
@@ -283,7 +287,7 @@ class MoE(nn.Module):
         norm = self.out_std * self.config.hidden**0.5 if self.config.normalize_experts else None
         return routed_experts(x_nd, gate, chosen, self.w_up, self.w_down, rms=norm)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason="an auxiliary balancing loss is added in the backward pass")  # type: ignore[untyped-decorator]
     def _uncompiled(self, x_nd: Tensor, real_n: Tensor | None) -> Tensor:
         return self._routed(x_nd, real_n)
 
@@ -304,7 +308,8 @@ class MoE(nn.Module):
                 got = f"{real.dtype} {tuple(real.shape)}"
                 raise ValueError(f"real must be booleans {tuple(x.shape[:-1])}, one a token, got {got}")
             real = real.reshape(-1)
-        y_nd = self._routed(x_nd, real) if torch.compiler.is_exporting() else self._uncompiled(x_nd, real)
+        broken = compiling() and self.training and torch.is_grad_enabled() and self.config.balance.auxiliary
+        y_nd = self._uncompiled(x_nd, real) if broken else self._routed(x_nd, real)
         if self.shared is not None:
             y_nd = y_nd + self.shared(x_nd)
         return y_nd.view(x.shape)

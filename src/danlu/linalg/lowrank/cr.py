@@ -7,7 +7,7 @@ from torch import Tensor
 
 from danlu._validate import choice, integer
 from danlu.linalg._matrix import in_own_dtype
-from danlu.linalg.lowrank.matrix import as_tensor, check_finite, columns_of, rows_of
+from danlu.linalg.lowrank.matrix import as_tensor, check_finite, columns_of, draw, rows_of
 from danlu.linalg.lowrank.svd import PROBES
 
 
@@ -113,7 +113,7 @@ def cr(
             scale = _diagonal(X, Y, C, R)
         root = scale.abs().sqrt()
         left, right, used = C * (root * scale.sign()).unsqueeze(-2), R * root.unsqueeze(-1), scale
-    probe = torch.randn(*Y.shape[:-2], Y.shape[-1], PROBES, dtype=Y.dtype, device=Y.device, generator=generator)
+    probe = draw(*Y.shape[:-2], Y.shape[-1], PROBES, generator=generator, dtype=Y.dtype, device=Y.device)
     residual = X @ (Y @ probe) - left @ (right @ probe)
     return CRProduct(indices, left, right, used, torch.linalg.vector_norm(residual, dim=(-2, -1)) / PROBES**0.5)
 

@@ -3,6 +3,7 @@
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -272,7 +273,7 @@ def columns_of(M: Matrix, index: Tensor) -> Tensor:
         return M.columns(index)
     if M.ndim == 2:
         return M.index_select(1, index)
-    return torch.take_along_dim(M, index.unsqueeze(-2), dim=-1)
+    return M.gather(-1, index.unsqueeze(-2).expand(*M.shape[:-1], index.shape[-1]))
 
 
 def rows_of(M: Matrix, index: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ def rows_of(M: Matrix, index: Tensor) -> Tensor:
         return M.rows(index)
     if M.ndim == 2:
         return M.index_select(0, index)
-    return torch.take_along_dim(M, index.unsqueeze(-1), dim=-2)
+    return M.gather(-2, index.unsqueeze(-1).expand(*index.shape, M.shape[-1]))
 
 
 def times(M: Matrix, X: Tensor) -> Tensor:
@@ -298,7 +299,12 @@ def gaussian(M: Matrix, rows: int, columns: int, generator: torch.Generator | No
     """A (…, rows, columns) matrix of N(0, 1) entries of ``M``'s dtype and device, one for each matrix of its batch."""
     batch = () if isinstance(M, ImplicitMatrix) else M.shape[:-2]
     # Drawn in float32 whatever the dtype: seven digits of a random direction suffice, in a quarter of the time.
-    return torch.randn(*batch, rows, columns, device=M.device, generator=generator).to(M.dtype)
+    return draw(*batch, rows, columns, generator=generator, device=M.device).to(M.dtype)
+
+
+def draw(*shape: int, generator: torch.Generator | None, **options: Any) -> Tensor:
+    """``torch.randn``, which takes open sizes of an exported program without the argument ``generator`` only."""
+    return torch.randn(shape, **options) if generator is None else torch.randn(shape, generator=generator, **options)
 
 
 def solve_triangular(R: Tensor, B: Tensor, size: int) -> Tensor:

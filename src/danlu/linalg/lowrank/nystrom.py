@@ -132,8 +132,10 @@ def _partial_cholesky(
         pivot = d.gather(-1, p)
         row = rows_of(K, p)[..., 0, :]
         check_finite("K", row, K)
-        past = torch.take_along_dim(F[..., :j], p.unsqueeze(-1), dim=-2)
-        column = row - (F[..., :j] @ past.mT)[..., 0]
+        column = row
+        if j:
+            past = rows_of(F[..., :j], p)
+            column = row - (F[..., :j] @ past.mT)[..., 0]
         usable = pivot > tolerance
         column = torch.where(usable, column / pivot.clamp(min=torch.finfo(d.dtype).tiny).sqrt(), torch.zeros_like(row))
         if recorded:
