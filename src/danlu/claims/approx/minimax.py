@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import mpmath
 import numpy as np
 from numpy.polynomial import Chebyshev
 from numpy.typing import NDArray
 
-from danlu.approx import Certificate, certify, minimax
+from danlu.approx import Certificate, Minimax, certify, minimax
 from danlu.claims.frame import Claim, absolute, at_most, exact, relative
 
 Array = NDArray[np.float64]
@@ -26,6 +28,81 @@ def _interpolation(f: Callable[[Array], Array], degree: int) -> Certificate:
 def _alternations(result: Certificate) -> float:
     """Alternating extrema within a thousandth of the largest error."""
     return float(np.count_nonzero(np.abs(result.values) > 0.999 * result.error))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A function on an interval with a class of polynomials and a weight."""
+
+    f: Callable[[Array], Array]
+    degree: int
+    interval: tuple[float, float] = (-1.0, 1.0)
+    parity: Literal["odd", "even"] | None = None
+    weight: Callable[[Array], Array] | None = None
+
+    def needed(self) -> int:
+        """The number of alternating extrema: one more than the powers that the class has."""
+        powers = [k for k in range(self.degree + 1) if self.parity is None or k % 2 == (self.parity == "odd")]
+        return len(powers) + 1
+
+
+_PROBLEMS = (
+    _Problem(np.abs, 8, (-1.0, 2.0)),
+    _Problem(np.exp, 5, (0.5, 3.0), None, lambda x: np.exp(-x)),
+    _Problem(np.ones_like, 5, (0.1, 1.0), "odd"),
+    _Problem(lambda x: 1e6 * np.cos(3 * x), 6, (-2.0, 2.0), "even"),
+    _Problem(np.sin, 5, (-3.0, 3.0), "odd", lambda x: 1 + x * x),
+    _Problem(np.sqrt, 7, (0.0, 2.0), None, lambda x: 1 / (1 + x)),
+    _Problem(lambda x: np.abs(x - 0.3) ** 0.5, 12),
+    _Problem(lambda x: np.arctan(1e3 * (x - 0.1)), 9),
+    _Problem(lambda x: np.maximum(x, 0) + np.abs(x + 0.5), 15, (-2.0, 2.0)),
+    _Problem(lambda x: 64 * x**7 - 112 * x**5 + 56 * x**3 - 7 * x, 6),  # Chebyshev's own: the best has one term less
+    _Problem(np.cosh, 0),
+)
+
+
+def _best(problem: _Problem) -> Minimax:
+    return minimax(problem.f, problem.degree, problem.interval, problem.parity, problem.weight)
+
+
+def _least_squares(problem: _Problem) -> Minimax:
+    """The nearly best polynomial of the class: least squares at Chebyshev points."""
+    a, b = problem.interval
+    x = (a + b) / 2 + (b - a) / 2 * np.cos(np.pi * (np.arange(400) + 0.5) / 400)
+    w = np.ones_like(x) if problem.weight is None else problem.weight(x)
+    columns = [k for k in range(problem.degree + 1) if problem.parity is None or k % 2 == (problem.parity == "odd")]
+    solution = np.linalg.lstsq(w[:, None] * x[:, None] ** columns, w * problem.f(x))[0]
+    coefficients = np.zeros(problem.degree + 1)
+    coefficients[columns] = solution
+    polynomial = np.polynomial.Polynomial(coefficients)
+    found = certify(
+        polynomial, problem.f, problem.interval, degree=problem.degree, parity=problem.parity, weight=problem.weight
+    )
+    return Minimax(**vars(found), polynomial=polynomial.convert(kind=Chebyshev))
+
+
+def _departure(problem: _Problem, result: Minimax) -> float:
+    """How far a result is from the theorem: its error on a grid, its level, its signs, its parity, its number of points."""
+    a, b = problem.interval
+
+    def error(x: Array) -> Array:
+        w = 1.0 if problem.weight is None else problem.weight(x)
+        return np.asarray(w * (problem.f(x) - result.polynomial(x)))
+
+    x = np.linspace(a, b, 20001)
+    largest = max(np.max(np.abs(error(x))), np.max(np.abs(error(result.points))))
+    level = error(result.points)
+    mirrored = {None: result.polynomial(x), "odd": -result.polynomial(-x), "even": result.polynomial(-x)}
+    other = result.polynomial(x) - mirrored[problem.parity]
+    return max(
+        abs(largest / result.error - 1),
+        1 - float(np.min(np.abs(level))) / result.error,
+        1 - result.lower_bound / result.error,
+        float(np.max(np.abs(level - result.values))) / result.error,
+        float(np.any(level[1:] * level[:-1] >= 0)),
+        abs(result.points.size - problem.needed()) + abs(result.needed - problem.needed()),
+        float(np.max(np.abs(other))) / result.error,
+    )
 
 
 def _pole_distance(solver: Solver) -> float:
@@ -96,6 +173,17 @@ CLAIMS = (
         measure=lambda: _worst_gap(minimax),
         control=lambda: _worst_gap(_interpolation),
         seconds=1.5,
+    ),
+    Claim(
+        name="theorem",
+        statement=f"largest departure from alternation, on a grid, of {len(_PROBLEMS)} problems with weights, parities, "
+        "kinks and cusps; control: least squares at Chebyshev points",
+        source="Chebyshev's alternation theorem, checked in plain arithmetic",
+        expected=1e-9,
+        tolerance=at_most(),
+        measure=lambda: max(_departure(problem, _best(problem)) for problem in _PROBLEMS),
+        control=lambda: max(_departure(problem, _least_squares(problem)) for problem in _PROBLEMS),
+        seconds=1.0,
     ),
     Claim(
         name="extended-precision",
