@@ -15,7 +15,7 @@ from danlu.approx import (
     published,
 )
 from danlu.approx.composition import Coefficients
-from danlu.claims.frame import Claim, absolute, at_most, relative
+from danlu.claims.frame import Claim, absolute, at_most
 
 PAPER_CUSHION = 0.02407327424182761
 
@@ -207,7 +207,7 @@ CLAIMS = (
         tolerance=absolute(5e-4),
         measure=lambda: _fitted_loss(0.1),
         control=lambda: _fitted_loss(0.0),
-        seconds=100.0,
+        seconds=60.0,
     ),
     Claim(
         name="fit-by-hand",

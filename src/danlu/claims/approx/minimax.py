@@ -82,7 +82,7 @@ def _least_squares(problem: _Problem) -> Minimax:
 
 
 def _departure(problem: _Problem, result: Minimax) -> float:
-    """How far a result is from the theorem: its error on a grid, its level, its signs, its parity, its number of points."""
+    """How far a result is from the theorem: error on a grid, level, signs, parity, number of points."""
     a, b = problem.interval
 
     def error(x: Array) -> Array:
@@ -176,8 +176,8 @@ CLAIMS = (
     ),
     Claim(
         name="theorem",
-        statement=f"largest departure from alternation, on a grid, of {len(_PROBLEMS)} problems with weights, parities, "
-        "kinks and cusps; control: least squares at Chebyshev points",
+        statement=f"largest departure from alternation, on a grid, of {len(_PROBLEMS)} problems with weights, "
+        "parities, kinks and cusps; control: least squares at Chebyshev points",
         source="Chebyshev's alternation theorem, checked in plain arithmetic",
         expected=1e-9,
         tolerance=at_most(),
