@@ -1,6 +1,8 @@
 """Lion: a step of exactly the learning rate, what the past counts in it, and the box that its decay draws."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,72 @@ def _slots(make: _Make) -> float:
     return held / 997
 
 
+def _distance_from_formula(*, before_sign: bool) -> float:
+    """Largest distance of weights and momenta from Lion in plain tensors; the control updates the momentum first."""
+    worst = 0.0
+    cases: tuple[dict[str, Any], ...] = (
+        {"betas": (0.8, 0.95), "weight_decay": 0.3},
+        {"betas": (0.9, 0.5), "maximize": True},
+        {"foreach": True, "weight_decay": 0.2},
+        {"lr": torch.tensor(0.02, dtype=torch.float64), "weight_decay": 0.1},
+        {"foreach": True, "lr": torch.tensor(0.02, dtype=torch.float64)},
+        {"momentum_dtype": torch.float32, "weight_decay": 0.1},
+    )
+    for case in cases:
+        options = {"lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.0, **case}
+        first, second = options["betas"]
+        weight = nn.Parameter(_gaussian(50, 99))
+        optimizer = Lion([weight], **options)
+        plain, momentum = weight.detach().clone(), torch.zeros(50, dtype=torch.float64)
+        for seed in range(8):
+            weight.grad = _gaussian(50, seed)
+            if seed == 5:
+                weight.grad[3] = torch.nan  # counts as zero
+            grad = weight.grad.nan_to_num() * (-1 if options.get("maximize") else 1)
+            optimizer.step()
+            after = second * momentum + (1 - second) * grad
+            direction = (first * (after if before_sign else momentum) + (1 - first) * grad).sign()
+            plain = plain - float(options["lr"]) * (direction + options["weight_decay"] * plain)
+            momentum = after
+        held = optimizer.state[weight]["exp_avg"]
+        scale = 1e-6 if held.dtype == torch.float32 else 1.0  # a momentum in float32 has float32's rounding
+        worst = max(worst, float((weight.detach() - plain).abs().max()), scale * float((held - momentum).abs().max()))
+    return worst
+
+
+def _rounded(rounding: str) -> Tensor:
+    """1024 bfloat16 weights after 20 small steps, in float32."""
+    weight = nn.Parameter((1 + _gaussian(1024, 7)).bfloat16())
+    optimizer = Lion([weight], lr=1e-4, weight_decay=0.1, momentum_dtype=torch.float32, rounding=rounding)
+    for seed in range(20):
+        weight.grad = _gaussian(1024, seed).bfloat16()
+        optimizer.step()
+    return weight.detach().float()
+
+
+def _distance_from_float32(rounding: str) -> float:
+    """Largest distance of rounded weights from the float32 weights rounded once, at the end."""
+    weight = nn.Parameter((1 + _gaussian(1024, 7)).bfloat16().float())
+    optimizer = Lion([weight], lr=1e-4, weight_decay=0.1, momentum_dtype=torch.float32)
+    for seed in range(20):
+        weight.grad = _gaussian(1024, seed).bfloat16().float()
+        optimizer.step()
+    return float((_rounded(rounding) - weight.detach().bfloat16().float()).abs().max())
+
+
+def _mean_step(rounding: str) -> float:
+    """Mean step of 2^16 bfloat16 weights of 1 to 2 along one gradient, over the learning rate of 2^-12."""
+    start = (1 + torch.arange(2**16) % 128 / 128).bfloat16()
+    weight = nn.Parameter(start.clone())
+    optimizer = Lion([weight], lr=2.0**-12, rounding=rounding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is below the resolution is warned of
+        for _ in range(4):
+            weight.grad = -torch.ones_like(weight)
+            optimizer.step()
+    return float((weight.detach().double() - start.double()).mean()) * 2**10
+
+
 CLAIMS = (
     Claim(
         name="step-is-the-rate",
@@ -79,6 +147,39 @@ CLAIMS = (
         measure=lambda: _step_error(lambda params: Lion(params, lr=0.125)),
         control=lambda: _step_error(lambda params: torch.optim.Adam(params, lr=0.125)),
         seconds=0.2,
+    ),
+    Claim(
+        name="formula",
+        statement="largest distance of weights and momenta after eight steps, six ways, from plain tensors; control: "
+        "the momentum updated before the sign is taken",
+        source="Chen et al., arXiv 2302.06675, algorithm 2; a NaN counts as zero",
+        expected=1e-12,
+        tolerance=at_most(),
+        measure=lambda: _distance_from_formula(before_sign=False),
+        control=lambda: _distance_from_formula(before_sign=True),
+        seconds=0.1,
+    ),
+    Claim(
+        name="compensated-is-float32",
+        statement="largest distance of bfloat16 weights with compensation after 20 steps from float32 ones; control: "
+        "stochastic rounding",
+        source="derivation: 16 bits and the 16 that follow are the float32 weight",
+        expected=0.0,
+        tolerance=exact(),
+        measure=lambda: _distance_from_float32("compensated"),
+        control=lambda: _distance_from_float32("stochastic"),
+        seconds=0.1,
+    ),
+    Claim(
+        name="stochastic-steps-are-right-on-average",
+        statement="mean of four steps of a quarter of the resolution, stochastically rounded, over the rate; control: "
+        "to nearest",
+        source="Gupta et al., arXiv 1502.02551: the mean is the exact step",
+        expected=1.0,
+        tolerance=relative(0.02),
+        measure=lambda: _mean_step("stochastic"),
+        control=lambda: _mean_step("nearest"),
+        seconds=0.1,
     ),
     Claim(
         name="decay-box",
