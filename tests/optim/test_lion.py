@@ -85,6 +85,18 @@ def test_momentum_in_bfloat16_halves_the_state():
     assert optimizer.state[weight]["exp_avg"].nbytes * 2 == weight.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_momentum_in_float32_of_weights_in_16_bits_is_the_mean_of_their_gradients(dtype):
+    weight = nn.Parameter(torch.ones(50, dtype=dtype))
+    optimizer = Lion([weight], betas=(0.9, 0.75), momentum_dtype=torch.float32)
+    expected = torch.zeros(50)
+    for _ in range(4):
+        weight.grad = torch.randn(50).to(dtype)
+        optimizer.step()
+        expected = 0.75 * expected + 0.25 * weight.grad.float()
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"], expected)
+
+
 def test_betas_out_of_range_are_named():
     weight = [nn.Parameter(torch.zeros(2))]
     with pytest.raises(ValueError, match=r"betas\[1\] must be in \[0, 1\), got 1.0"):

@@ -125,7 +125,8 @@ class _Norm(Fused):
         image = (wide.detach().mT @ top) / exact.detach()[..., None, None]
         rest = exact - (top * (wide @ image)).sum((-2, -1))
         found = ((A * right.to(A.dtype).unsqueeze(-2)).sum(-1) * left.to(A.dtype)).sum(-1)
-        return ((found + (rest - rest.detach())) / scale[..., 0, 0]).to(M.dtype)
+        norm: Tensor = ((found + (rest - rest.detach())) / scale[..., 0, 0]).to(M.dtype)
+        return norm
 
     @staticmethod
     def fast(_: Any, M: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor]:

@@ -158,7 +158,8 @@ def _mixed(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
     if momentum.dtype == grad.dtype:
         return torch.lerp(momentum, grad, 1.0 - beta)
     wide = torch.promote_types(momentum.dtype, grad.dtype)
-    return momentum.to(wide).mul_(beta).add_(grad, alpha=1.0 - beta)
+    # A copy also where the momentum is the wider one already: what is returned is written on.
+    return momentum.to(wide, copy=True).mul_(beta).add_(grad, alpha=1.0 - beta)
 
 
 @dataclass(frozen=True, kw_only=True)

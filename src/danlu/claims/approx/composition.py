@@ -35,7 +35,7 @@ def _error_after_eight(sign: float) -> float:
     rows = list(f.coefficients)
     a, b, c = rows[5]
     rows[5] = (a, sign * b, c)
-    return abs(replace(f, coefficients=tuple(rows))(1.0) - 1)
+    return abs(float(replace(f, coefficients=tuple(rows))(1.0)) - 1)
 
 
 def _same_cubic_twice(lower: float) -> float:

@@ -94,14 +94,16 @@ def _departure(problem: _Problem, result: Minimax) -> float:
     level = error(result.points)
     mirrored = {None: result.polynomial(x), "odd": -result.polynomial(-x), "even": result.polynomial(-x)}
     other = result.polynomial(x) - mirrored[problem.parity]
-    return max(
-        abs(largest / result.error - 1),
-        1 - float(np.min(np.abs(level))) / result.error,
-        1 - result.lower_bound / result.error,
-        float(np.max(np.abs(level - result.values))) / result.error,
-        float(np.any(level[1:] * level[:-1] >= 0)),
-        abs(result.points.size - problem.needed()) + abs(result.needed - problem.needed()),
-        float(np.max(np.abs(other))) / result.error,
+    return float(
+        max(
+            abs(largest / result.error - 1),
+            1 - float(np.min(np.abs(level))) / result.error,
+            1 - result.lower_bound / result.error,
+            float(np.max(np.abs(level - result.values))) / result.error,
+            float(np.any(level[1:] * level[:-1] >= 0)),
+            abs(result.points.size - problem.needed()) + abs(result.needed - problem.needed()),
+            float(np.max(np.abs(other))) / result.error,
+        )
     )
 
 

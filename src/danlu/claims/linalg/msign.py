@@ -93,7 +93,8 @@ def _ways_apart(*, other_side: bool) -> float:
         worst = max(worst, *(float((way - X).abs().max()) for way in ways))
         right, left = (V * sigma) @ V.T, (U * sigma) @ U.T
         expected = (left, right) if other_side and m == n else (right, left)
-        worst = max(worst, *(float((polar(M, side=s)[1] - P).abs().max()) for s, P in zip(("right", "left"), expected)))
+        factors = (polar(M, side="right")[1], polar(M, side="left")[1])
+        worst = max(worst, *(float((factor - P).abs().max()) for factor, P in zip(factors, expected)))
     return worst
 
 

@@ -137,7 +137,8 @@ def _group_errors(*, together: bool) -> float:
         norms = [clip_grad_norm_(parameters, limit)] * 2 if together else clip_groups_(groups, limit)
         for group, found, old in zip(groups, norms, (before[:2], before[2:])):
             norm = torch.cat([g.flatten() for g in old]).norm()
-            errors = [(p.grad - g * min(1.0, limit / float(norm))).abs().max() for p, g in zip(group["params"], old)]
+            factor = min(1.0, limit / float(norm))
+            errors = [(p.grad - g * factor).abs().max() for p, g in zip(group["params"], old) if p.grad is not None]
             worst = max(worst, abs(float(found / norm - 1)), *map(float, errors))
     return worst
 

@@ -100,15 +100,17 @@ def _misplaced(*, by_square: bool) -> float:
     The control takes (in/out) sqrt(in/rank), which is right for square layers alone.
     """
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(13, 8), nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8), nn.Linear(8, 8))
+    model: nn.Module = nn.Sequential(
+        nn.Embedding(13, 8), nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8), nn.Linear(8, 8)
+    )
     model = apply_lora(model, LoRAConfig(rank=2, exclude=()))
-    model[1].base.bias.requires_grad_(True)
-    model[3].base.weight.requires_grad_(True)
+    for name in ("1.base.bias", "3.base.weight"):
+        model.get_parameter(name).requires_grad_(True)
     ratios = {1: (8, 32), 3: (32, 8), 4: (8, 8)}
     misses = 0
     for ratio in ("auto", 4.0):
         rates = {}
-        for group in loraplus_groups(model, 1e-3, ratio, embedding_lr=1e-5, weight_decay=0.1):  # type: ignore[arg-type]
+        for group in loraplus_groups(model, 1e-3, ratio, embedding_lr=1e-5, weight_decay=0.1):
             for name, parameter in zip(group["param_names"], group["params"]):
                 rates[name] = (group["lr"], group["weight_decay"], parameter is model.get_parameter(name))
         for name, (lr, decay, same) in rates.items():
