@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.distributed as dist
+from tensors import int8_products_saturate
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -321,7 +322,7 @@ def _quantized(kind: str, convert: Callable[[Transformer], nn.Module], near: flo
         assert linear >= (3 if kind == "MoE" else 5)
         assert not left
         found = network(TOKENS)
-        assert 0 < (found - expected).norm() < 0.15 * expected.norm()
+        assert 0 < (found - expected).norm() < max(0.15, near) * expected.norm()
         assert (decoded(network) - found).norm() < near * expected.norm()
 
 
@@ -347,7 +348,7 @@ def torchao_float8(kind: str) -> None:
 
 @stack("torchao, int8 products")
 def torchao_int8_products(kind: str) -> None:
-    _torchao(kind, "Int8DynamicActivationInt8WeightConfig", 0.15)
+    _torchao(kind, "Int8DynamicActivationInt8WeightConfig", 0.6 if int8_products_saturate() else 0.15)
 
 
 @stack("quantize_dynamic")
