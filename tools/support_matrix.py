@@ -78,8 +78,6 @@ parallelism run on one process there; two processes of `examples/fsdp2.py` are h
 
 ## Known gaps
 
-- Second derivatives through PyTorch's fused attention kernel raise: use
-  `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, as its column does.
 - A state-space layer is exported for one length: its convolution is planned for it. The batch may stay open.
 - Tensor parallelism cuts the weights that lead out of a layer (`RowwiseParallel`); those that hold several matrices
   refuse a cut by rows, by an error. Cutting each part by itself, and sequence parallelism, are not there.
