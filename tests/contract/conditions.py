@@ -39,19 +39,22 @@ def condition(name: str) -> Callable[[Callable[[Case], None]], Callable[[Case], 
     return add
 
 
-def close(found: object, expected: object, rtol: float = 1e-10) -> None:
-    """Compare tensors, or sequences of them, by the norm of the difference; NaN is close to nothing."""
+def close(found: object, expected: object, rtol: float = 1e-10, floor: float = 0.0) -> None:
+    """Compare tensors, or sequences of them, by the norm of the difference; NaN is close to nothing.
+
+    ``floor`` is the norm below which nothing is asked of the digits.
+    """
     if isinstance(expected, (tuple, list)):
         assert isinstance(found, (tuple, list))
         assert len(found) == len(expected)
         for one, other in zip(found, expected):
-            close(one, other, rtol)
+            close(one, other, rtol, floor)
         return
     assert isinstance(found, Tensor)
     assert isinstance(expected, Tensor)
     assert found.shape == expected.shape
     error = (found.double() - expected.double()).norm()
-    assert error <= rtol * expected.double().norm() + 1e-30, f"error {error} of {expected.double().norm()}"
+    assert error <= rtol * max(expected.double().norm(), floor) + 1e-30, f"error {error} of {expected.double().norm()}"
 
 
 def inputs_of(case: Case, batch: int = 3, time: int = 7, *, grad: bool = True) -> list[Tensor]:

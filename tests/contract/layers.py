@@ -93,7 +93,7 @@ def kv_shared(x: Tensor, q_kv: Tensor, out: Tensor) -> Tensor:
 def s4d_kernel(time: int, log_dt: Tensor, log_decay: Tensor, frequency: Tensor, c: Tensor) -> Tensor:
     A = torch.complex(-log_decay.exp(), frequency)
     z = A * log_dt.exp()[:, None]
-    weight = torch.view_as_complex(c) * (z.exp() - 1) / A
+    weight = torch.view_as_complex(c.contiguous()) * (z.exp() - 1) / A
     powers = (z[..., None] * torch.arange(time, device=z.device)).exp()
     return 2 * (weight[..., None] * powers).real.sum(1)
 

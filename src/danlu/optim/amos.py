@@ -159,7 +159,7 @@ class Amos(MomentumOptimizer):
         if any(map(is_dtensor, params)):
             sum_shards_(squares, params, axes)
         torch._foreach_div_(
-            squares, [float(max(1, math.prod(p.shape[a] for a in over))) for p, over in zip(params, axes)]
+            squares, [float(max(1, math.prod([p.shape[a] for a in over]))) for p, over in zip(params, axes)]
         )
         shrinks, sizes = _factors(squares, steps, second, decay, etas, group)
         for index, (parameter, grad) in enumerate(zip(params, grads)):

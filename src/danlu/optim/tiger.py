@@ -189,7 +189,7 @@ def _size(parameter: Tensor, role: str) -> Tensor:
     """Return s(W): what one unit of the relative learning rate is for a parameter."""
     axes, wide = _averaged(role, parameter.ndim), torch.promote_types(parameter.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(parameter, dim=axes, keepdim=len(axes) < parameter.ndim, dtype=wide)
-    scale: Tensor = norm / max(1, math.prod(parameter.shape[axis] for axis in axes)) ** 0.5
+    scale: Tensor = norm / max(1, math.prod([parameter.shape[axis] for axis in axes])) ** 0.5
     return scale
 
 
@@ -209,7 +209,7 @@ def _of_shards(
     ]
     everything = [range(parameter.ndim) for parameter in params]
     sum_shards_([*bad, *squares], [*params, *params], [*everything, *axes])
-    sizes = [(s / max(1, math.prod(p.shape[a] for a in over))).sqrt_() for s, p, over in zip(squares, params, axes)]
+    sizes = [(s / max(1, math.prod([p.shape[a] for a in over]))).sqrt_() for s, p, over in zip(squares, params, axes)]
     return list(zip([count == 0 for count in bad], sizes or len(params) * [1.0]))
 
 
