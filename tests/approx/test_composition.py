@@ -340,3 +340,9 @@ def test_the_step_for_a_large_gap_is_held_where_it_is_steep_but_safe():
     a, b = large_gap_step(S[0])
     assert np.abs(a * S + b * S**3 - 1)[0] < 1e-12
     assert (a * S + b * S**3)[1] > 2.5 * S[1]
+
+
+def test_published_sets_have_the_lengths_that_their_sources_take():
+    lengths = {"classical": 10, "jordan": 5, "su_shared": 5, "you": 6, "su_x50": 6, "su_x200": 6, "su_x5": 5}
+    lengths |= {"polar_express": 5, "polar_express_unscaled": 5, "modded_nanogpt": 5, "gram_newton_schulz": 5}
+    assert {name: published(name).steps for name in lengths} == lengths

@@ -11,7 +11,7 @@ from torch import nn
 from danlu.optim import AdamWConfig, Amos, AmosConfig, Lion, LionConfig, Muon, MuonConfig, Tiger, TigerConfig
 from danlu.optim import state_bytes as bytes_of
 from danlu.optim.adamw import RoundedAdamW
-from danlu.optim.rounding import _keys, _noise, stream
+from danlu.optim.rounding import _keys, _mixed, _noise, stream
 
 MAKE = {
     "Lion": lambda p, **o: Lion(p, lr=1e-5, weight_decay=0.1, **o),
@@ -265,3 +265,9 @@ def test_what_cannot_be_rounded_so_is_named():
         LionConfig(rounding="stocastic")
     with pytest.raises(ValueError, match="rounding_seed must be"):
         AdamWConfig(rounding_seed=-1)
+
+
+def test_no_two_of_a_million_numbers_are_mixed_to_one():
+    for start in (0, 2**31 - 2**19):
+        numbers = torch.arange(start, start + 2**20).to(torch.int32)
+        assert _mixed(numbers).unique().numel() == 2**20
