@@ -233,8 +233,3 @@ def test_operations_are_two_transforms_of_twice_the_length_and_a_product() -> No
     # 2 * 512 - 1 is transformed at length 1024, 5/2 n log2 n each, and three operations a number.
     assert layer.flops_per_token(512) == 31 * (2 * 2.5 * 1024 * 10 + 3 * 1024) / 512
     assert layer.flops_per_token(1) == 31 * (2 * 2.5 * 2 + 3 * 2)
-
-
-@every_kind
-def test_what_decoding_reads_of_the_weights_carries_no_graph(kind: str) -> None:
-    assert not any(constant.requires_grad for constant in build(kind).space.system())
