@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "danlu", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("many", settings.get_profile("danlu"), max_examples=170, derandomize=False)
+settings.register_profile("many", settings.get_profile("danlu"), max_examples=50, derandomize=False)
 settings.load_profile("danlu")
 
 
