@@ -152,6 +152,10 @@ def test_range_of_each_step_is_centred_on_one(lower, steps, degree):
         assert high == pytest.approx(1 + error, abs=1e-11)
 
 
+def test_a_design_is_made_once_and_kept():
+    assert optimal_composition(1e-3, 6) is optimal_composition(1e-3, 6)
+
+
 def test_a_longer_design_only_appends_steps():
     longer = optimal_composition(2e-3, 6, degree=7)
     for steps in range(1, 6):

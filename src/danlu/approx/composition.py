@@ -180,7 +180,6 @@ def published(name: str, steps: int | None = None, *, lower: float = 1e-3, upper
     return _measured(rows, float(lower), float(upper), name)
 
 
-@functools.lru_cache(maxsize=1024)
 def large_gap_step(largest: float) -> tuple[float, float]:
     r"""Return the cubic ``a x + b x^3`` that takes ``z`` and ``sqrt(1 - z^2)`` to 1: a first step for a large gap.
 
@@ -205,6 +204,7 @@ def large_gap_step(largest: float) -> tuple[float, float]:
     return (z * z + z * k + k * k) / common, -1 / common
 
 
+@functools.lru_cache(maxsize=1024)
 def _designed(
     lower: float, upper: float, degrees: tuple[int, ...], cushion: float, safety: float, recentre: bool, name: str
 ) -> Composition:
