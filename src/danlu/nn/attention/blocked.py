@@ -245,6 +245,7 @@ def _grouped(t_bhsx: Tensor, groups: int) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """``factor a b`` in one pass: `torch.baddbmm`, whose first argument counts for nothing."""
     return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=factor)
 
 
@@ -278,41 +279,17 @@ def _any(mask: Tensor, dim: int) -> Tensor:
     return mask.view(torch.uint8).amax(dim).bool()
 
 
-def scores_below_largest(
-    q_nsk: Tensor, k_ntk: Tensor, scale: float, hide: Callable[[Tensor], None]
-) -> tuple[Tensor, Tensor]:
-    """Scores ``scale q k^T`` less the largest of each query, and this largest one as it was rounded, ``(N, S, 1)``.
-
-    Args:
-        q_nsk: queries.
-        k_ntk: keys.
-        scale: factor.
-        hide: adds minus infinity, in place, where a query may not look.
-
-    >>> q, k = torch.full((1, 1, 2), 8.0).bfloat16(), torch.tensor([[[1.0, 2.0], [2.0, 2.0]]]).bfloat16()
-    >>> [t.tolist() for t in scores_below_largest(q, k, 1.0, lambda scores: None)]
-    [[[[-8.0, 0.0]]], [[[32.0]]]]
-    """
-    scores = torch.baddbmm(_nothing(q_nsk), q_nsk, k_ntk.mT, beta=0, alpha=scale)
-    hide(scores)
-    largest = scores.amax(-1, keepdim=True)
-    if scores.dtype.itemsize > 2:
-        return scores.sub_(largest), largest
-    scores = torch.baddbmm(largest.neg(), q_nsk, k_ntk.mT, alpha=scale)
-    hide(scores)
-    return scores, largest
-
-
 def one_query(q_nrk: Tensor, k_ntk: Tensor, v_ntv: Tensor, scale: float) -> Tensor:
     """``softmax(scale q k^T) v`` where every query sees every key, ``(N, R, V)``: for one token behind a cache.
 
     >>> one_query(torch.zeros(1, 1, 2), torch.ones(1, 3, 2), torch.tensor([[[1.0], [2.0], [6.0]]]), 1.0)
     tensor([[[3.]]])
     """
-    if q_nrk.dtype.itemsize > 2:
-        weights = torch.baddbmm(_nothing(q_nrk), q_nrk, k_ntk.mT, beta=0, alpha=scale).softmax(-1)
-    else:
-        weights = scores_below_largest(q_nrk, k_ntk, scale, lambda _: None)[0].softmax(-1)
+    scores = _product(q_nrk, k_ntk.mT, scale)
+    if scores.dtype.itemsize <= 2:
+        # Rounded to eight bits: once more, less the largest, which is subtracted before the product is rounded.
+        scores = torch.baddbmm(scores.amax(-1, keepdim=True).neg(), q_nrk, k_ntk.mT, alpha=scale)
+    weights = scores.softmax(-1)
     return torch.bmm(weights, v_ntv)
 
 
@@ -337,8 +314,3 @@ def _hider(bias: Tensor | None, batch: int, groups: int, repeats: int) -> Callab
             )
 
     return hide
-
-
-def _nothing(like: Tensor) -> Tensor:
-    """What `torch.baddbmm` needs as its first argument when nothing is to be added."""
-    return like.new_empty(1)
