@@ -126,6 +126,8 @@ def test_a_folder_of_ones_own_images_trains_and_without_classes_cannot_be_measur
         (["--out", "x.bmp"], "--out, its suffix, must be one of '.png', '.jpg', '.webp', '.gif'"),
         (["--classes", "ten"], "--classes must be one of '0', '1'"),
         (["--prompt", "a"], "--prompt is for runs on text"),
+        (["--top-p", "0.9"], "--top-p is for runs on text"),
+        (["--repetition-penalty", "1.1"], "--repetition-penalty is for runs on text"),
         (["--count", "0"], "--count must be an integer of at least 1, got 0"),
         (["--guidance", "2"], "guidance is learned in training by MeanFlow"),
         (["--upsample", "2"], "upsample must be 1 for an objective without a denoiser of larger images, got 2"),

@@ -12,7 +12,7 @@ EXAMPLES = """\
   danlu sample runs/lm-1 --prompt "import " --tokens 400 --temperature 0.7 --top-p 0.95
   danlu sample runs/lm-1 --prompt "class " --temperature 0 --tokens 100       the most likely text
   danlu sample runs/lm-1 --prompt "class " --count 3 --seed 7                 three, the same each time
-  danlu sample runs/lm-1 --prompts prompts.txt --stop "\ndef "                one prompt a line, written together
+  danlu sample runs/lm-1 --prompts prompts.txt --stop "\\ndef "                one prompt a line, written together
   danlu sample runs/digits-1 --steps 1 --out x.png                            64 images, in one step each
   danlu sample runs/digits-flow-1 --steps 50 --out x.gif --classes 3 7        how they come about, of two classes"""
 
@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetition-penalty",
         type=float,
-        default=1.0,
         metavar="X",
         help="lower the logits of used tokens (default: 1)",
     )
@@ -66,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None:
             integer(f"--{option.replace('_', '-')}", value, low=low, high=2**63 - 1 if option == "seed" else None)
     number("--temperature", arguments.temperature, low=0)
-    number("--repetition-penalty", arguments.repetition_penalty, low=0, low_open=True)
+    if arguments.repetition_penalty is not None:
+        number("--repetition-penalty", arguments.repetition_penalty, low=0, low_open=True)
     if arguments.top_p is not None:
         number("--top-p", arguments.top_p, low=0, high=1, low_open=True)
     if arguments.min_p is not None:
@@ -92,7 +92,7 @@ def _write(arguments: argparse.Namespace) -> int:
         "top_k": arguments.top_k,
         "top_p": arguments.top_p,
         "min_p": arguments.min_p,
-        "repetition_penalty": arguments.repetition_penalty,
+        "repetition_penalty": arguments.repetition_penalty or 1.0,
         "seed": arguments.seed,
         "stop": [text.replace("\\n", "\n") for text in arguments.stop],
     }
@@ -128,7 +128,7 @@ def _draw(arguments: argparse.Namespace) -> int:
     from danlu.report import write_images
     from danlu.train import load_objective
 
-    for option in ("prompt", "prompts", "stop", "min_p"):
+    for option in ("prompt", "prompts", "stop", "top_k", "top_p", "min_p", "repetition_penalty"):
         if getattr(arguments, option):
             raise ValueError(f"--{option.replace('_', '-')} is for runs on text; {arguments.folder} has no tokenizer")
     objective, config = load_objective(arguments.folder)
