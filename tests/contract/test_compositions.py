@@ -153,7 +153,9 @@ def test_any_combination_is_right_or_raises(case: Case, c: Conditions) -> None:
     exact = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
     expected = derived(case.plain, exact, c.derivative)
     rounding = max(torch.finfo(d).eps for d in (c.activations, c.weights, c.autocast) if d is not None)
-    tolerance = case.slack * 16 * rounding * (8 if c.derivative == "second" else 1) + 1e-9
+    # Two inversions and a derivative of each lose a digit, of which 16 bits have none to spare.
+    lost = 8 if c.derivative == "second" and rounding < 1e-6 else 1
+    tolerance = min(case.slack * 16 * rounding * lost + 1e-9, 0.25)
 
     def call(*xs: Tensor) -> Tensor:
         with torch.autocast("cpu", c.autocast or torch.bfloat16, enabled=c.autocast is not None):
@@ -166,8 +168,10 @@ def test_any_combination_is_right_or_raises(case: Case, c: Conditions) -> None:
         if any(word in str(error) for word in (*KNOWN, *case.raises.values())):
             return
         raise
+    # What cancels in a small derivative has the size of the large ones.
+    floor = max(float(t.norm()) for t in expected if t is not None) / 10
     for one, other in zip(found, expected, strict=True):
         if one is None or other is None or one.numel() == 0:
             assert all(t is None or not t.any() for t in (one, other))
         else:
-            close(one, other, tolerance, floor=1.0)
+            close(one, other, tolerance, floor=floor)
