@@ -15,6 +15,7 @@ autocast's dtype first, as ``torch.nn.functional.linear`` does; any other comput
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar, TypeVarTuple
 
 import torch
@@ -153,8 +154,14 @@ class Fused:
             by_hand = by_hand and ordinary(*inputs) and inputs[0].numel() > 0
         if not by_hand:
             return cls.plain(*inputs)
+        if not compiling() and not _differentiated(inputs):
+            return cls.fast(SimpleNamespace(needs=(False,) * len(inputs)), *inputs)[0]  # type: ignore[no-any-return]
         y: Tensor = _Call.apply(cls, *inputs)
         return y
+
+
+def _differentiated(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 class _Call(torch.autograd.Function):
@@ -187,9 +194,9 @@ class _Call(torch.autograd.Function):
 def _native(own: type[Fused], inputs: tuple[Any, ...]) -> Tensor:
     if torch._C._are_functorch_transforms_active() or tangents(inputs):
         return own.plain(*inputs)
-    wanted = [isinstance(x, Tensor) and x.requires_grad for x in inputs]
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(wanted):
+    if torch.compiler.is_compiling() or not _differentiated(inputs):
         return own.fast(None, *inputs)[0]  # type: ignore[no-any-return]
+    wanted = [isinstance(x, Tensor) and x.requires_grad for x in inputs]
     held: list[Tensor] = []
     entered = iter(_Enter.apply(own, held, *inputs))
     y = own.fast(None, *(next(entered) if wants else x for x, wants in zip(inputs, wanted)))[0]

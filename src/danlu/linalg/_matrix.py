@@ -1,6 +1,7 @@
 """The check that every function of a matrix makes on its argument, and the dtype in which it computes."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -49,8 +50,25 @@ def check_matrix(name: str, M: Tensor, *, finite: bool = True) -> None:
         raise TypeError(f"{name} must have a real floating dtype, got {M.dtype}")
     if M.ndim < 2:
         raise ValueError(f"{name} must have at least 2 dimensions (…, m, n), got shape {tuple(M.shape)}")
-    if finite and ordinary(M) and M.numel() and not bool(torch.isfinite(M).all()):
+    if finite and ordinary(M) and M.numel() and not is_finite(M):
         raise ValueError(f"{name} must be finite, got NaN or infinity in a tensor of shape {tuple(M.shape)}")
+
+
+def is_finite(X: Tensor) -> bool:
+    """Say whether every entry of a tensor with numbers is finite, at the cost of a product with itself on a CPU.
+
+    >>> is_finite(torch.tensor([1e30, 0.0])), is_finite(torch.tensor([1.0, float("nan")]))
+    (True, False)
+    """
+    if not X.is_cpu:
+        return bool(torch.isfinite(X).all())
+    # Where the sum of squares is finite, all entries are; else it may have overflowed.
+    if X.is_contiguous():
+        flat = X.detach().view(-1)
+        total = torch.dot(flat, flat)
+    else:
+        total = X.sum()
+    return math.isfinite(total.item()) or bool(torch.isfinite(X).all())
 
 
 def holds(flags: Tensor, *, unknown: bool) -> bool:

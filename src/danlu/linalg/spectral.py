@@ -85,7 +85,7 @@ def spectral_norm(M: Tensor, *, start: Tensor | None = None, iterations: int = 1
         # A zero matrix has no left singular vector; any unit vector will do.
         left = torch.where(norm > 0, image / norm, torch.eye(m, 1, dtype=A.dtype, device=A.device)[:, 0])
         left, right, V = left.to(M.dtype), right.to(M.dtype), V.to(M.dtype)
-    return TopSingular(_Norm.of(M, left, right), left, right, V[..., 0] if block == 1 else V)
+    return TopSingular(_Norm.of(M, left, right, scale), left, right, V[..., 0] if block == 1 else V)
 
 
 @in_own_dtype
@@ -105,11 +105,13 @@ def spectral_norm_gradient(M: Tensor, *, start: Tensor | None = None, iterations
 
 
 class _Norm(Fused):
-    """``left^T M right`` of the two vectors that were found, whose further derivatives are those of the exact norm."""
+    """``left^T M right`` of the two vectors that were found, whose further derivatives are those of the exact norm.
+
+    ``scale`` keeps the sum from overflowing.
+    """
 
     @staticmethod
-    def plain(M: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        scale = power_of_two_scale(M.detach())
+    def plain(M: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
         A = (M * scale).to(at_least_float32(M.dtype))
         wide = A if A.shape[-2] <= A.shape[-1] else A.mT
         G = wide @ wide.mT
@@ -129,17 +131,16 @@ class _Norm(Fused):
         return norm
 
     @staticmethod
-    def fast(_: Any, M: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor]:
-        scale = power_of_two_scale(M)
+    def fast(_: Any, M: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> tuple[Tensor]:
         value = ((M * scale * right.unsqueeze(-2)).sum(-1) * left).sum(-1) / scale[..., 0, 0]
         return (value.to(M.dtype),)
 
     @staticmethod
     def derivative(
         _: Any, grad: Tensor, inputs: Sequence[Any], kept: Sequence[Tensor]
-    ) -> tuple[Tensor | None, None, None]:
-        _, left, right = inputs
-        return (grad.unsqueeze(-1) * left).unsqueeze(-1) * right.unsqueeze(-2), None, None
+    ) -> tuple[Tensor | None, None, None, None]:
+        _, left, right, _ = inputs
+        return (grad.unsqueeze(-1) * left).unsqueeze(-1) * right.unsqueeze(-2), None, None, None
 
 
 def _start(A: Tensor, start: Tensor | None, block: int) -> Tensor:

@@ -21,6 +21,8 @@ from danlu.optim.rounding import (
     widened,
 )
 
+_OF_ROUNDING = frozenset(SLOTS.values())
+
 
 def _of(position: int, group: Mapping[str, Any]) -> str:
     return f" (of {label(position, group, 0)})" if group["params"] else ""
@@ -158,10 +160,13 @@ class MomentumOptimizer(Optimizer):
                 state.update(self.all_slots(parameter, group))
             params.append(parameter)
             grads.append(grad)
-            held.extend(value for slot, value in state.items() if slot not in SLOTS.values())
-            rest = [value for slot, value in state.items() if slot in SLOTS.values()]
-            rests.extend(rest)
-            keys.append(stream(type(self).__name__, group["rounding_seed"], place + index) if rest else None)
+            if _OF_ROUNDING.isdisjoint(state):
+                held.extend(state.values())
+                keys.append(None)
+                continue
+            held.extend(value for slot, value in state.items() if slot not in _OF_ROUNDING)
+            rests.extend(value for slot, value in state.items() if slot in _OF_ROUNDING)
+            keys.append(stream(type(self).__name__, group["rounding_seed"], place + index))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

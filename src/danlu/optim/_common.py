@@ -1,6 +1,5 @@
 """What the optimizers share: naming parameters in errors, placing tensors, staying in cache, finite gradients."""
 
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,9 +8,13 @@ import torch
 from torch import Tensor
 
 from danlu._validate import number
+from danlu.linalg._matrix import is_finite
 
-#: Elements of one piece of an elementwise update on a CPU: four float32 operands of this length (3 MiB) stay in cache.
-PIECE = 3 << 16
+#: Elements, for each thread, of one piece of an elementwise update on a CPU: four float32 operands of this length
+#: (2 MiB) stay in the cache of a core.
+PIECE = 2 << 16
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def label(position: int, group: Mapping[str, Any], index: int) -> str:
@@ -30,6 +33,8 @@ def check_rate(where: str, lr: Any) -> None:
 
 def is_dtensor(tensor: Any) -> bool:
     """Say whether ``tensor`` is a DTensor, without importing their module: until someone has, none exists."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -56,8 +61,9 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tensors
         return
     flat = [t.view(-1) for t in tensors]
-    for start in range(0, first.numel(), PIECE):
-        yield tuple(t[start : start + PIECE] for t in flat)
+    length = PIECE * torch.get_num_threads()
+    for start in range(0, first.numel(), length):
+        yield tuple(t[start : start + length] for t in flat)
 
 
 def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -66,20 +72,20 @@ def row_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if first.numel() <= PIECE or not on_cpu(first) or first.ndim == 0:
         yield tensors
         return
-    rows = max(1, PIECE * first.shape[0] // first.numel())
+    rows = max(1, PIECE * torch.get_num_threads() * first.shape[0] // first.numel())
     for start in range(0, first.shape[0], rows):
         yield tuple(t if t.shape[0] == 1 else t[start : start + rows] for t in tensors)
 
 
 def on_cpu(tensor: Tensor) -> bool:
     """Say whether a tensor is complete, in the host's memory, and updated now rather than compiled."""
-    return tensor.device.type == "cpu" and not is_dtensor(tensor) and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not is_dtensor(tensor) and not torch.compiler.is_compiling()
 
 
 def all_finite(tensor: Tensor) -> Any:
     """Say whether every entry is finite: a bool on a CPU, elsewhere a tensor, without waiting for the device."""
-    if on_cpu(tensor):  # if the sum is finite, all are; else it may have overflowed
-        return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    if on_cpu(tensor):
+        return is_finite(tensor)
     # The largest entry is not finite as soon as one is; a sum could overflow by itself.
     return torch.isfinite(torch.linalg.vector_norm(tensor, float("inf"))) if tensor.numel() else torch.tensor(True)
 
@@ -98,7 +104,12 @@ def fusable(*tensors: Tensor) -> bool:
     """
     first = tensors[0]
     wide = first.dtype in (torch.float32, torch.float64)
-    return wide and on_cpu(first) and all(t.dtype == first.dtype and t.is_contiguous() for t in tensors)
+    if not wide or not on_cpu(first):
+        return False
+    for tensor in tensors:  # noqa: SIM110 - a generator costs as much as a small update
+        if tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return False
+    return True
 
 
 def descend_(parameter: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from danlu._validate import choice, number
+from danlu.linalg._matrix import is_finite
 from danlu.optim._base import MomentumOptimizer
-from danlu.optim._common import check_rate, descend_, finite_or_zero, pieces
+from danlu.optim._common import check_rate, descend_, finite_or_zero, on_cpu, pieces
 from danlu.optim._config import by_role, check_by_role, dtype_of, probe
 from danlu.optim._sharded import check_placement, local
 from danlu.optim.groups import param_groups
@@ -120,8 +121,8 @@ def _loop(
 ) -> None:
     for tensors in zip(P, G, M):
         for parameter, grad, momentum in pieces(*tensors):
-            grad = finite_or_zero(grad)
-            direction = _mixed(momentum, grad, betas[0]).sign_()
+            grad, direction = _finite(momentum, grad, betas[0])
+            direction.sign_()
             if momentum.dtype == grad.dtype:
                 momentum.lerp_(grad, 1.0 - betas[1])
             else:
@@ -151,6 +152,17 @@ def _foreach(
         torch._foreach_add_(P, U, alpha=-lr)
     torch._foreach_mul_(M, betas[1])
     torch._foreach_add_(M, G, alpha=1.0 - betas[1])
+
+
+def _finite(momentum: Tensor, grad: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return the gradient with zeros for entries that are not finite, and the mixture of momentum and it."""
+    if on_cpu(grad):
+        direction = _mixed(momentum, grad, beta)
+        # The mixture is in the cache: to read the gradient for this question alone costs a sixth of the step.
+        if is_finite(direction):
+            return grad, direction
+    grad = finite_or_zero(grad)
+    return grad, _mixed(momentum, grad, beta)
 
 
 def _mixed(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
