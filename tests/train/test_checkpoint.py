@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from danlu.train import checkpoint
-from danlu.train.checkpoint import CheckpointError
+from danlu.train.checkpoint import CheckpointError, writing
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 STATE = st.recursive(
@@ -108,7 +109,9 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "no state", "bad state", "other format"])
-def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     put(tmp_path / "checkpoints", 1)
     newest = put(tmp_path / "checkpoints", 2)
     tensors = next(newest.glob("*.safetensors"))
@@ -122,10 +125,12 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> Non
         (newest / "state.json").write_text("{")
     else:
         (newest / "state.json").write_text('{"format": 0}')
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert found.name == "step-00000001"
-    with pytest.raises(CheckpointError, match="is no complete checkpoint"):
+    assert toy.newest(tmp_path).name == "step-00000001"
+    saved = checkpoint.load_latest(tmp_path)
+    assert saved is not None
+    assert saved.step == 1
+    assert any("step-00000002" in said and "the checkpoint before it" in said for said in caplog.messages)
+    with pytest.raises(CheckpointError, match=r"is no complete checkpoint|has format 0, and 1, 2, 3 are read"):
         checkpoint.load(newest)
 
 
@@ -180,7 +185,7 @@ def test_a_checkpoint_of_the_release_without_checksums_is_read(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="is no complete checkpoint"):
         checkpoint.load(path)
     state = path / "state.json"
-    state.write_text(state.read_text().replace('"format": 2', '"format": 1'))
+    state.write_text(state.read_text().replace('"format": 3', '"format": 1'))
     assert checkpoint.load(path).state["w"][0] == 5
 
 
@@ -202,18 +207,14 @@ def test_a_step_saved_again_replaces_the_first_only_when_it_is_whole(
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_tensors", fail)
+        patch.setattr(writing, "save_tensors", fail)
         with pytest.raises(
             CheckpointError, match=r"could not be written .*Input/output error.*step-00000004 is intact"
         ):
             put(folder, 4, 2.0, keep=1)
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert float(checkpoint.load(found).state["w"][0]) == 1.0
+    assert float(checkpoint.load(toy.newest(tmp_path)).state["w"][0]) == 1.0
     put(folder, 4, 3.0, keep=1)
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert float(checkpoint.load(found).state["w"][0]) == 3.0
+    assert float(checkpoint.load(toy.newest(tmp_path)).state["w"][0]) == 3.0
     assert len(list(folder.iterdir())) == 1
 
 
@@ -233,9 +234,7 @@ def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(tmp_path: Path) ->
         signal.signal(signal.SIGXFSZ, handler)
     assert "\n" not in str(e.value)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert checkpoint.load(found).step == 1
+    assert checkpoint.load(toy.newest(tmp_path)).step == 1
 
 
 def test_leftovers_of_an_interrupted_save_are_swept_away(tmp_path: Path) -> None:
@@ -245,6 +244,6 @@ def test_leftovers_of_an_interrupted_save_are_swept_away(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
 
 
-def test_a_folder_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
     assert checkpoint.checkpoints(tmp_path / "nowhere") == []

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,7 @@ def losses(run: Path) -> list[tuple[Any, ...]]:
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    newest = checkpoint.latest(run)
-    assert newest is not None
+    newest = toy.newest(run)
     tensors, tree = checkpoint.pack({**checkpoint.load(newest).state, "seconds": 0})
     return {"tree": json.dumps(tree), **{name: tensor.numpy().tobytes() for name, tensor in tensors.items()}}
 
@@ -44,8 +44,7 @@ def test_a_run_interrupted_at_any_step_and_resumed_is_the_undisturbed_run(
     toy.SIGNALS[at] = signal.SIGINT
     run = tmp_path / "run"
     assert train(toy.run_config(ema=0.9), run, quiet=True) == 130
-    newest = checkpoint.latest(run)
-    assert newest is not None
+    newest = toy.newest(run)
     assert checkpoint.load(newest).step == at
     torch.rand(at)  # whatever happens between the two processes must not matter
     assert resume(run, quiet=True) == 0
@@ -96,8 +95,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before_valid_and_found(
     )
     assert done.returncode == -signal.SIGKILL
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.endswith(".tmp")] != []
-    newest = checkpoint.latest(run)
-    assert newest is not None
+    newest = toy.newest(run)
     assert newest.name == "step-00000004"
     assert resume(run, quiet=True) == 0
     expected = tmp_path / "expected"
@@ -153,9 +151,19 @@ def test_a_run_without_a_checkpoint_starts_again(undisturbed: Path, tmp_path: Pa
     toy.SIGNALS[3] = signal.SIGINT
     train(toy.run_config(ema=0.9), run, quiet=True)
     for path in checkpoint.checkpoints(run / "checkpoints"):
-        (path / "state.json").write_text("{")
+        shutil.rmtree(path)
     assert resume(run, quiet=True) == 0
     assert losses(run) == losses(undisturbed)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    toy.SIGNALS[3] = signal.SIGINT
+    train(toy.run_config(), run, quiet=True)
+    (toy.newest(run) / "state.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of .*; .*step-00000003 is no complete"):
+        resume(run, quiet=True)
+    assert len(losses(run)) == 2  # the third waits for its evaluation
 
 
 def test_a_complete_run_is_left_alone(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,8 +182,7 @@ def test_resuming_needs_a_run_folder(tmp_path: Path) -> None:
 
 def test_the_loaded_model_is_the_average_of_the_weights(undisturbed: Path) -> None:
     model, config = load(undisturbed)
-    newest = checkpoint.latest(undisturbed)
-    assert newest is not None
+    newest = toy.newest(undisturbed)
     state = checkpoint.load(newest).state
     assert torch.equal(model.first.weight, state["ema"]["module.model.first.weight"])
     assert not torch.equal(model.first.weight, state["objective"]["model.first.weight"])

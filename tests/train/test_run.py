@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,6 @@ def test_what_is_wrong_with_the_optimizer_is_said_before_the_data_are_opened(tmp
 def test_a_run_without_a_checkpoint_cannot_be_loaded(tmp_path: Path) -> None:
     train(toy.run_config(steps=2), tmp_path / "run", quiet=True)
     for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints"):
-        (path / "state.json").unlink()
+        shutil.rmtree(path)
     with pytest.raises(FileNotFoundError, match="holds no complete checkpoint yet"):
         load(tmp_path / "run")

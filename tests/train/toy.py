@@ -160,6 +160,11 @@ def plain_config(**loop: Any) -> RunConfig:
     return run_config(dropout=0.0, noise=0.0, **loop)
 
 
+def newest(run: Path) -> Path:
+    """The last complete checkpoint of a run."""
+    return checkpoint.checkpoints(run / "checkpoints")[-1]
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("verb", choices=("train", "resume"))
@@ -181,7 +186,7 @@ def _main() -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(source, target)
 
-        checkpoint.os.rename = rename  # type: ignore[attr-defined]
+        os.rename = rename
     if words.interrupt_at:
         SIGNALS[words.interrupt_at] = signal.SIGTERM
     if words.plain:

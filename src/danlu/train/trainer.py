@@ -31,7 +31,7 @@ from danlu.train import checkpoint, rng
 from danlu.train.budget import Length
 from danlu.train.config import TrainConfig
 from danlu.train.device import Policy, choose
-from danlu.train.distributed import barrier, gather, sum_over_ranks, world, wrap
+from danlu.train.distributed import gather, sum_over_ranks, world, wrap
 from danlu.train.migrations import upgraded_state
 from danlu.train.signals import Stop
 
@@ -168,10 +168,7 @@ class Trainer:
         self._report_pending()
         if self.folder is None or self._saved == self.step:
             return
-        state = self.state_dict()  # every process contributes its generators
-        if self.world.main:
-            checkpoint.save(self.folder, self.step, state, config=self.described, keep=self.config.keep)
-        barrier()
+        checkpoint.save(self.folder, self.step, self.state_dict(), config=self.described, keep=self.config.keep)
         self._saved = self.step
 
     def state_dict(self) -> dict[str, Any]:
