@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import io
 import json
 import re
 import sys
@@ -101,7 +102,8 @@ def test_data_are_the_same_for_any_number_of_processes(place):
 
 def test_the_reader_reads(place):
     read = module(place / "data" / "readers" / "fasta.py").read
-    documents = read(Path("a.fasta"), b">one x\nACG\nT\n>two\nGG\n", field="text", errors="strict", skipped=Counter())
+    file = io.BytesIO(b">one x\nACG\nT\n>two\nGG\n")
+    documents = read(Path("a.fasta"), file, field="text", errors="strict", skipped=Counter())
     assert list(documents) == [("a.fasta: one x", "ACGT"), ("a.fasta: two", "GG")]
 
 

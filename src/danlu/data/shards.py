@@ -7,6 +7,7 @@ when complete, so that a reader never sees half of one, whatever happens to the 
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def cached(folder: Path, build: Callable[[Path], None], complete: Callable[[Path
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(folder.name + ".lock")):
+        with locked(folder.with_name(folder.name + ".lock")):
             if complete(folder):
                 return folder
             prefix = f".{folder.name}-"
@@ -61,11 +62,27 @@ def cached(folder: Path, build: Callable[[Path], None], complete: Callable[[Path
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file within the block, where the system has file locks; others wait."""
     with path.open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is complete or absent, whatever happens to the process or the machine."""
+    data = content.encode() if isinstance(content, str) else content
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -19,10 +19,11 @@ from torch import Tensor
 from danlu._cache import cache_folder
 from danlu._validate import integer, literals, number
 from danlu.config import IsPath
-from danlu.data.corpus import Corpus, Survey, open_corpus, split, survey
+from danlu.data.corpus import Corpus, Survey, left_out, open_corpus, split
 from danlu.data.loader import Batch, Loader, validation_batches
 from danlu.data.preparing import Progress, prepare
 from danlu.data.shards import cached, read_tokens, token_dtype, write_tokens
+from danlu.data.surveys import remembered
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # Part of every cache key: raised when the same input would give other files.
@@ -155,12 +156,13 @@ def open_text(
         OSError: the cache cannot be written.
     """
     corpus = open_corpus(config.path, name=config.corpus, field=config.field, errors=config.errors)
-    found = survey(corpus, config.validation)
+    cache = cache_folder(cache_dir)
+    found = remembered(corpus, [config.validation, config.field, config.errors], cache / "surveys")
     given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     made_from = [_FORMAT, found.sha256, config.validation, given.sha256 if given else config.vocab_size]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     folder = cached(
-        cache_folder(cache_dir) / "text" / key[:32],
+        cache / "text" / key[:32],
         lambda scratch: prepare(lambda progress: _build(scratch, corpus, found, config, given, progress)),
         _complete,
     )
@@ -199,6 +201,8 @@ def open_text(
 
 def _warnings(config: TextConfig, found: Survey, tokenizer: Tokenizer, loader: Loader) -> list[str]:
     said = []
+    if found.skipped:
+        said.append(f"Left out: {left_out(found.skipped)}.")
     if not found.whole:
         which = "The one document was" if found.documents == 1 else "The documents are few or unequal, so each was"
         said.append(f"{which} cut: its last {config.validation:.0%} is the validation text.")

@@ -4,13 +4,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from danlu.data.document import Document, decode
+from danlu.data.document import Document, decode, lines
 
 
-def read(path: Path, data: bytes, *, field: str, errors: str, skipped: Counter[str]) -> Iterator[Document]:
+def read(path: Path, file: BinaryIO, *, field: str, errors: str, skipped: Counter[str]) -> Iterator[Document]:
     """Yield the strings under ``field``, see :class:`danlu.data.readers.Read`."""
-    for number, raw in enumerate(data.split(b"\n"), 1):
+    for number, raw in enumerate(lines(file), 1):
         if not raw.strip():
             continue
         where = f"{path}:{number}"

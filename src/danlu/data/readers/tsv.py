@@ -6,14 +6,15 @@ As registered with IANA (text/tab-separated-values): no quoting, so a value hold
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from danlu.data.document import Document, decode
+from danlu.data.document import Document, decode, lines
 
 
-def read(path: Path, data: bytes, *, field: str, errors: str, skipped: Counter[str]) -> Iterator[Document]:
+def read(path: Path, file: BinaryIO, *, field: str, errors: str, skipped: Counter[str]) -> Iterator[Document]:
     """Yield the column ``field``, see :class:`danlu.data.readers.Read`."""
-    head, *rows = (line.removesuffix(b"\r") for line in data.split(b"\n"))
-    columns = decode(head, f"{path}:1", errors).split("\t")
+    rows = (line.removesuffix(b"\r") for line in lines(file))
+    columns = decode(next(rows), f"{path}:1", errors).split("\t")
     if field not in columns:
         raise ValueError(f"{path} has the columns {', '.join(columns)} and not {field!r}; set field")
     for number, row in enumerate(rows, 2):
