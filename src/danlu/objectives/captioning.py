@@ -42,6 +42,7 @@ class Captioning(nn.Module):
 
     unit = "words and patches"
     labels = {"val_caption_accuracy": "captions right"}  # noqa: RUF012
+    scores = ("val_caption_accuracy", "val_word_accuracy")
 
     def __init__(self, model: TextImage, config: CaptioningConfig | None = None) -> None:
         super().__init__()

@@ -45,6 +45,7 @@ class Classification(nn.Module):
 
     unit = "images"
     labels = {"val_accuracy": "accuracy"}  # noqa: RUF012
+    scores = ("val_accuracy",)
 
     def __init__(self, model: nn.Module, config: ClassificationConfig | None = None) -> None:
         super().__init__()

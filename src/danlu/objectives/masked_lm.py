@@ -83,6 +83,7 @@ class MaskedLM(nn.Module):
 
     unit = "tokens"
     labels = {"val_accuracy": "accuracy", "max_vio": "imbalance"}  # noqa: RUF012
+    scores = ("val_accuracy",)
 
     def __init__(self, model: Transformer, config: MaskedLMConfig | None = None) -> None:
         super().__init__()

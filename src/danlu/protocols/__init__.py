@@ -12,7 +12,7 @@ working example.
 from danlu.protocols.config import Config
 from danlu.protocols.data import IGNORE, Batch, Data, DataConfig, ExpectsSizes, KeepsFiles, Loader, TokenData
 from danlu.protocols.layers import ActivationConfig, BalanceConfig, Cache, Context, Joined, Mixer, MixerConfig
-from danlu.protocols.objectives import Denoises, Generator, Measure, Objective, ObjectiveConfig, Paced
+from danlu.protocols.objectives import Denoises, Generator, Measure, Objective, ObjectiveConfig, Paced, Scored
 from danlu.protocols.reporting import Record, Reporter
 from danlu.protocols.training import (
     CountsOperations,
@@ -56,6 +56,7 @@ __all__ = [
     "Record",
     "Reporter",
     "ScheduleConfig",
+    "Scored",
     "SettlesLate",
     "TokenData",
 ]

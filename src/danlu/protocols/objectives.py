@@ -1,6 +1,6 @@
 """What is minimised, measured and drawn from."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from danlu.protocols.config import Config
 from danlu.protocols.data import Batch
 
-__all__ = ["Denoises", "Generator", "Measure", "Objective", "ObjectiveConfig", "Paced"]
+__all__ = ["Denoises", "Generator", "Measure", "Objective", "ObjectiveConfig", "Paced", "Scored"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,17 @@ class Paced(Protocol):
 
     def pace(self, share: float) -> None:
         """Take note that ``share`` of the run is over; called after a step where the run's length is not given."""
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """An objective some of whose measures are better the higher they are; of all others less is better.
+
+    Attributes:
+        scores: the names of these measures.
+    """
+
+    scores: Collection[str]
 
 
 class ObjectiveConfig(Config, Protocol):

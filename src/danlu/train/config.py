@@ -33,7 +33,12 @@ class TrainConfig:
         eval_every: steps between evaluations (the last step is always evaluated); None for the last only.
         eval_batches: validation batches of an evaluation; None for all.
         checkpoint_every: steps between checkpoints (the end is always saved); None for the end only.
-        keep: checkpoints kept.
+        keep: checkpoints kept, the newest ones.
+        keep_every: further ones kept: those of steps that it divides; None for none.
+        keep_best: a number of the evaluation, such as val_loss: the checkpoint where it was best is kept too, and an
+            evaluation that improves on it is followed by a save; None keeps none for being good.
+        stop_after: evaluations without an improvement of ``keep_best`` after which the run is complete; None for never.
+        async_save: write checkpoints while the training goes on, from a copy of the state in the host's memory.
         precision: of activations and their matrix products; "auto" takes what was measured to be best here.
         device: "auto" takes a GPU if there is one.
         threads: CPU threads; None for the physical cores available.
@@ -54,6 +59,10 @@ class TrainConfig:
     eval_batches: int | None = 16
     checkpoint_every: int | None = 200
     keep: int = 2
+    keep_every: int | None = None
+    keep_best: str | None = None
+    stop_after: int | None = None
+    async_save: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
@@ -64,9 +73,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("accumulate", "patience", "log_every", "keep"):
             integer(name, getattr(self, name))
-        for name in ("steps", "eval_every", "eval_batches", "checkpoint_every"):
+        for name in ("steps", "eval_every", "eval_batches", "checkpoint_every", "keep_every", "stop_after"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name))
+        if self.keep_best is not None and not (isinstance(self.keep_best, str) and self.keep_best):
+            raise TypeError(f"keep_best must be the name of a number of the evaluation, got {self.keep_best!r}")
+        if self.stop_after is not None and (self.keep_best is None or self.eval_every is None):
+            lacking = "keep_best" if self.keep_best is None else "eval_every"
+            raise ValueError(f"stop_after counts evaluations that do not improve keep_best, got {lacking} = None")
         if self.minutes is not None:
             number("minutes", self.minutes, low=0, high=_YEAR, low_open=True)
         elif self.steps is None:

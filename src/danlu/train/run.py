@@ -14,22 +14,37 @@ from danlu import objectives
 from danlu.protocols import KeepsFiles, Objective, Reporter
 from danlu.train import checkpoint, plan, rng
 from danlu.train.assembly import Assembly, assemble
+from danlu.train.best import Best, goal_of
 from danlu.train.budget import Length
 from danlu.train.config import RunConfig
-from danlu.train.distributed import World, barrier, broadcast, init_distributed
+from danlu.train.distributed import barrier, broadcast, init_distributed
 from danlu.train.ema import averaged
 from danlu.train.folder import claimed
 from danlu.train.load import read_config, weights
 from danlu.train.metrics import MetricsFile, TensorBoard
 from danlu.train.progress import ProgressLine, duration
 from danlu.train.signals import Stop
+from danlu.train.together import agree
 from danlu.train.trainer import Trainer
 from danlu.usercode import UserCode, code_words
 
 __all__ = ["evaluate", "restore", "resume", "train"]
 
 # What may differ from the checkpoint's configuration on resume: it changes no number of the training.
-_FREE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.threads", "train.tensorboard")
+_FREE = tuple(
+    f"train.{name}"
+    for name in (
+        "log_every",
+        "checkpoint_every",
+        "keep",
+        "keep_every",
+        "keep_best",
+        "stop_after",
+        "async_save",
+        "threads",
+        "tensorboard",
+    )
+)
 
 
 def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: UserCode | None = None) -> int:
@@ -62,8 +77,10 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
             held.enter_context(claimed(out, new=True))
         trainer: Trainer | None = None
         try:
+            agree(_options(config))
             with stop.at_once():
                 parts = assemble(config, world)
+            agree(_content(parts))
             # It tries the first batch: a model that does not fit the data is an error before anything is written.
             sentences = _plan(parts) if world.main and not quiet else []
             if world.main:
@@ -105,22 +122,25 @@ def resume(path: Path | str, *, quiet: bool = False) -> int:
     ):
         if world.main:
             held.enter_context(claimed(path, new=False))
-        saved = _newest(path, world)
+        agree(_options(config))
+        saved = checkpoint.newest(path)
         if saved is not None:
+            agree({"the step to resume from": str(saved.step), "the checkpoint": saved.sums})
             _check_config(config, saved)
-            if _is_complete(config, saved):
+            if why := _complete(config, saved):
                 if world.main:
-                    console.print(f"{path} is complete: all {saved.step} steps are trained.", soft_wrap=True)
+                    console.print(f"{path} is complete: {why}.", soft_wrap=True, highlight=False)
                 return 0
         with stop.at_once():
             parts = assemble(config, world)
         _check_data(path, parts)
+        agree(_content(parts))
         if world.main:
             where = "its start: there is no complete checkpoint" if saved is None else f"step {saved.step}"
             console.print(f"Resuming {path} from {where}.", soft_wrap=True, highlight=False)
         trainer = _trainer(parts, path)
         if saved is not None:
-            trainer.load_state_dict(saved.state)
+            trainer.restore(saved)
         return _fit(trainer, parts, path, console, stop)
 
 
@@ -185,6 +205,8 @@ def _fit(trainer: Trainer, parts: Assembly, out: Path, console: Console, stop: S
     if main:
         if trainer.complete:
             said = f"Trained {trainer.step} steps in {duration(trainer.seconds)}; the run is in {out}"
+            if trainer.best.exhausted:
+                said = f"Stopped early: {trainer.best.sentence()}. {said}"
         else:
             again = shlex.join(["danlu", "resume", str(out), *code_words(out)])
             said = f"Stopped after step {trainer.step}; everything is saved. Continue with: {again}"
@@ -207,18 +229,30 @@ def _reporters(parts: Assembly, out: Path, console: Console, trainer: Trainer) -
     return reporters
 
 
-def _is_complete(config: RunConfig, saved: checkpoint.Checkpoint) -> bool:
+def _complete(config: RunConfig, saved: checkpoint.Found) -> str:
+    """Why the run that was saved is complete, in a clause; empty if it is not."""
+    state = saved.read(parts=("length", "unevaluated", "best")).state
     length = Length(config.train.steps, config.train.minutes, config.schedule)
-    if saved.state.get("length") is not None:
-        length.load_state_dict(saved.state["length"])
-    return length.reached(saved.step) and saved.state["unevaluated"] is None
+    if state.get("length") is not None:
+        length.load_state_dict(state["length"])
+    best = Best(goal_of(config.train.keep_best, None), stop_after=config.train.stop_after)
+    best.load_state_dict(state.get("best"))
+    if state["unevaluated"] is not None:
+        return ""
+    if length.reached(saved.step):
+        return f"all {saved.step} steps are trained"
+    return f"it stopped early after step {saved.step}, {best.sentence()}" if best.exhausted else ""
 
 
-def _newest(path: Path, world: World) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, which the first process chooses for all; None: there is none."""
-    saved = checkpoint.load_latest(path) if world.main else None
-    chosen = broadcast("" if saved is None else str(saved.path))
-    return saved if world.main or not chosen else checkpoint.load(Path(chosen))
+def _options(config: RunConfig) -> dict[str, str]:
+    """What all processes have to be started with."""
+    options = {f"option {name}": str(value) for name, value in configs.flatten(config).items()}
+    return {name: value for name, value in options.items() if name.removeprefix("option ") not in _FREE}
+
+
+def _content(parts: Assembly) -> dict[str, str]:
+    """What all processes have to read."""
+    return {"the SHA-256 of the data": str(parts.data.manifest.get("sha256"))}
 
 
 def _clear(out: Path, made: bool) -> None:
@@ -233,7 +267,7 @@ def _clear(out: Path, made: bool) -> None:
             out.rmdir()
 
 
-def _check_config(config: RunConfig, saved: checkpoint.Checkpoint) -> None:
+def _check_config(config: RunConfig, saved: checkpoint.Found) -> None:
     lines = configs.differences(config, saved.config)
     lines = [line for line in lines if line.partition(":")[0] not in _FREE]
     if lines:

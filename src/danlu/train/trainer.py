@@ -28,11 +28,13 @@ from danlu.objectives import evaluate
 from danlu.optim import NonFiniteGuard, clip_grad_norm_, grad_norm, limited_step
 from danlu.protocols import Batch, Loader, Paced, Record, Reporter, ScheduleConfig
 from danlu.train import checkpoint, rng
+from danlu.train.best import Best, goal_of
 from danlu.train.budget import Length
 from danlu.train.config import TrainConfig
 from danlu.train.device import Policy, choose
 from danlu.train.distributed import gather, sum_over_ranks, world, wrap
 from danlu.train.migrations import upgraded_state
+from danlu.train.sharded import optimizer_state, placed
 from danlu.train.signals import Stop
 
 __all__ = ["TrainConfig", "Trainer"]
@@ -102,7 +104,7 @@ class Trainer:
         self.optimizer, self.loader = optimizer, loader
         self.length = Length(config.steps, config.minutes, schedule)
         self.scheduler = LambdaLR(optimizer, lambda step: schedule.factor(step, self.length.steps))
-        self.config, self.validation, self.folder = config, validation, folder
+        self.config, self.validation = config, validation
         self.described = dict(described or {})
         self.reporters, self.ema, self.flops = list(reporters), ema, flops
         self.policy = policy or choose(config.precision, device=config.device, threads=config.threads)
@@ -115,16 +117,27 @@ class Trainer:
         self.step = 0
         self.items = 0
         self.seconds = 0.0
+        self.best = Best(goal_of(config.keep_best, objective), stop_after=config.stop_after)
+        self.saver = checkpoint.Saver(
+            folder,
+            background=config.async_save,
+            config=self.described,
+            keep=config.keep,
+            keep_every=config.keep_every,
+            goal=self.best.goal,
+        )
+        self._metrics_of: dict[str, Any] | None = None  # the last evaluation and its step
         self._saved: int | None = None  # step of the newest checkpoint
         self._pending: list[_Pending] = []
         self._unevaluated: dict[str, Any] | None = None
         self._start = time.perf_counter()
         self._stop_agreed = False  # by all processes, in the last step
+        self._save_failed = False  # a save in the background, on any process
 
     @property
     def finished(self) -> bool:
         """Whether the last step has been taken."""
-        return self.length.reached(self.step)
+        return self.length.reached(self.step) or self.best.exhausted
 
     @property
     def complete(self) -> bool:
@@ -150,25 +163,30 @@ class Trainer:
                 if self._unevaluated is not None:
                     self._evaluate(stop)
                 ending = self.finished or self._stopping(stop)
-                if ending or (self.step and _due(self.step, self.config.checkpoint_every)):
+                best = self.step == self.best.step
+                if ending or best or (self.step and _due(self.step, self.config.checkpoint_every)):
                     self.save()
+                if ending or self._save_failed:
+                    self.saver.wait()
                 if ending:
                     return
                 self._train_step(stop)
-        except BaseException:
+        except BaseException as error:
             if self.world.size == 1:  # alone, no other process has to take part in reading the last numbers
                 self._report_pending()
+            if isinstance(error, Exception):
+                self.saver.settle()
             raise
 
     def _stopping(self, stop: Stop) -> bool:
         return stop.signal is not None if self.world.size == 1 else self._stop_agreed
 
     def save(self) -> None:
-        """Write a checkpoint of the present state, unless the newest one is of this step already."""
+        """Write a checkpoint of the present state, or begin to, unless the newest one is of this step already."""
         self._report_pending()
-        if self.folder is None or self._saved == self.step:
+        if self._saved == self.step:
             return
-        checkpoint.save(self.folder, self.step, self.state_dict(), config=self.described, keep=self.config.keep)
+        self.saver.save(self.step, self.state_dict(), metrics=self._metrics_of)
         self._saved = self.step
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,6 +197,8 @@ class Trainer:
             "items": self.items,
             "seconds": self.seconds,
             "length": self.length.state_dict(),
+            "best": self.best.state_dict(),
+            "metrics": self._metrics_of,
             "unevaluated": self._unevaluated,
             "objective": self.objective.state_dict(),
             "optimizer": checkpoint.plain_groups(self.optimizer.state_dict()),
@@ -189,6 +209,15 @@ class Trainer:
             "rng": gather(rng.snapshot()),
         }
 
+    def restore(self, found: checkpoint.Found) -> None:
+        """Continue where a checkpoint was taken; of weights that are divided each process reads what it holds."""
+        into = {
+            "objective": self.objective.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+        self.load_state_dict(found.read(into=into).state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where :meth:`state_dict` was taken, by this release or the one before.
 
@@ -196,9 +225,11 @@ class Trainer:
         generators of the processes are seeded anew.
         """
         state = upgraded_state(state, self.optimizer)
+        state["optimizer"] = placed(state["optimizer"], optimizer_state(self.optimizer))
         self.step, self.items, self.seconds = state["step"], state["items"], state["seconds"]
         self._saved = self.step
-        self._unevaluated = state["unevaluated"]
+        self._unevaluated, self._metrics_of = state["unevaluated"], state.get("metrics")
+        self.best.load_state_dict(state.get("best"))
         if state["length"] is not None:  # a checkpoint of the release before has none
             self.length.load_state_dict(state["length"])
         self.objective.load_state_dict(state["objective"])
@@ -239,11 +270,12 @@ class Trainer:
         self.objective.train()
         batches = [_to(next(self.loader), device) for _ in range(self.config.accumulate)]
         items = torch.stack([self.objective.denominator(batch) for batch in batches]).sum().double()
-        elapsed = time.perf_counter() - self._start
+        elapsed, self._save_failed = time.perf_counter() - self._start, self.saver.failed
         if self.world.size > 1:
-            asked = torch.tensor([stop.signal is not None, elapsed / self.world.size], dtype=items.dtype, device=device)
+            mine = [stop.signal is not None, elapsed / self.world.size, self._save_failed]
+            asked = torch.tensor(mine, dtype=items.dtype, device=device)
             items, others = (totals := sum_over_ranks(torch.cat([items[None], asked])))[0], totals[1:].tolist()
-            self._stop_agreed, elapsed = others[0] > 0, others[1]
+            self._stop_agreed, elapsed, self._save_failed = others[0] > 0, others[1], others[2] > 0
         scale = self.world.size / items.clamp_min(1)  # data parallelism averages gradients over processes
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(batches):
@@ -353,7 +385,10 @@ class Trainer:
             return
         finally:
             rng.restore(before)
-        self._report({**record, **found})
+        self.best.update(self.step, found)
+        self._metrics_of = {"step": self.step, **found}
+        said = {} if self.best.step is None else {"best_step": self.best.step}
+        self._report({**record, **found, **said})
         self._unevaluated = None
         self._saved = None  # a checkpoint that still asks for this evaluation is out of date
 

@@ -14,6 +14,7 @@ from danlu.train.checkpoint.keeping import Goal, best
 from danlu.train.checkpoint.layout import CheckpointError, checkpoints
 from danlu.train.checkpoint.packing import pack, plain_groups, unpack
 from danlu.train.checkpoint.reading import Checkpoint, Found, load, load_latest, newest
+from danlu.train.checkpoint.saving import Saver
 from danlu.train.checkpoint.writing import save
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "Found",
     "Goal",
+    "Saver",
     "best",
     "checkpoints",
     "load",

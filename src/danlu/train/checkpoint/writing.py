@@ -188,11 +188,19 @@ def write(
         if world().main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if world().main:
-        for path in candidates(folder):
-            if step_of(path) == step and path != final:
-                remove(path)
-        prune(folder, last=keep, every=keep_every, goal=goal)
+
+    def clear() -> None:
+        try:
+            for path in candidates(folder):
+                if step_of(path) == step and path != final:
+                    remove(path)
+            prune(folder, last=keep, every=keep_every, goal=goal)
+        except OSError as error:
+            raise CheckpointError(
+                f"{final} was written; one that it replaces could not be removed ({error})"
+            ) from error
+
+    first(clear, **options)
     return final
 
 
