@@ -174,6 +174,7 @@ def _main() -> int:
     parser.add_argument("--plain", action="store_true", help="float64, neither dropout nor noise")
     parser.add_argument("--interrupt-at", type=int, default=0, help="SIGTERM to this process in the K-th step")
     parser.add_argument("--kill-in-save", type=int, default=0, help="SIGKILL this process in its K-th save")
+    parser.add_argument("--async-save", action="store_true", help="save in the background")
     words = parser.parse_args()
     if words.kill_in_save:
         saves = 0
@@ -194,7 +195,8 @@ def _main() -> int:
     if words.verb == "resume":
         return resume(words.folder, quiet=True)
     config = plain_config if words.plain else run_config
-    return train(config(steps=words.steps, accumulate=words.accumulate), words.folder, quiet=True)
+    loop = {"steps": words.steps, "accumulate": words.accumulate, "async_save": words.async_save}
+    return train(config(**loop), words.folder, quiet=True)
 
 
 if __name__ == "__main__":
