@@ -13,8 +13,8 @@ autocast's dtype first, as ``torch.nn.functional.linear`` does; any other comput
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar, TypeVarTuple
 
@@ -47,9 +47,33 @@ def watched() -> bool:
     )
 
 
+_planned: str = ""
+"""The device on whose behalf meta tensors now take the passes of `Fused`."""
+
+
+@contextmanager
+def planned(device: str) -> Iterator[None]:
+    """Let meta tensors take the ways that tensors on ``device`` (``"cpu"``, ``"cuda"``) take, to see what they hold.
+
+    Where such a way reads numbers (how many tokens an expert has) it takes what is usual instead. A dispatch mode
+    may look on without changing the way.
+    """
+    global _planned
+    before, _planned = _planned, device
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def device_type(x: Tensor) -> str:
+    """The type of the device that ``x`` is on, or stands for within `planned`."""
+    return _planned if _planned and x.is_meta else x.device.type
+
+
 def ordinary(*inputs: Any) -> bool:
     """Whether the tensors among ``inputs`` are plain ones with numbers, without tangents, and nothing looks on."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() > 0 and not _planned):
         return False
     if torch._C._are_functorch_transforms_active():
         return False
@@ -57,7 +81,7 @@ def ordinary(*inputs: Any) -> bool:
     for x in inputs:
         if not isinstance(x, Tensor):
             continue
-        if type(x) not in (Tensor, nn.Parameter) or x.is_meta:
+        if type(x) not in (Tensor, nn.Parameter) or (x.is_meta and not _planned):
             return False
         if forward_mode and forward_ad.unpack_dual(x).tangent is not None:
             return False

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu._autograd import Fused, ordinary
+from danlu._autograd import Fused, device_type, ordinary
 from danlu._validate import integer, number
 from danlu.protocols import IGNORE
 
@@ -81,7 +81,7 @@ def _losses(logits_cv: Tensor, target_c: Tensor, z_loss: float, *, gradient: boo
     On a CPU a few rows at a time, whose float32 copies stay in the cache.
     """
     rows, vocab = logits_cv.shape
-    whole = torch.compiler.is_compiling() or logits_cv.device.type != "cpu"
+    whole = torch.compiler.is_compiling() or device_type(logits_cv) != "cpu"
     step = rows if whole else max(1, _IN_CACHE // vocab)
     wide = torch.promote_types(logits_cv.dtype, torch.float32)
     found = []

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu._autograd import Fused, compiling_plainly, ordinary
+from danlu._autograd import Fused, compiling_plainly, device_type, ordinary
 
 _FEW = 16
 """Choices up to which a CPU loses more by sorting the tokens than by taking them one by one."""
@@ -61,13 +61,16 @@ class _Part(NamedTuple):
                 to.copy_(torch.mm(first, second))
 
 
-def _parts(ends_e: Tensor, row_bytes: int, grouped: bool) -> Iterator[_Part]:
+def _parts(ends_e: Tensor, rows: int, row_bytes: int, grouped: bool) -> Iterator[_Part]:
     """Cut the experts where a part's rows would exceed `_PART`; one part on a GPU, without waiting for the sizes."""
-    if ends_e.device.type != "cpu":
-        sizes = [] if grouped else torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
+    experts = len(ends_e)
+    # Of meta tensors nobody knows: every expert has the same share.
+    ends: list[int] = [rows * e // experts for e in range(1, experts + 1)] if ends_e.is_meta else []
+    if device_type(ends_e) != "cpu":
+        sizes = [] if grouped else [b - a for a, b in pairwise([0, *(ends or ends_e.tolist())])]
         yield _Part(slice(None), slice(None), sizes, ends_e, grouped)
         return
-    ends, most = ends_e.tolist(), max(_PART // row_bytes, 1)
+    ends, most = ends or ends_e.tolist(), max(_PART // row_bytes, 1)
     first = row = 0
     for last, end in enumerate(ends, 1):
         if last == len(ends) or ends[last] - row > most:
@@ -230,7 +233,11 @@ def _plan(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
         order_s, counts_e = token_s * experts + expert_s, chosen.sum(0)
     else:
         flat = chosen.flatten()
-        order_s, counts_e = torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts)
+        order_s = torch.argsort(flat, stable=True)
+        if flat.device.type == "cpu":
+            counts_e = torch.bincount(flat, minlength=experts)
+        else:  # where a bincount waits to see its largest number
+            counts_e = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
         token_s = torch.div(order_s, chosen.shape[1], rounding_mode="floor")
     return order_s, token_s, counts_e.cumsum(0).to(torch.int32)
 
@@ -243,7 +250,7 @@ def _sorted(
     dtype, (_, dim, hidden) = x_nd.dtype, w_down.shape
     # Rows of the grouped product are multiples of 16 bytes.
     grouped = dtype == torch.bfloat16 and dim % 8 == 0 and hidden % 8 == 0
-    ctx.parts = list(_parts(ends_e, 2 * hidden * dtype.itemsize, grouped))
+    ctx.parts = list(_parts(ends_e, order_s.numel(), 2 * hidden * dtype.itemsize, grouped))
     return gate.flatten().index_select(0, order_s)[:, None].to(dtype), order_s, token_s
 
 

@@ -276,7 +276,8 @@ class MoE(nn.Module):
             return (chosen if real_n is None else chosen & real_n[:, None]).sum(0)
         # What padding chose is counted behind the experts, and cut off.
         counted = chosen if real_n is None else chosen.masked_fill(~real_n[:, None], experts)
-        if compiling():  # which does not know how many numbers a bincount gives
+        # A compiler does not know how many numbers a bincount gives, and a GPU waits to see its largest one.
+        if compiling() or counted.device.type != "cpu":
             counts_e = counted.new_zeros(experts + 1)
             return counts_e.scatter_add(0, counted.flatten(), torch.ones_like(counted).flatten())[:experts]
         return torch.bincount(counted.flatten(), minlength=experts)[:experts]

@@ -135,6 +135,8 @@ class MeanFlow(ImageObjective):
         self.flow_left: Tensor  # batches of flow matching still to come; saved only if flow_share is used
         left = torch.tensor(round(self.config.flow_share * (batches or 0)))
         self.register_buffer("flow_left", left, persistent=self.config.flow_share > 0)
+        self._left: int | None = None  # the same, read once: a step must not wait for the device to tell it
+        self.register_load_state_dict_post_hook(_unread)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss summed over images, float32.
@@ -148,9 +150,13 @@ class MeanFlow(ImageObjective):
                 raise ValueError(
                     f"flow_share {self.config.flow_share} is a share of batches, which MeanFlow was not given"
                 )
-            if self.flow_left > 0:
-                share = 0.0
-                self.flow_left -= 1
+            if not self.flow_left.is_meta:  # there only sizes count, and those of the later part are the larger
+                if self._left is None:
+                    self._left = int(self.flow_left)
+                if self._left > 0:
+                    share = 0.0
+                    self._left -= 1
+                    self.flow_left -= 1
         draw = self._draw(batch, None, share)
         error = self._error(draw)
         self._last = {name: value.detach() for name, value in _errors(error, draw.apart).items()}
@@ -163,6 +169,7 @@ class MeanFlow(ImageObjective):
         """End the flow matching when its share of a run of unknown length is over."""
         if share >= self.config.flow_share:
             self.flow_left.zero_()
+            self._left = 0
 
     def average(self, x: Tensor, t: Tensor, classes: Tensor | None, r: Tensor) -> Tensor:
         """Return the network's average velocity ``u(x, t, r)`` of images ``(b, c, h, w)`` and times ``(b,)``."""
@@ -287,6 +294,10 @@ def total_derivative(u: AverageVelocity, x: Tensor, t: Tensor, r: Tensor, veloci
     """
     both = torch.func.jvp(u, (x, t, r), (velocity, torch.ones_like(t), torch.zeros_like(r)))
     return both[0], both[1]
+
+
+def _unread(objective: nn.Module, _: object) -> None:
+    objective._left = None  # type: ignore[assignment]
 
 
 def _errors(error: Tensor, apart: int) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from danlu.train import rng
 from danlu.train.config import TrainConfig
 from danlu.train.contracts import check_first_batch
 from danlu.train.device import Policy
+from danlu.train.memory import pass_bytes
 from danlu.train.progress import duration
 
-__all__ = ["EXPECTED_SHARE", "activation_bytes", "sentences", "training_flops"]
+__all__ = ["EXPECTED_SHARE", "activation_bytes", "sentences", "step_memory", "training_flops"]
 
 EXPECTED_SHARE = 0.4
 """Share of the measured rate of matrix products that a training step is expected to reach; the run shows the truth."""
@@ -27,7 +28,8 @@ def activation_bytes(
 ) -> int:
     """Return the bytes that a forward pass of ``batch`` keeps for its backward pass, parameters not counted.
 
-    One row of the batch is run and counted, and everything that it changed (buffers, random generators) is put back.
+    One row of the batch is run and counted, and everything that it changed (buffers, attributes, random generators) is
+    put back.
     ``check`` is called with that row and its loss.
     """
     rows = len(next(iter(batch.values())))
@@ -44,17 +46,46 @@ def activation_bytes(
         return tensor
 
     buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]
-    generators, training = rng.snapshot(), objective.training
+    attributes = [(module, dict(vars(module))) for module in objective.modules()]
+    generators = rng.snapshot()
     objective.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             check(row, objective(row))
     finally:
-        objective.train(training)
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
         rng.restore(generators)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for buffer, numbers in buffers:
+            buffer.copy_(numbers)
     return kept * rows
+
+
+def step_memory(
+    config: TrainConfig,
+    objective: nn.Module,
+    optimizer: Optimizer,
+    batch: Batch,
+    policy: Policy,
+    *,
+    check: Callable[[Batch, Any], None] = lambda batch, loss: None,
+) -> int:
+    """Return the bytes of all tensors at the fullest moment of a step, on one process.
+
+    An objective that cannot run on tensors without numbers is counted by what its forward pass keeps.
+    ``check`` is called with one row of the batch and its loss.
+    """
+    kept = activation_bytes(objective, batch, check=check)
+    weights = sum(p.nbytes for p in objective.parameters())
+    copies = 1 if config.ema is None else 2
+    buffers = sum(b.nbytes for b in objective.buffers())
+    batches = config.accumulate * sum(value.nbytes for value in batch.values())
+    try:
+        passed = pass_bytes(objective, batch, policy.device.type, accumulate=config.accumulate)
+    except Exception:  # somebody else's objective may fail there in any way: it is only asked for its sizes
+        passed = weights + kept
+    return copies * (weights + buffers) + state_bytes(optimizer) + batches + passed
 
 
 def training_flops(model: nn.Module, data: Data) -> float | None:
@@ -96,7 +127,6 @@ def sentences(
         size = f", {data['bytes'] / 1e6:.2f} MB" if "bytes" in data else ""
         said.append(f"Data: {data['source']}{size}{_documents(data)}.")
         said += data.get("warnings", [])
-    parameters = list(objective.parameters())
     total = sum(p.numel() for p in model.parameters())
     total, active = model.parameter_counts() if isinstance(model, CountsParameters) else (total, total)
     experts = f" ({_count(active)} active per token)" if active != total else ""
@@ -105,13 +135,7 @@ def sentences(
     a_step = int(objective.denominator(batch)) * config.accumulate * processes
     items = None if config.steps is None else a_step * config.steps
     said.append(f"Training: {_extent(config)}, {a_step:,} {unit} per step{_in_all(items, unit, data)}.")
-    weights = sum(p.nbytes for p in parameters)
-    copies = 3 if config.ema is not None else 2  # weights, gradients, average
-    memory = (
-        copies * weights
-        + state_bytes(optimizer)
-        + activation_bytes(objective, batch, check=partial(check_first_batch, objective))
-    )
+    memory = step_memory(config, objective, optimizer, batch, policy, check=partial(check_first_batch, objective))
     size = f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:.0f} MiB"
     said.append(f"Memory: about {size} for weights, gradients, optimizer state and activations.")
     said.append(policy.sentence())

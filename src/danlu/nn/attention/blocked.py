@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu._autograd import Fused, ordinary
+from danlu._autograd import Fused, device_type, ordinary
 
 _BLOCK, _LARGEST = 128, 256
 """Queries of a block: fewer waste less work above the diagonal, more have larger products."""
@@ -47,11 +47,11 @@ def applies(q: Tensor, k: Tensor, mask: Tensor | None = None) -> bool:
     Not where a mask hides every key from a query, whose weights would not be numbers. A compiled model cannot look, and
     what transforms or differentiates the call in forward mode has rules for PyTorch's own attention.
     """
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not q.shape[2] == k.shape[2] > 1:
+    if q.dtype != torch.bfloat16 or device_type(q) != "cpu" or not q.shape[2] == k.shape[2] > 1:
         return False
     if torch.compiler.is_compiling():
         return mask is None and not torch.compiler.is_exporting()
-    return ordinary(q, k, mask) and (mask is None or bool(_any(mask, -1).all()))
+    return ordinary(q, k, mask) and (mask is None or mask.is_meta or bool(_any(mask, -1).all()))
 
 
 def blocked_attention(
@@ -264,7 +264,8 @@ def _spans(time: int, causal: bool, mask: Tensor | None) -> list[_Span]:
     size = _block(time)
     starts = range(0, time, max(size, 1))
     ends = [min(start + size, time) for start in starts]
-    if mask is None:
+    if mask is None or mask.is_meta:  # of meta tensors nobody knows: as much as a causal mask shows
+        causal = causal or mask is not None
         return [(start, end, 0, end if causal else time) for start, end in zip(starts, ends)]
     seen_tt = _any(mask.flatten(0, 1), 0)
     spans = []

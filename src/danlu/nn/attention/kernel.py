@@ -6,11 +6,12 @@ plain formula is taken: the weights of all pairs of tokens are then formed.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from danlu._autograd import Fused
+from danlu._autograd import Fused, device_type, ordinary
 
 
 def scaled_dot_product(
@@ -49,6 +50,24 @@ class _Attention(Fused):
         _: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> tuple[Tensor]:
         shared = q.shape[1] != k.shape[1]
+        # Planned: a CPU's fused kernel wants values of the size of keys, a GPU's does not.
+        if q.is_meta and ordinary(q, k, v) and (device_type(q) != "cpu" or q.shape[-1] == v.shape[-1]):
+            return (_Sizes.apply(q, k, v),)
         return (
             F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared),
         )
+
+
+class _Sizes(torch.autograd.Function):
+    """What a fused kernel keeps and returns, of tensors without numbers: on meta PyTorch would form all weights."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (B, H, T, _), V = q.shape, v.shape[-1]
+        o = q.new_empty(B, T, H, V).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, o, q.new_empty(B, H, T, dtype=torch.float32))
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
