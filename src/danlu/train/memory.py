@@ -114,7 +114,7 @@ def pass_bytes(objective: nn.Module, batch: Batch, device: str, *, accumulate: i
     try:
         with ExitStack() as stack:
             stack.enter_context(planned(device))
-            count = stack.enter_context(LiveBytes())
+            count: LiveBytes = stack.enter_context(LiveBytes())
             count.know(*held.values(), *example.values())
             for _ in range(min(accumulate, 2)):
                 loss = functional_call(objective, held, (example,))
