@@ -25,7 +25,7 @@ def main() -> None:
                 parameter.normal_(std=0.02)
     batch = {"images": torch.randn(32, 1, 28, 28)}
     objectives = {name: MeanFlow(net, MeanFlowConfig(share=share)) for name, share in SHARES.items()}
-    draw = objectives["a quarter"]._draw(batch, None)
+    draw = objectives["a quarter"]._draw(batch, torch.arange(32), (1, 4))
 
     def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         return net(x, t, None, r)

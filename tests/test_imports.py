@@ -17,6 +17,7 @@ LEVELS = {
     "_validate": -1,
     "_grid": 0,
     "_autograd": 0,
+    "_draws": 0,
     "_roles": 0,
     "config": 0,
     "usercode": 0,

@@ -37,7 +37,7 @@ def test_the_share_asked_for_is_fixed_and_never_the_first_token_or_padding():
     batch["targets"][2] = -100
     assert askable(batch).sum(1).tolist() == [22, 10, 0, 22]
     assert objective.denominator(batch).item() == 7 + 3 + 0 + 7
-    _, wanted = objective._predict(batch, None)
+    _, wanted = objective._predict(batch)
     assert (wanted.view(4, -1) != -100).sum(1).tolist() == [7, 3, 0, 7]
     objective.config = MaskedLMConfig(rate=0.3, masked=1.0, random=0.0)
     masked = (shown(objective, batch) == objective.mask_token).all(-1)
@@ -58,7 +58,7 @@ def test_tokens_that_are_asked_for_are_masked_swapped_or_shown_as_often_as_said(
 def test_the_loss_is_the_cross_entropy_of_the_hidden_tokens_alone():
     objective, batch = build(rate=0.4, masked=1.0, random=0.0), draw(3, 11)
     torch.manual_seed(1)
-    x, wanted = objective._predict(batch, None)
+    x, wanted = objective._predict(batch)
     expected = F.cross_entropy(F.linear(x, objective.model.head_weight), wanted, reduction="sum")
     torch.manual_seed(1)
     loss = objective(batch)
@@ -78,7 +78,7 @@ def test_what_is_asked_for_is_not_seen():
     states = []
     for batch in (first, second):
         torch.manual_seed(2)
-        states.append(objective._predict(batch, None)[0])
+        states.append(objective._predict(batch)[0])
     assert torch.equal(*states)
 
 

@@ -6,8 +6,14 @@ from torch import nn
 
 from danlu.diffusion import LogNormalNoise, UniformTimes
 from danlu.objectives import MeanFlow, MeanFlowConfig, evaluate, total_derivative
+from danlu.objectives._positions import keys_of
 
 MEAN, STD = 0.3, 0.7
+
+
+def drawn(objective, batch):
+    """What a training batch is drawn to, by the same number of torch's generator."""
+    return objective._draw(batch, keys_of(batch, batch["images"]), objective._share)
 
 
 def spread(t):
@@ -117,7 +123,7 @@ def test_derivatives_of_some_rows_give_the_loss_and_gradient_of_the_full_batch(s
     loss = objective(images())
     found = gradients(model, loss)
     torch.manual_seed(1)
-    draw = objective._draw(images(), None)
+    draw = drawn(objective, images())
     expected_loss = full_batch_loss(model, draw, power=power)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12)
     for one, other in zip(found, gradients(model, expected_loss), strict=True):
@@ -174,7 +180,7 @@ def test_the_target_is_held_constant():
     torch.manual_seed(2)
     found = gradients(model, objective(images()))
     torch.manual_seed(2)
-    x, t, r, classes, v, _ = objective._draw(images(), None)
+    x, t, r, classes, v, _ = drawn(objective, images())
     _, slope = total_derivative(lambda x, t, r: model(x, t, classes, r), x, t, r, v)
     u = model(x, t, classes, r)
     weight = 2 * (u - (v - (t - r).view(-1, 1, 1, 1) * slope)).detach()
@@ -191,7 +197,7 @@ def test_with_equal_times_every_form_is_flow_matching(form):
     torch.manual_seed(3)
     found = gradients(model, objective(images()))
     torch.manual_seed(3)
-    x, t, r, classes, v, _ = objective._draw(images(), None)
+    x, t, r, classes, v, _ = drawn(objective, images())
     assert torch.equal(t, r)
     expected = gradients(model, (model(x, t, classes, t) - v).square().sum())
     for one, other in zip(found, expected, strict=True):
@@ -214,7 +220,7 @@ def test_the_full_form_differentiates_through_the_derivative_and_the_marginal_fo
         torch.manual_seed(4)
         found[form] = gradients(model, objective(images()))
         torch.manual_seed(4)
-        expected = gradients(model, expected_loss(model, objective._draw(images(), None), hold=form == "marginal"))
+        expected = gradients(model, expected_loss(model, drawn(objective, images()), hold=form == "marginal"))
         for one, other in zip(found[form], expected, strict=True):
             if other is not None:
                 assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
@@ -228,7 +234,7 @@ def test_the_adaptive_weight_makes_every_loss_nearly_one_while_the_logged_error_
     loss = objective(images(12)).item() / 12
     assert loss == pytest.approx(1, abs=1e-3)
     torch.manual_seed(5)
-    draw = objective._draw(images(12), None)
+    draw = drawn(objective, images(12))
     error = objective._error(draw).detach().square().mean((1, 2, 3))
     assert objective.metrics() == {
         "average_mse": pytest.approx(error[:6].mean().item()),
@@ -241,7 +247,7 @@ def test_the_adaptive_weight_makes_every_loss_nearly_one_while_the_logged_error_
 def test_times_are_ordered_pairs_and_the_rest_of_the_batch_keeps_one_time():
     objective = MeanFlow(network(), MeanFlowConfig(share=0.4, times=UniformTimes()))
     torch.manual_seed(6)
-    draw = objective._draw(images(5000, dtype=torch.float32), None)
+    draw = drawn(objective, images(5000, dtype=torch.float32))
     assert draw.apart == 2000
     assert bool((draw.t[:2000] > draw.r[:2000]).all())
     assert torch.equal(draw.t[2000:], draw.r[2000:])
@@ -326,12 +332,12 @@ def test_the_guided_velocity_is_both_target_and_tangent():
     torch.manual_seed(7)
     loss = objective(images())
     torch.manual_seed(7)
-    draw = objective._draw(images(), None)
+    draw = drawn(objective, images())
     noise_less_data = draw.velocity
     assert loss.item() == pytest.approx(full_batch_loss(model, draw, power=0.0).item(), rel=1e-10)
     plain = MeanFlow(model, MeanFlowConfig(share=1.0, power=0.0, label_dropout=0.0))
     torch.manual_seed(7)
-    assert not torch.allclose(plain._draw(images(), None).velocity, noise_less_data)
+    assert not torch.allclose(drawn(plain, images()).velocity, noise_less_data)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

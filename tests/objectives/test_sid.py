@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from danlu import config as configs
+from danlu._draws import derived
 from danlu.claims.objectives.sid import players
 from danlu.config import Pretrained
 from danlu.data import ImagesConfig
@@ -236,23 +237,24 @@ def test_no_gradient_of_one_player_reaches_the_other():
         objective.student.out.weight.add_(0.3)
     classes = objective._classes(batch())
     x_g = objective.generate(torch.randn(6, 1, 5, 7), classes)
-    f_phi, f_psi = objective._denoised(x_g, classes, None)
+    f_phi, f_psi = objective._denoised(x_g, classes, torch.arange(6))
     generator_loss(f_phi, f_psi, x_g, 1.2).sum().backward()
     assert all(parameter.grad is None for parameter in objective.student.parameters())
     assert all(parameter.grad is None for parameter in objective.teacher.parameters())
     assert objective.model.out.weight.grad.abs().max() > 0
     # And the sum of both losses gives the student what its own loss gives.
     objective.zero_grad(set_to_none=True)
-    torch.manual_seed(1)
-    objective(batch()).backward()
+    keys = torch.arange(len(batch()["images"]))
+    objective({**batch(), "position": keys}).backward()
     complete = objective.student.out.weight.grad.clone()
     objective.zero_grad(set_to_none=True)
-    torch.manual_seed(1)
     from danlu.objectives.denoising import prediction_error
 
+    apart = derived(keys, "student")
     with torch.no_grad():
-        made = objective.generate(objective._noise(batch(), None), classes)
-    prediction_error(objective.student, EDM_TEACHER, made, classes).square().mean((1, 2, 3)).sum().backward()
+        made = objective.generate(objective._noise(batch(), apart), classes)
+    error = prediction_error(objective.student, EDM_TEACHER, made, classes, keys=apart)
+    error.square().mean((1, 2, 3)).sum().backward()
     assert torch.allclose(objective.student.out.weight.grad, complete, rtol=1e-5, atol=1e-7)
     assert objective.model.out.weight.grad is None
 
@@ -261,20 +263,13 @@ def test_the_generator_learns_from_its_own_loss_alone():
     objective, _ = distilled()
     with torch.no_grad():
         objective.student.out.weight.add_(0.3)
-    torch.manual_seed(1)
-    objective(batch()).backward()
+    keys = torch.arange(len(batch()["images"]))
+    objective({**batch(), "position": keys}).backward()
     found = {name: p.grad.clone() for name, p in objective.model.named_parameters() if p.grad is not None}
     objective.zero_grad(set_to_none=True)
-    torch.manual_seed(1)  # the same draws, in the same order: the student's, then the generator's
     classes = objective._classes(batch())
-    from danlu.objectives.denoising import prediction_error
-
-    with torch.no_grad():
-        prediction_error(
-            objective.student, EDM_TEACHER, objective.generate(objective._noise(batch(), None), classes), classes
-        )
-    x_g = objective.generate(objective._noise(batch(), None), classes)
-    f_phi, f_psi = objective._denoised(x_g, classes, None)
+    x_g = objective.generate(objective._noise(batch(), keys), classes)
+    f_phi, f_psi = objective._denoised(x_g, classes, keys)
     generator_loss(f_phi, f_psi, x_g, objective.config.alpha).sum().backward()
     for name, value in found.items():
         torch.testing.assert_close(value, objective.model.get_parameter(name).grad, rtol=1e-5, atol=1e-7)
@@ -286,8 +281,7 @@ def test_the_generators_gradient_goes_through_both_scores():
     with torch.no_grad():
         objective.student.out.weight.add_(0.3)
     x_g = torch.randn(6, 1, 5, 7, requires_grad=True)
-    torch.manual_seed(2)
-    f_phi, f_psi = objective._denoised(x_g, None, None)
+    f_phi, f_psi = objective._denoised(x_g, None, torch.arange(6))
     for seen in (f_phi, f_psi):
         slope = torch.autograd.grad(seen.sum(), x_g, retain_graph=True)[0]
         assert slope.abs().max() > 0
@@ -308,7 +302,7 @@ def test_scores_are_compared_at_edms_levels_on_any_schedule(monkeypatch):
         seen = []
         schedule = denoising.schedule
         monkeypatch.setattr(type(schedule), "noised", lambda self, x, eps, t, seen=seen: seen.append(t) or x)
-        objective._denoised(torch.zeros(2000, 1, 5, 7), None, None)
+        objective._denoised(torch.zeros(2000, 1, 5, 7), None, torch.arange(2000))
         monkeypatch.undo()
         ratio = (-schedule.logsnr(seen[0].double()) / 2).exp()
         assert ratio.max().item() <= 24.41

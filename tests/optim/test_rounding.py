@@ -8,10 +8,11 @@ import torch
 from tensors import gaussian
 from torch import nn
 
+from danlu._draws import mixed32
 from danlu.optim import AdamWConfig, Amos, AmosConfig, Lion, LionConfig, Muon, MuonConfig, Tiger, TigerConfig
 from danlu.optim import state_bytes as bytes_of
 from danlu.optim.adamw import RoundedAdamW
-from danlu.optim.rounding import _keys, _mixed, _noise, stream
+from danlu.optim.rounding import _keys, _noise, stream
 
 MAKE = {
     "Lion": lambda p, **o: Lion(p, lr=1e-5, weight_decay=0.1, **o),
@@ -270,4 +271,4 @@ def test_what_cannot_be_rounded_so_is_named():
 def test_no_two_of_two_million_numbers_are_mixed_to_one():
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(-(2**31), 2**31, (2**21,), generator=generator).unique().to(torch.int32)
-    assert _mixed(numbers).unique().numel() == numbers.numel()
+    assert mixed32(numbers).unique().numel() == numbers.numel()

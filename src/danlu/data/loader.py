@@ -141,9 +141,9 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Go through a stream of tokens once, in order, in windows that do not overlap.
 
-    Every token is a target exactly once over all ranks. What is missing to full windows and full batches has the
-    target -100 and is False in ``real``, booleans that a batch without padding does not have. So all ranks get the same
-    number of batches, of the same shape as in training.
+    Every token is a target exactly once over all ranks, of which each takes every ``world``-th window. What is missing
+    to full windows and full batches has the target -100 and is False in ``real``, booleans that a batch without padding
+    does not have. So all ranks get the same number of batches, of the same shape as in training.
 
     Args:
         tokens: ``(n,)``, ending with ``end``.
@@ -160,7 +160,7 @@ def validation_batches(
     chosen = np.concatenate([chosen, np.full(-len(chosen) % batch, total)])
     # Padding opens no document, which would cost a mask.
     padding = 1 if end == 0 else 0
-    for windows in chosen.reshape(-1, world, batch // world)[:, rank]:
+    for windows in chosen.reshape(-1, batch // world, world)[:, :, rank]:
         at = windows[:, None] * length + np.arange(-1, length)
         rows = np.where(at < len(tokens), tokens[at.clip(0, len(tokens) - 1)], padding)
         rows[at < 0] = end

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danlu._draws import fresh, normal, uniform
 from danlu._validate import number, positive
 from danlu.diffusion.schedule import Schedule
 
@@ -28,10 +29,17 @@ class UniformTimes:
         number("high", self.high, low=self.low, high=1, low_open=True)
 
     def draw(
-        self, count: int, schedule: Schedule, *, device: torch.device, generator: torch.Generator | None = None
+        self,
+        count: int,
+        schedule: Schedule,
+        *,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """Return ``count`` times, float32."""
-        return self.low + (self.high - self.low) * torch.rand(count, device=device, generator=generator)
+        """Return ``count`` times, float32: functions of ``keys`` ``(count,)``, or else drawn by ``generator``."""
+        keys = fresh(count, device=device, generator=generator) if keys is None else keys
+        return self.low + (self.high - self.low) * uniform(keys, "times")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +62,17 @@ class LogitNormalTimes:
         positive("std", self.std)
 
     def draw(
-        self, count: int, schedule: Schedule, *, device: torch.device, generator: torch.Generator | None = None
+        self,
+        count: int,
+        schedule: Schedule,
+        *,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """Return ``count`` times, float32."""
-        return torch.sigmoid(self.mean + self.std * torch.randn(count, device=device, generator=generator))
+        """Return ``count`` times, float32; arguments as :meth:`UniformTimes.draw`."""
+        keys = fresh(count, device=device, generator=generator) if keys is None else keys
+        return torch.sigmoid(self.mean + self.std * normal(keys, "times"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +92,20 @@ class LogNormalNoise:
         positive("std", self.std)
 
     def draw(
-        self, count: int, schedule: Schedule, *, device: torch.device, generator: torch.Generator | None = None
+        self,
+        count: int,
+        schedule: Schedule,
+        *,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """Return ``count`` times, float32; noise levels outside the schedule's range are clamped to it."""
-        ratio = self.mean + self.std * torch.randn(count, device=device, generator=generator)
+        """Return ``count`` times, float32; arguments as :meth:`UniformTimes.draw`.
+
+        Noise levels outside the schedule's range are clamped to it.
+        """
+        keys = fresh(count, device=device, generator=generator) if keys is None else keys
+        ratio = self.mean + self.std * normal(keys, "times")
         return schedule.time(-2 * ratio)
 
 

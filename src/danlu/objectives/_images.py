@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from danlu._draws import bernoulli
 from danlu._validate import integer
 from danlu.diffusion import classifier_free
+from danlu.objectives._positions import keys_of, numbered
 from danlu.protocols import Batch, Measure
 
 
@@ -27,10 +29,10 @@ class ImageObjective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss summed over images, float32."""
-        return self._loss(batch, None)
+        return self._loss(batch, keys_of(batch, batch["images"]))
 
-    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """Return the loss summed over images, with everything random drawn from ``generator``."""
+    def _loss(self, batch: Batch, keys: Tensor) -> Tensor:
+        """Return the loss summed over images, with everything random a function of ``keys``, one for each image."""
         raise NotImplementedError
 
     def denominator(self, batch: Batch) -> Tensor:
@@ -38,12 +40,11 @@ class ImageObjective(nn.Module):
         return torch.tensor(len(batch["images"]), device=batch["images"].device)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
-        """Measure ``val_loss``, the loss averaged over images, with the same noise every time."""
+        """Measure ``val_loss``, the loss averaged over images, with the same noise for an image every time."""
         device = next(self.model.parameters()).device
         total, count = torch.zeros(2, dtype=torch.float64, device=device).unbind()
-        generator = torch.Generator(device).manual_seed(0)
-        for batch in batches:
-            total += self._loss(batch, generator)
+        for batch in numbered(batches):
+            total += self._loss(batch, keys_of(batch, batch["images"]))
             count += len(batch["images"])
         return {"val_loss": Measure(total, count)}
 
@@ -53,12 +54,12 @@ class ImageObjective(nn.Module):
 
 
 def class_labels(
-    model: nn.Module, labels: Tensor | None, count: int, *, dropout: float = 0.0, generator: torch.Generator | None
+    model: nn.Module, labels: Tensor | None, count: int, *, dropout: float = 0.0, keys: Tensor | None = None
 ) -> Tensor | None:
     """Return the class labels of ``count`` images to give to ``model``, int64, or None for a model without classes.
 
-    ``model.num_classes`` stands for "no class". Without labels all images get it, with labels a random share
-    ``dropout``.
+    ``model.num_classes`` stands for "no class". Without labels all images get it, with labels a share ``dropout``
+    that is a function of ``keys``.
     """
     none = int(getattr(model, "num_classes", 0))
     if not none:
@@ -67,9 +68,9 @@ def class_labels(
     if labels is None:
         return torch.full((count,), none, device=device)
     labels = labels.to(device)
-    if not dropout:
+    if not dropout or keys is None:
         return labels
-    return torch.where(torch.rand(count, device=device, generator=generator) < dropout, none, labels)
+    return torch.where(bernoulli(keys, "label dropout", dropout), none, labels)
 
 
 def check_sampling(
@@ -93,7 +94,7 @@ def check_sampling(
             raise ValueError(f"labels must be {shape[0]} integers from 0 to {classes} ({classes}: no class)")
     if guidance not in (None, 1) and labels is None:
         raise ValueError(f"guidance {guidance} needs labels to guide towards")
-    return next(model.parameters()).device, class_labels(model, labels, shape[0], generator=None)
+    return next(model.parameters()).device, class_labels(model, labels, shape[0])
 
 
 def guided_call(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from danlu._draws import fresh, normal
 from danlu._validate import integer, literals, number, positive
 from danlu.diffusion import (
     Cosine,
@@ -98,12 +99,10 @@ class Denoising(ImageObjective):
         super().__init__(model)
         self.config = DenoisingConfig() if config is None else config
 
-    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def _loss(self, batch: Batch, keys: Tensor) -> Tensor:
         x0, config = batch["images"], self.config
-        classes = class_labels(
-            self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
-        )
-        error = prediction_error(self.model, config, x0, classes, generator=generator)
+        classes = class_labels(self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, keys=keys)
+        error = prediction_error(self.model, config, x0, classes, keys=keys)
         if config.resolutions:
             return multiscale_loss(error, config.resolutions).sum()
         return mean_square(error).sum()
@@ -187,10 +186,15 @@ def prediction_error(
     classes: Tensor | None,
     *,
     generator: torch.Generator | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
-    """Return prediction minus target, like ``x0``, at times and with noise drawn as ``config`` says."""
-    t = config.times.draw(len(x0), config.schedule, device=x0.device, generator=generator).to(x0.dtype)
-    eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
+    """Return prediction minus target, like ``x0``, at times and with noise drawn as ``config`` says.
+
+    They are functions of ``keys``, int64 ``(b,)``, which are drawn by ``generator`` if they are not given.
+    """
+    keys = fresh(len(x0), device=x0.device, generator=generator) if keys is None else keys
+    t = config.times.draw(len(x0), config.schedule, device=x0.device, keys=keys).to(x0.dtype)
+    eps = normal(keys, "noise", *x0.shape[1:], dtype=x0.dtype)
     target = from_x0_eps(x0, eps, t, config.schedule, config.prediction, data_std=config.data_std)
     return predict(model, config, config.schedule.noised(x0, eps, t), t, classes) - target
 

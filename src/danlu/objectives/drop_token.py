@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from danlu._draws import fresh, uniform
 from danlu._validate import integer, number
+from danlu.objectives._positions import keys_of
 
 
 def kept_tokens(
@@ -22,6 +24,7 @@ def kept_tokens(
     protected: Tensor | None = None,
     device: torch.device | None = None,
     generator: torch.Generator | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Draw which tokens of each sequence are kept: ascending indices, int64 ``(batch, kept)``.
 
@@ -34,6 +37,8 @@ def kept_tokens(
         protected: ``(batch, tokens)``, True for tokens that are dropped only if no others are left to drop.
         device: of the result.
         generator: on that device.
+        keys: one for each sequence, int64 ``(batch,)``, of which its tokens are a function; None draws them by
+            ``generator``.
 
     Raises:
         ValueError: a rate out of range, or ``protected`` of another shape.
@@ -46,7 +51,8 @@ def kept_tokens(
     number("rate", rate, low=0, high=1, high_open=True)
     if protected is not None and protected.shape != (batch, tokens):
         raise ValueError(f"protected must be {(batch, tokens)}, got shape {tuple(protected.shape)}")
-    order_bt = torch.rand(batch, tokens, device=device, generator=generator)
+    keys = fresh(batch, device=device, generator=generator) if keys is None else keys
+    order_bt = uniform(keys, "kept tokens", tokens)
     if protected is not None:
         order_bt = order_bt.masked_fill(protected, -1.0)
     kept = max(1, tokens - round(rate * tokens))
@@ -64,7 +70,7 @@ def drop_tokens(
     Args:
         batch: ``tokens`` ``(batch, time)`` and the other tensors of the batch.
         rate: share to leave out, in [0, 1); 0 keeps all.
-        generator: on the batch's device.
+        generator: on the batch's device, for a batch without ``position``.
 
     >>> tokens = torch.arange(12).view(2, 6)
     >>> short = drop_tokens({"tokens": tokens, "targets": tokens + 1}, 0.5)
@@ -72,11 +78,12 @@ def drop_tokens(
     (torch.Size([2, 3]), True)
     """
     tokens_bt = batch["tokens"]
+    keys = keys_of(batch, tokens_bt, generator=generator)
     rows, time = tokens_bt.shape
     opens = torch.zeros(tokens_bt.shape, dtype=torch.bool, device=tokens_bt.device)
     opens[:, 0] = True
     if "documents" in batch:
         opens[:, 1:] = batch["documents"].diff(dim=1) != 0
-    kept_bk = kept_tokens(rows, time, rate, protected=opens, device=tokens_bt.device, generator=generator)
+    kept_bk = kept_tokens(rows, time, rate, protected=opens, keys=keys)
     cut = {name: value.gather(1, kept_bk) if value.shape == tokens_bt.shape else value for name, value in batch.items()}
     return {**cut, "positions": kept_bk[..., None]}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from danlu._draws import normal
 from danlu._validate import literals, number
 from danlu.diffusion import (
     Denoiser,
@@ -69,13 +70,11 @@ class FlowMatching(ImageObjective):
         super().__init__(model)
         self.config = FlowMatchingConfig() if config is None else config
 
-    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def _loss(self, batch: Batch, keys: Tensor) -> Tensor:
         x0, config = batch["images"], self.config
-        t = config.times.draw(len(x0), FLOW, device=x0.device, generator=generator).to(x0.dtype)
-        eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
-        classes = class_labels(
-            self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
-        )
+        t = config.times.draw(len(x0), FLOW, device=x0.device, keys=keys).to(x0.dtype)
+        eps = normal(keys, "noise", *x0.shape[1:], dtype=x0.dtype)
+        classes = class_labels(self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, keys=keys)
         return mean_square(self.model(FLOW.noised(x0, eps, t), t, classes) - (eps - x0)).sum()
 
     @property

@@ -58,13 +58,13 @@ class MaskedImage(ImageObjective):
         super().__init__(model)
         self.config = MaskedImageConfig() if config is None else config
 
-    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def _loss(self, batch: Batch, keys: Tensor) -> Tensor:
         images = batch["images"]
         wanted_btp = self.targets(images)
         b, t = wanted_btp.shape[:2]
         if round(self.config.mask * t) in (0, t):
             raise ValueError(f"mask must hide some of an image's {t} patches and leave some, got {self.config.mask}")
-        visible_bk = kept_tokens(b, t, self.config.mask, device=images.device, generator=generator)
+        visible_bk = kept_tokens(b, t, self.config.mask, keys=keys)
         found_btp = self.model(images, visible_bk)
         squares_bt = (found_btp.to(wanted_btp.dtype) - wanted_btp).square().mean(-1)
         loss: Tensor = squares_bt.scatter(1, visible_bk, 0.0).sum() / (t - visible_bk.shape[1])

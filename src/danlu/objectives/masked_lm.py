@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu._draws import integers, uniform
 from danlu._validate import integer, number
 from danlu.models import Transformer
 from danlu.nn import declare
 from danlu.nn.balance import expert_load, has_experts
 from danlu.nn.cross_entropy import linear_cross_entropy
+from danlu.objectives._positions import keys_of, numbered
 from danlu.objectives.causal_lm import check_drops, check_language_model
 from danlu.objectives.drop_token import drop_tokens
 from danlu.protocols import IGNORE, Batch, Measure
@@ -103,12 +105,12 @@ class MaskedLM(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats, float32."""
         if not (self.training and self.config.drop_tokens):
-            x_nd, wanted_n = self._predict(batch, None)
+            x_nd, wanted_n = self._predict(batch)
             return linear_cross_entropy(x_nd, self.model.head_weight, wanted_n, chunk=self.config.chunk)
         # The targets are chosen among the tokens that are kept; a target has the same weight at every drop rate.
         whole = {**batch, "asked": askable(batch), "real": _real(batch)}
         short = drop_tokens(whole, self.config.drop_tokens)
-        x_nd, wanted_n = self._predict(short, None)
+        x_nd, wanted_n = self._predict(short)
         loss = linear_cross_entropy(x_nd, self.model.head_weight, wanted_n, chunk=self.config.chunk)
         return loss * (self.denominator(batch) / self.denominator(short).clamp_min(1))
 
@@ -121,17 +123,18 @@ class MaskedLM(nn.Module):
         there = askable_bt.sum(1)
         return torch.where(there > 0, (self.config.rate * there).round().long().clamp_min(1), 0)
 
-    def _predict(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return hidden states at the target tokens, ``(n, dim)``, and these tokens, -100 where a row has fewer."""
         tokens_bt, askable_bt, config = batch["tokens"], askable(batch), self.config
         device, table = tokens_bt.device, self.model.embedding
-        draw_bt = torch.rand(tokens_bt.shape, device=device, generator=generator).masked_fill(~askable_bt, 2.0)
+        keys_b = keys_of(batch, tokens_bt)
+        draw_bt = uniform(keys_b, "asked", tokens_bt.shape[1]).masked_fill(~askable_bt, 2.0)
         most = max(1, round(config.rate * (tokens_bt.shape[1] - 1)))
         asked_bk = draw_bt.topk(min(most, tokens_bt.shape[1]), dim=1, largest=False).indices
         beyond_bk = torch.arange(asked_bk.shape[1], device=device) >= self._share(askable_bt)[:, None]
         wanted_bk = tokens_bt.gather(1, asked_bk)
-        fate_bk = torch.rand(asked_bk.shape, device=device, generator=generator).masked_fill(beyond_bk, 2.0)
-        other_bk = torch.randint(table.shape[0], asked_bk.shape, device=device, generator=generator)
+        fate_bk = uniform(keys_b, "fate", asked_bk.shape[1]).masked_fill(beyond_bk, 2.0)
+        other_bk = integers(keys_b, "other", table.shape[0], asked_bk.shape[1])
         swapped_bk = (fate_bk >= config.masked) & (fate_bk < config.masked + config.random)
         shown_bt = tokens_bt.scatter(1, asked_bk, torch.where(swapped_bk, other_bk, wanted_bk))
         masked_bt = torch.zeros_like(askable_bt).scatter(1, asked_bk, fate_bk < config.masked)
@@ -142,14 +145,13 @@ class MaskedLM(nn.Module):
         return x_bkd.flatten(0, 1), wanted_bk.masked_fill(beyond_bk, IGNORE).flatten()
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, Measure]:
-        """Measure with the same masks every time: ``val_loss`` in nats per target token, and ``val_accuracy``, the
-        share of the targets whose most likely token is right.
+        """Measure with the same masks for a row every time: ``val_loss`` in nats per target token, and
+        ``val_accuracy``, the share of the targets whose most likely token is right.
         """
         device = self.model.embedding.device
         nats, right, asked = torch.zeros(3, dtype=torch.float64, device=device).unbind()
-        generator = torch.Generator(device).manual_seed(0)
-        for batch in batches:
-            x_nd, wanted_n = self._predict(batch, generator)
+        for batch in numbered(batches):
+            x_nd, wanted_n = self._predict(batch)
             x_nd, wanted_n = x_nd[wanted_n != IGNORE], wanted_n[wanted_n != IGNORE]
             logits_nv = x_nd @ self.model.head_weight.to(x_nd.dtype).T
             nats += F.cross_entropy(logits_nv.float(), wanted_n, reduction="sum")

@@ -13,14 +13,17 @@ al., arXiv:2601.22158.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from danlu._draws import derived, normal
 from danlu._validate import integer, literals, number, positive
 from danlu.diffusion import LogitNormalTimes, Progress, TimesConfig, average_velocity, prior
 from danlu.objectives._images import ImageObjective, check_sampling, class_labels, mean_square
+from danlu.objectives._positions import keys_of
 from danlu.objectives.flow_matching import FLOW
 from danlu.protocols import Batch
 
@@ -43,7 +46,8 @@ class MeanFlowConfig:
         form: ``meanflow``, the paper's: the derivative is taken along ``eps - x_0`` and held constant. ``marginal``
             takes it along the model's own velocity ``u(x, t, t)`` and holds it constant (one more evaluation).
             ``full`` does the same but differentiates through it: second derivatives, about twice the time.
-        share: part of each batch with r != t; the rest is flow matching. The derivative is computed for this part only.
+        share: part of the images with r != t, spread evenly over the run; the rest is flow matching. The derivative is
+            computed for this part only (rounded up to whole images of a batch).
         flow_share: part of the training, at its start, that is flow matching alone. The derivative of an untrained
             network is noise: learning velocities first is cheaper, and better in a short run.
         times: distribution from which t and r are drawn; the larger is t, also where r is then set to t. The default
@@ -93,7 +97,7 @@ class MeanFlowConfig:
 
 
 class _Draw(NamedTuple):
-    """Noisy images with their times, class labels and velocities; the first ``apart`` rows have r != t."""
+    """Noisy images with their times, class labels and velocities; only among the first ``apart`` rows is r != t."""
 
     x: Tensor
     t: Tensor
@@ -128,6 +132,7 @@ class MeanFlow(ImageObjective):
         self.config = MeanFlowConfig() if config is None else config
         if self.config.guided and not int(getattr(model, "num_classes", 0)):
             raise ValueError("omega and kappa ask for guidance, and the model has no classes")
+        self._share = Fraction(self.config.share).limit_denominator(1 << 16).as_integer_ratio()
         self._last: dict[str, Tensor] = {}
         if batches is not None:
             integer("batches", batches)
@@ -144,7 +149,7 @@ class MeanFlow(ImageObjective):
         Raises:
             ValueError: in training, ``config.flow_share`` is above 0 and ``batches`` was not given.
         """
-        share = self.config.share
+        share = self._share
         if self.training and self.config.flow_share:
             if self.batches is None:
                 raise ValueError(
@@ -154,12 +159,14 @@ class MeanFlow(ImageObjective):
                 if self._left is None:
                     self._left = int(self.flow_left)
                 if self._left > 0:
-                    share = 0.0
+                    share = (0, 1)
                     self._left -= 1
                     self.flow_left -= 1
-        draw = self._draw(batch, None, share)
+        # So many rows that follow one another have r != t at most: nobody has to wait for the device to tell.
+        most = -(-len(batch["images"]) * share[0] // share[1])
+        draw = self._draw(batch, keys_of(batch, batch["images"]), share, most=most)
         error = self._error(draw)
-        self._last = {name: value.detach() for name, value in _errors(error, draw.apart).items()}
+        self._last = {name: value.detach() for name, value in _errors(error, draw).items()}
         square = mean_square(error) * error[0].numel()
         if self.config.power:
             square = square / (square.detach() + self.config.offset) ** self.config.power
@@ -178,15 +185,23 @@ class MeanFlow(ImageObjective):
             return output
         return (x - output) / t.clamp_min(_SHORTEST).view(-1, 1, 1, 1)
 
-    def _draw(self, batch: Batch, generator: torch.Generator | None, share: float | None = None) -> _Draw:
+    def _draw(self, batch: Batch, keys: Tensor, share: tuple[int, int], most: int | None = None) -> _Draw:
+        """Draw times and noise; ``most`` rows with r != t, or as many as there are."""
         x0, config, labels = batch["images"], self.config, batch.get("labels")
-        size, apart = len(x0), round((config.share if share is None else share) * len(x0))
-        noise = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
-        one, other = (config.times.draw(size, FLOW, device=x0.device, generator=generator) for _ in range(2))
+        size, chosen = len(x0), _spread(keys, share)
+        apart = int(chosen.sum()) if most is None else most
+        order = torch.argsort(~chosen, stable=True)  # those with r != t first
+        x0, keys = x0[order], keys[order]
+        chosen = chosen[order] & (torch.arange(size, device=x0.device) < apart)
+        labels = None if labels is None else labels.to(x0.device)[order]
+        noise = normal(keys, "noise", *x0.shape[1:], dtype=x0.dtype)
+        one, other = (
+            config.times.draw(size, FLOW, device=x0.device, keys=some) for some in (keys, derived(keys, "other time"))
+        )
         t = torch.maximum(one, other).to(x0.dtype)
-        r = torch.cat([torch.minimum(one, other)[:apart].to(x0.dtype), t[apart:]])
+        r = torch.where(chosen, torch.minimum(one, other).to(x0.dtype), t)
         x, velocity = FLOW.noised(x0, noise, t), noise - x0
-        classes = class_labels(self.model, labels, size, dropout=config.label_dropout, generator=generator)
+        classes = class_labels(self.model, labels, size, dropout=config.label_dropout, keys=keys)
         if config.guided and classes is not None:
             velocity = self._guided(x, t, classes, velocity)
         return _Draw(x, t, r, classes, velocity, apart)
@@ -234,13 +249,14 @@ class MeanFlow(ImageObjective):
         correction = (t_r - r_r).view(-1, 1, 1, 1).to(slope.dtype) * slope
         return torch.cat([(value - velocity)[:apart] + correction, (value - velocity)[apart:]])
 
-    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def _loss(self, batch: Batch, keys: Tensor) -> Tensor:
         """Return the validation loss: the mean squared error per component, without the adaptive weight."""
-        return mean_square(self._error(self._draw(batch, generator))).sum()
+        return mean_square(self._error(self._draw(batch, keys, self._share))).sum()
 
     def metrics(self) -> dict[str, float]:
         """Return the unweighted errors of the last batch: ``velocity_mse`` (r = t) and ``average_mse`` (r != t)."""
-        return {name: value.item() for name, value in self._last.items()}
+        found = {name: pair.tolist() for name, pair in self._last.items()}
+        return {name: total / count for name, (total, count) in found.items() if count}
 
     @torch.no_grad()
     def sample(
@@ -300,7 +316,18 @@ def _unread(objective: nn.Module, _: object) -> None:
     objective._left = None  # type: ignore[assignment]
 
 
-def _errors(error: Tensor, apart: int) -> dict[str, Tensor]:
-    square = mean_square(error)
-    parts = {"average_mse": square[:apart], "velocity_mse": square[apart:]}
-    return {name: part.mean() for name, part in parts.items() if len(part)}
+def _spread(keys: Tensor, share: tuple[int, int]) -> Tensor:
+    """Return which rows belong to a share ``(part, whole)`` of all, spread evenly over their numbers, ``(b,)``.
+
+    Row p does where ``floor((p + 1) share) > floor(p share)``: of any rows that follow one another, wherever batches
+    and processes divide them, the share is the right one to less than a row. In integers, so that it is exact.
+    """
+    part, whole = share
+    return keys % whole * part % whole >= whole - part
+
+
+def _errors(error: Tensor, draw: _Draw) -> dict[str, Tensor]:
+    """Return sum and number of the squares of both kinds of rows, ``(2,)`` each."""
+    square, differs = mean_square(error), (draw.r != draw.t).to(torch.float32)
+    parts = {"average_mse": differs, "velocity_mse": 1 - differs}
+    return {name: torch.stack([(square * part).sum(), part.sum().to(square)]) for name, part in parts.items()}

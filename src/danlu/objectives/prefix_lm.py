@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from danlu._draws import mixed64, shifted
 from danlu.models import GPT, Transformer
 from danlu.objectives.causal_lm import CausalLM, CausalLMConfig, byte_lengths_of
 from danlu.protocols import IGNORE, Batch, Data
@@ -84,18 +85,6 @@ def prefix_lengths(tokens_bt: Tensor) -> Tensor:
     True
     """
     time = tokens_bt.shape[1]
-    places_t = _scatter(torch.arange(1, time + 1, device=tokens_bt.device))
-    words_b = _scatter(_scatter(tokens_bt + places_t).sum(1))
-    return 1 + (_shifted(words_b, 33) * time >> 31)
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """Shift int64 words as if they had no sign."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-def _scatter(x: Tensor) -> Tensor:
-    """Scatter 64 bits: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), in int64, which wraps around."""
-    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shifted(x, 31)
+    places_t = mixed64(torch.arange(1, time + 1, device=tokens_bt.device))
+    words_b = mixed64(mixed64(tokens_bt + places_t).sum(1))
+    return 1 + (shifted(words_b, 33) * time >> 31)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from danlu._draws import bernoulli, fresh, normal
 from danlu._validate import integer, literals, number
 from danlu.diffusion import (
     Cosine,
@@ -69,7 +70,12 @@ def conditional_loss(score: Tensor, eps: Tensor, b: Tensor) -> Tensor:
 
 
 def implicit_loss(
-    score: Score, x: Tensor, *, probes: int | None = 1, generator: torch.Generator | None = None
+    score: Score,
+    x: Tensor,
+    *,
+    probes: int | None = 1,
+    generator: torch.Generator | None = None,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Return ``|s|^2 + 2 tr grad s`` of each row, ``(b,)``; the true score is not needed.
 
@@ -79,6 +85,7 @@ def implicit_loss(
         probes: number of random sign vectors v; ``v.(grad s) v`` estimates the trace without bias (Hutchinson). None:
             the exact trace, with one derivative per component.
         generator: source of the probes.
+        keys: one for each row, int64 ``(b,)``, of which the probes are a function; None draws them by ``generator``.
 
     >>> x = torch.randn(5, 3)
     >>> torch.allclose(implicit_loss(lambda x: -x, x), x.square().sum(1) - 6)
@@ -93,23 +100,32 @@ def implicit_loss(
             trace = trace + _curvature(score, x, direction.view_as(x))[1]
         return _square(score(x)) + 2 * trace
     integer("probes", probes)
+    keys = fresh(len(x), device=x.device, generator=generator) if keys is None else keys
     parts = []
-    for _ in range(probes):
-        signs = torch.randint(2, x.shape, generator=generator, device=x.device).to(x.dtype) * 2 - 1
+    for probe in range(probes):
+        signs = bernoulli(keys, f"probe {probe}", 0.5, *x.shape[1:]).to(x.dtype) * 2 - 1
         value, curvature = _curvature(score, x, signs)
         parts.append(_square(value) + 2 * curvature)
     return torch.stack(parts).mean(0)
 
 
-def sliced_loss(score: Score, x: Tensor, *, probes: int = 1, generator: torch.Generator | None = None) -> Tensor:
+def sliced_loss(
+    score: Score,
+    x: Tensor,
+    *,
+    probes: int = 1,
+    generator: torch.Generator | None = None,
+    keys: Tensor | None = None,
+) -> Tensor:
     """Return the mean over directions v of ``(v.s)^2 + 2 v.(grad s) v`` of each row, ``(b,)``.
 
     The directions are normal, so that its mean over them is :func:`implicit_loss`; arguments as there.
     """
     integer("probes", probes)
+    keys = fresh(len(x), device=x.device, generator=generator) if keys is None else keys
     total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(probes):
-        direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    for probe in range(probes):
+        direction = normal(keys, f"probe {probe}", *x.shape[1:], dtype=x.dtype)
         value, curvature = _curvature(score, x, direction)
         total = total + (direction * value).flatten(1).sum(1) ** 2 + 2 * curvature
     return total / probes
@@ -181,15 +197,13 @@ class ScoreMatching(ImageObjective):
         super().__init__(model)
         self.config = ScoreMatchingConfig() if config is None else config
 
-    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def _loss(self, batch: Batch, keys: Tensor) -> Tensor:
         x0, config = batch["images"], self.config
-        t = config.times.draw(len(x0), config.schedule, device=x0.device, generator=generator).to(x0.dtype)
-        eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, generator=generator)
+        t = config.times.draw(len(x0), config.schedule, device=x0.device, keys=keys).to(x0.dtype)
+        eps = normal(keys, "noise", *x0.shape[1:], dtype=x0.dtype)
         x = config.schedule.noised(x0, eps, t)
         b = config.schedule.coefficients(t)[1]
-        classes = class_labels(
-            self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, generator=generator
-        )
+        classes = class_labels(self.model, batch.get("labels"), len(x0), dropout=config.label_dropout, keys=keys)
 
         def score(x: Tensor) -> Tensor:
             output: Tensor = self.model(x, config.schedule.condition(t), classes)
@@ -198,9 +212,9 @@ class ScoreMatching(ImageObjective):
         if config.loss == "conditional":
             loss = conditional_loss(score(x), eps, b)
         elif config.loss == "implicit":
-            loss = implicit_loss(score, x, probes=config.probes, generator=generator)
+            loss = implicit_loss(score, x, probes=config.probes, keys=keys)
         else:
-            loss = sliced_loss(score, x, probes=config.probes, generator=generator)
+            loss = sliced_loss(score, x, probes=config.probes, keys=keys)
         return (b * b * loss).sum() / x0[0].numel()
 
     @torch.no_grad()

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from danlu._draws import derived, normal, uniform
 from danlu._validate import integer, number, positive
 from danlu.config import Pretrained
 from danlu.diffusion import EDM, LogNormalNoise, Progress, to_x0_eps
 from danlu.objectives._images import ImageObjective, check_sampling, class_labels, mean_square
+from danlu.objectives._positions import keys_of
 from danlu.objectives.denoising import Denoising, DenoisingConfig, predict, prediction_error
 from danlu.protocols import Batch
 
@@ -112,20 +114,21 @@ class SiD(ImageObjective):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of the student score plus that of the generator, summed over images, float32."""
-        classes = self._classes(batch)
+        classes, keys = self._classes(batch), keys_of(batch, batch["images"])
+        apart = derived(keys, "student")  # generator and student see other noise
         with torch.no_grad():
-            made = self.generate(self._noise(batch, None), classes)
-        student = mean_square(prediction_error(self.student, self.config.denoising, made, classes)).sum()
-        x_g = self.generate(self._noise(batch, None), classes)
-        f_phi, f_psi = self._denoised(x_g, classes, None)
+            made = self.generate(self._noise(batch, apart), classes)
+        student = mean_square(prediction_error(self.student, self.config.denoising, made, classes, keys=apart)).sum()
+        x_g = self.generate(self._noise(batch, keys), classes)
+        f_phi, f_psi = self._denoised(x_g, classes, keys)
         self._last = torch.stack([mean_square(f - x_g).mean() for f in (f_phi, f_psi)]).detach()
         return student + generator_loss(f_phi, f_psi, x_g, self.config.alpha).sum()
 
-    def _loss(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def _loss(self, batch: Batch, keys: Tensor) -> Tensor:
         """Return the validation loss, L4 = E |f_phi - x|^2 - |f_psi - x|^2: an estimate of the scores' distance."""
         classes = self._classes(batch)
-        x_g = self.generate(self._noise(batch, generator), classes)
-        f_phi, f_psi = self._denoised(x_g, classes, generator)
+        x_g = self.generate(self._noise(batch, keys), classes)
+        f_phi, f_psi = self._denoised(x_g, classes, keys)
         return (mean_square(f_phi - x_g) - mean_square(f_psi - x_g)).sum()
 
     def metrics(self) -> dict[str, float]:
@@ -147,25 +150,23 @@ class SiD(ImageObjective):
         return self._x0(self.model, b * z, t.to(z).expand(len(z)), classes)
 
     def _classes(self, batch: Batch) -> Tensor | None:
-        return class_labels(self.model, batch.get("labels"), len(batch["images"]), generator=None)
+        return class_labels(self.model, batch.get("labels"), len(batch["images"]))
 
-    def _noise(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def _noise(self, batch: Batch, keys: Tensor) -> Tensor:
         like = batch["images"]
-        return torch.randn(like.shape, device=like.device, dtype=like.dtype, generator=generator)
+        return normal(keys, "latent", *like.shape[1:], dtype=like.dtype)
 
     def _x0(self, network: Callable[..., Tensor], x: Tensor, t: Tensor, classes: Tensor | None) -> Tensor:
         config = self.config.denoising
         output = predict(network, config, x, t, classes)
         return to_x0_eps(output, x, t, config.schedule, config.prediction, data_std=config.data_std)[0]
 
-    def _denoised(
-        self, x_g: Tensor, classes: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def _denoised(self, x_g: Tensor, classes: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images as teacher and student denoise them from noise; gradients flow to x_g only."""
         schedule = self.config.denoising.schedule
-        level = self.config.t_max * torch.rand(len(x_g), device=x_g.device, generator=generator)
+        level = self.config.t_max * uniform(keys, "times")
         t = schedule.time(_LEVELS.logsnr(level.to(x_g.dtype)))
-        eps = torch.randn(x_g.shape, device=x_g.device, dtype=x_g.dtype, generator=generator)
+        eps = normal(keys, "noise", *x_g.shape[1:], dtype=x_g.dtype)
         x_t = schedule.noised(x_g, eps, t)
         constant = {name: value.detach() for name, value in self.student.named_parameters()}
 

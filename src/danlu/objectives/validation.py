@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from danlu.objectives._positions import numbered
 from danlu.protocols import Batch, Measure, Objective
 
 __all__ = ["evaluate"]
@@ -17,7 +18,9 @@ def evaluate(objective: Objective, batches: Iterable[Batch]) -> dict[str, float]
     """Measure an objective on batches, in evaluation mode and without gradients.
 
     With several processes each passes its own batches, and all get the results over all batches together; a measure
-    without examples in any of them is left out. The module's training mode is restored.
+    without examples in any of them is left out. The module's training mode is restored. What an objective draws is a
+    function of the number of an example (``batch["position"]``): where batches have none, each of n processes is taken
+    to have every n-th row, as danlu's data give them, and the results are those of one process.
 
     Args:
         objective: a module that fits :class:`danlu.protocols.Objective`.
@@ -38,14 +41,15 @@ def evaluate(objective: Objective, batches: Iterable[Batch]) -> dict[str, float]
     """
     if not isinstance(objective, nn.Module):
         raise TypeError(f"objective must be a torch.nn.Module, got {type(objective).__name__}")
+    rank, size = (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
     was_training = objective.training
     objective.eval()
     try:
-        measures = objective.evaluate(batches)
+        measures = objective.evaluate(numbered(batches, rank=rank, world=size))
         _check(objective, measures)
     finally:
         objective.train(was_training)
-    if dist.is_available() and dist.is_initialized():
+    if _several():
         # Sorted: every process reduces in the same order.
         measures = {name: _over_processes(measures[name]) for name in sorted(measures)}
     found = {name: value for name, measure in measures.items() if (value := measure.value()) is not None}
@@ -60,6 +64,10 @@ def _check(objective: nn.Module, measures: object) -> None:
         raise TypeError(f"{kind}.evaluate must return danlu.protocols.Measure objects by name, got {measures!r:.60}")
     if "val_loss" not in measures:
         raise TypeError(f"{kind}.evaluate must measure val_loss, got {', '.join(measures) or 'nothing'}")
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _over_processes(measure: Measure) -> Measure:

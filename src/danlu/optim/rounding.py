@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from danlu._draws import mixed32
 from danlu._roles import ATTRIBUTES
 from danlu._validate import choice, integer
 from danlu.optim._common import is_dtensor, pieces
@@ -138,28 +139,16 @@ def _places(parameter: Any) -> tuple[int, list[Tensor]]:
     return 0, [found.to(torch.int32)]
 
 
-#: The multipliers of a mixing function of 32 bits whose output bits flip with probability 1/2 +- 1e-3 when any bit of
-#: the input does (Wellons, "Prospecting for hash functions", 2018), the second as a signed number.
-_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
-
-
-def _mixed(x: Tensor, between: Any = 0) -> Tensor:
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _FIRST
-    x = x ^ between
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * _SECOND
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
 def _keys(key: int, step: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a parameter's stream and step contribute to the noise, without reading the step."""
     low, high = (part - 2**32 if part >= 2**31 else part for part in (key & 0xFFFFFFFF, key >> 32))
-    first = _mixed(step.to(torch.int32) ^ low)
-    return first, _mixed(first ^ high)
+    first = mixed32(step.to(torch.int32) ^ low)
+    return first, mixed32(first ^ high)
 
 
 def _noise(index: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Return 32 random bits for each element's number."""
-    return _mixed(index ^ first, second)
+    return mixed32(index ^ first, second)
 
 
 class Resolution:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from danlu._draws import start
 from danlu.objectives import evaluate
 from danlu.optim import NonFiniteGuard, clip_grad_norm_, grad_norm, limited_step
 from danlu.protocols import Batch, Loader, Paced, Record, Reporter, ScheduleConfig
@@ -268,7 +269,7 @@ class Trainer:
         """
         device = self.policy.device
         self.objective.train()
-        batches = [_to(next(self.loader), device) for _ in range(self.config.accumulate)]
+        batches = [_to(self._numbered(next(self.loader), micro), device) for micro in range(self.config.accumulate)]
         items = torch.stack([self.objective.denominator(batch) for batch in batches]).sum().double()
         elapsed, self._save_failed = time.perf_counter() - self._start, self.saver.failed
         if self.world.size > 1:
@@ -285,6 +286,12 @@ class Trainer:
                 (part * scale.to(part.dtype)).backward()
             loss += part.detach()
         return loss, items, elapsed
+
+    def _numbered(self, batch: Batch, micro: int) -> Batch:
+        """Return the batch with the numbers of its examples among all of the run, of which what is drawn depends."""
+        rows = len(next(iter(batch.values())))
+        first = (self.step * self.config.accumulate + micro) * self.world.size + self.world.rank
+        return {**batch, "position": start("train", self.config.seed) + torch.arange(rows) + first * rows}
 
     def _apply(self, elapsed: float) -> tuple[Tensor, float]:
         """Clip, step and schedule; return the gradient's norm and the learning rate that was used."""
