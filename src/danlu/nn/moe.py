@@ -30,6 +30,7 @@ from danlu._validate import choice, integer, positive
 from danlu.nn.auxiliary_loss import AuxiliaryLossConfig
 from danlu.nn.balance import Balancer
 from danlu.nn.dynamic_experts import DynamicConfig
+from danlu.nn.exchange import exchanged_experts, is_cut
 from danlu.nn.feed_forward import FeedForward
 from danlu.nn.grouped import routed_experts
 from danlu.nn.loss_free import LossFreeConfig
@@ -286,7 +287,8 @@ class MoE(nn.Module):
         gate, chosen = self.route(x_nd, real_n)
         # The norm is the one that experts have on average when training starts, up to a constant.
         norm = self.out_std * self.config.hidden**0.5 if self.config.normalize_experts else None
-        return routed_experts(x_nd, gate, chosen, self.w_up, self.w_down, rms=norm)
+        experts = exchanged_experts if is_cut(self.w_up) else routed_experts
+        return experts(x_nd, gate, chosen, self.w_up, self.w_down, rms=norm)
 
     @torch.compiler.disable(reason="an auxiliary balancing loss is added in the backward pass")  # type: ignore[untyped-decorator]
     def _uncompiled(self, x_nd: Tensor, real_n: Tensor | None) -> Tensor:
