@@ -42,7 +42,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from danlu.train import run
 
     found: list[Any] = []
-    monkeypatch.setattr(run, "train", lambda config, folder, code: found.append(config) or 1)
+    monkeypatch.setattr(run, "train", lambda config, folder, **others: found.append(config) or 1)
     return found
 
 
@@ -110,9 +110,11 @@ def test_what_people_call_it_elsewhere_is_answered_with_what_it_is_here(words: l
     assert part in str(caught.value)
 
 
-def test_resume_says_why_it_takes_no_options() -> None:
-    with pytest.raises(ValueError, match=r"no option --steps: a resumed run keeps its configuration; .* danlu train"):
-        parse(["resume", "runs/lm-1", "--steps", "100"])
+def test_resume_takes_the_options_of_a_configuration_behind_its_folder() -> None:
+    arguments = parse(["resume", "runs/lm-1", "--steps", "100", "--data", "a", "b"])
+    assert (arguments.folder, arguments.overrides, arguments.data) == ("runs/lm-1", ["--steps", "100"], ["a", "b"])
+    with pytest.raises(ValueError, match=r"danlu resume takes one run, got 'a' and 'b'"):
+        parse(["resume", "a", "b"])
     with pytest.raises(ValueError, match=r"did you mean --batches\?"):
         parse(["eval", "runs/lm-1", "--batch", "100"])
 

@@ -152,7 +152,7 @@ def test_a_configuration_file_is_trained_and_a_part_of_one_changes_a_recipe(
     from danlu.train import run
 
     seen: list[Any] = []
-    monkeypatch.setattr(run, "train", lambda config, folder, code: seen.append((config, folder)) or 1)
+    monkeypatch.setattr(run, "train", lambda config, folder, **others: seen.append((config, folder)) or 1)
     (place / "part.json").write_text('{"train": {"seed": 5}, "model": {"attention": {"type": "MLAConfig"}}}')
     assert main(["train", "lm-dense", "--config", "part.json", "--train.steps", "9"]) == 1
     config = seen[-1][0]

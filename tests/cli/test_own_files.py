@@ -69,7 +69,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from danlu.train import run
 
     found: list[Any] = []
-    monkeypatch.setattr(run, "train", lambda config, folder, code: found.append((config, code)) or 1)
+    monkeypatch.setattr(run, "train", lambda config, folder, code, **others: found.append((config, code)) or 1)
     return found
 
 

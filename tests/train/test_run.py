@@ -75,6 +75,7 @@ def test_a_run_folder_holds_what_later_verbs_need(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.json",
+        "history.json",
         "manifest.json",
         "metrics.jsonl",
         "tokenizer.json",

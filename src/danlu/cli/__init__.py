@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(words)
         _show_progress()
-        if words[0] not in ("train", "resume"):
+        if words[0] not in ("train", "resume", "branch"):
             return int(arguments.run(arguments))
         with outlive_readers():
             return int(arguments.run(arguments))

@@ -4,14 +4,21 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["add_run", "failures_code", "generator_of", "is_text", "load_code", "printable", "progress"]
+if TYPE_CHECKING:
+    from danlu.train.load import RunAt
+
+__all__ = ["add_run", "failures_code", "generator_of", "is_text", "open_run", "printable", "progress"]
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Declare the folder of a run, and the option that gives its code again."""
-    parser.add_argument("folder", metavar="RUN", help="a run folder, e.g. runs/lm-1")
+    parser.add_argument(
+        "folder",
+        metavar="RUN",
+        help="a run folder, e.g. runs/lm-1; runs/lm-1@600 is its checkpoint of step 600, @best and @last are others",
+    )
     parser.add_argument(
         "--code",
         metavar="FILE",
@@ -20,15 +27,21 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_code(arguments: argparse.Namespace, command: str) -> None:
-    """Load what ``--code`` names, before the run's configuration is read.
+def open_run(arguments: argparse.Namespace, command: str) -> "RunAt":
+    """Return the run and the checkpoint that were named; ``arguments.folder`` becomes the folder alone.
+
+    What ``--code`` names is loaded, before the run's configuration is read.
 
     Raises:
-        ValueError: the run needs code that was not given.
+        ValueError: the run needs code that was not given, or what was named is no checkpoint.
     """
+    from danlu.train.load import run_at
     from danlu.usercode import load_again
 
-    load_again(arguments.folder, arguments.code or (), command)
+    at = run_at(arguments.folder)
+    arguments.folder = str(at.folder)
+    load_again(at.folder, arguments.code or (), command)
+    return at
 
 
 def is_text(folder: str | Path) -> bool:
@@ -45,15 +58,14 @@ def printable(text: str) -> str:
 
 def generator_of(arguments: argparse.Namespace, command: str) -> Any:
     """Return the objective of a run whose model denoises, on the processor."""
-    load_code(arguments, command)
-    folder = arguments.folder
+    at = open_run(arguments, command)
     from danlu.protocols import Denoises
     from danlu.train import load_objective
 
-    objective = load_objective(folder)[0].cpu()
+    objective = load_objective(at)[0].cpu()
     if not isinstance(objective, Denoises):
         kind = type(objective).__name__
-        raise ValueError(f"{folder} is a run of {kind}, which has no denoiser; take one of digits-ddpm or digits-flow")
+        raise ValueError(f"{at.folder} is a run of {kind}, which has no denoiser; take digits-ddpm or digits-flow")
     return objective
 
 

@@ -1,15 +1,22 @@
 """``danlu eval``: a run's measures on its validation data."""
 
 import argparse
+import json
+import math
+import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from danlu._validate import integer
-from danlu.cli.common import add_run, is_text, load_code
+from danlu.cli.common import add_run, is_text, open_run
 
 EXAMPLES = """\
   danlu eval runs/lm-1                 all of its validation text
   danlu eval runs/lm-1 --batches 16    a part, spread evenly over it
+  danlu eval runs/lm-1@best            its best checkpoint; @600 is that of step 600
+  danlu eval runs/lm-1 --data b.txt    what of other data would be held out, by the run's tokenizer
+  danlu eval runs/lm-1 --json          one JSON object
   danlu eval runs/digits-1 --steps 2   a generator of images: its distance from the held-out ones, too"""
 
 _DRAWN = 500
@@ -18,6 +25,8 @@ _DRAWN = 500
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_run(parser)
+    parser.add_argument("--data", metavar="PATH", nargs="+", help="other data, or its own at another place")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     parser.add_argument("--batches", type=int, metavar="N", help="validation batches to measure (default: all)")
     parser.add_argument("--count", type=int, metavar="N", help=f"images to draw (default: {_DRAWN})")
     parser.add_argument(
@@ -30,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the run's measures."""
-    load_code(arguments, "eval")
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # of several processes the first measures and prints
+    at = open_run(arguments, "eval")
     for option, low in (("batches", 1), ("count", 16), ("seed", 0), ("steps", 1)):
         value = getattr(arguments, option)
         if value is not None:
@@ -39,15 +50,32 @@ def run(arguments: argparse.Namespace) -> int:
     for option in ("count", "features", "seed", "steps", "guidance"):
         if text and getattr(arguments, option) is not None:
             raise ValueError(f"--{option} is for runs on images; {arguments.folder} is a run on text")
-    from danlu.train import run
+    from danlu.cli.overrides import apply
+    from danlu.train import read_config, run
 
-    parts = run.restore(arguments.folder)
+    other = None
+    if arguments.data:
+        other = apply(read_config(at), ["--data.path", *arguments.data])
+    parts = run.restore(at, config=other)
     print(_measured(arguments.batches, parts.config.train.eval_batches), file=sys.stderr, flush=True)
-    for name, value in run.evaluate(parts, batches=arguments.batches).items():
-        print(f"{name} {value:.6g}", flush=True)
+    found = run.evaluate(parts, batches=arguments.batches)
+    if not arguments.json:
+        _print(found)
     if not text:
-        _measure(arguments, parts)
+        more = _measure(arguments, parts)
+        found |= more
+        if not arguments.json:
+            _print(more)
+    if arguments.json:
+        # JSON has no word for what is not finite.
+        finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        print(json.dumps({"run": str(at), "data": parts.data.manifest.get("source"), **finite}))
     return 0
+
+
+def _print(found: Mapping[str, float]) -> None:
+    for name, value in found.items():
+        print(f"{name} {value:.6g}", flush=True)
 
 
 def _measured(batches: int | None, trained: int | None) -> str:
@@ -60,8 +88,8 @@ def _measured(batches: int | None, trained: int | None) -> str:
     return f"{now} of the validation data" + ("" if now == then else f" (training measured {then} of it)")
 
 
-def _measure(arguments: argparse.Namespace, parts: Any) -> None:
-    """Print the distances between a run's images and the held-out ones of its data."""
+def _measure(arguments: argparse.Namespace, parts: Any) -> dict[str, float]:
+    """Return the distances between a run's images and the held-out ones of its data."""
     from danlu import recipes
     from danlu.evaluation import feature_network, measure_images, sampling_steps
     from danlu.protocols import Generator
@@ -69,7 +97,7 @@ def _measure(arguments: argparse.Namespace, parts: Any) -> None:
 
     objective, data = parts.objective, parts.data
     if not isinstance(objective, Generator):
-        return
+        return {}
     if arguments.features is not None:
         network: Any = load(arguments.features)[0]
         if not hasattr(network, "features"):
@@ -83,7 +111,6 @@ def _measure(arguments: argparse.Namespace, parts: Any) -> None:
         print("comparing by a classifier of the same images (trained once, then kept) ...", file=sys.stderr, flush=True)
         network = feature_network(recipes.load("digits-classifier"), parts.config.data, sha256=data.manifest["sha256"])
     steps = sampling_steps(objective, arguments.steps)
-    print(f"steps {steps}")
     found = measure_images(
         objective,
         data,
@@ -93,5 +120,4 @@ def _measure(arguments: argparse.Namespace, parts: Any) -> None:
         seed=arguments.seed or 0,
         guidance=arguments.guidance,
     )
-    for name, value in found.items():
-        print(f"{name} {value:.6g}")
+    return {"steps": steps, **found}

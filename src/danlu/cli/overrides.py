@@ -1,13 +1,12 @@
 """Options of a configuration set by their paths (``--model.dim 512``), and its components chosen by name."""
 
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from danlu._validate import nearest
 from danlu.cli.values import accepted, is_none, parse, words_of
-from danlu.config import Draft, describe, place, short_name
+from danlu.config import Draft, absolute_paths, describe, place, short_name
 from danlu.config.draft import Spot, element
 from danlu.config.hints import loaded_class, missing_methods
 from danlu.config.tree import new_names
@@ -84,8 +83,7 @@ def apply(config: T, words: Sequence[str], *, fixed: Sequence[str] = (), find: F
     """
     draft = Draft.of(config)
     change(draft, words, fixed=fixed, find=find)
-    built: T = draft.build()
-    return built
+    return cast(T, absolute_paths(draft.build()))
 
 
 def change(draft: Draft, words: Sequence[str], *, fixed: Sequence[str] = (), find: Find | None = None) -> list[str]:
@@ -103,18 +101,13 @@ def change(draft: Draft, words: Sequence[str], *, fixed: Sequence[str] = (), fin
             _unknown(path, found)
         spot, option = found[path], f"--{path}"
         if not _is_section(spot):
-            draft.set(path, _absolute(parse(values, spot.hint, option), spot.hint))
+            draft.set(path, parse(values, spot.hint, option))
         elif not _is_choice(spot):
             inside = [f"--{inner}" for inner, other in found.items() if inner.startswith(f"{path}.")]
             raise ValueError(f"--{path} is a section; set one of its options: {', '.join(inside)}")
         else:
             _choose(draft, spot, values, option, find)
     one_length(draft, named)
-    for spot in list(draft.spots()):
-        # A recipe may have relative paths of its own.
-        absolute = _absolute(spot.value, spot.hint)
-        if absolute != spot.value:
-            draft.set(spot.path, absolute)
     return said
 
 
@@ -223,14 +216,6 @@ def _spelled_out(name: str, classes: Iterable[type]) -> str:
             if phrase.search(text):
                 return f"; did you mean {short_name(cls)!r}? Its {field}: {text}"
     return ""
-
-
-def _absolute(value: Any, hint: Any) -> Any:
-    if not place(hint).is_path:
-        return value
-    if isinstance(value, str):
-        return os.path.abspath(value)
-    return tuple(map(os.path.abspath, value)) if isinstance(value, tuple) else value
 
 
 def _old_names(spot: Spot) -> list[str]:

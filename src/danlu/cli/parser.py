@@ -17,7 +17,8 @@ __all__ = ["COMMANDS", "parse"]
 
 COMMANDS = {
     "train": "train a model from a recipe, on the embedded corpus or on your data",
-    "resume": "continue an interrupted run exactly where its last checkpoint left it",
+    "resume": "continue a run exactly where a checkpoint left it, also for more steps",
+    "branch": "decay from a checkpoint of a run's stable phase, in a new run",
     "tokenize": "write text as tokens that a training opens at once, by all cores",
     "sample": "write text or images from a trained run",
     "eval": "measure a run on its validation data",
@@ -59,12 +60,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         # The claims have a command line of their own, which also works without this one.
         return argparse.Namespace(words=rest, run=module.run)
     parser = _parser(command, module)
-    if command == "train":
-        # Its other options are those of the configuration, which is only known when the recipe has been loaded.
+    if command in ("train", "resume"):
+        # Their other options are those of the configuration, which is only known when the recipe has been loaded.
         found = module.separate(rest)
         arguments = parser.parse_args(found.own)
-        arguments.recipe, arguments.overrides = found.recipe, found.options
-        if arguments.help and arguments.recipe is None:
+        arguments.overrides = found.options
+        if command == "train":
+            arguments.recipe = found.first
+        if command == "train" and arguments.help and arguments.recipe is None:
             parser.print_help()
             raise SystemExit(0)
     else:

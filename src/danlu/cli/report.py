@@ -2,7 +2,7 @@
 
 import argparse
 
-from danlu.cli.common import add_run, load_code
+from danlu.cli.common import add_run, open_run
 
 EXAMPLES = """\
   danlu report runs/lm-1"""
@@ -15,8 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write a run's plots and page, and say where they are."""
+    from danlu.train.load import run_at
+
+    arguments.folder = str(run_at(arguments.folder).folder)
     if arguments.code:
-        load_code(arguments, "report")
+        open_run(arguments, "report")
     from danlu.report import write
 
     print(write(arguments.folder))

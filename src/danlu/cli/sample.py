@@ -2,16 +2,20 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from danlu._validate import choice, integer, number
-from danlu.cli.common import add_run, is_text, load_code, printable
+from danlu.cli.common import add_run, is_text, open_run, printable
+
+if TYPE_CHECKING:
+    from danlu.train.load import RunAt
 
 EXAMPLES = """\
   danlu sample runs/lm-1 --prompt "def main("
   danlu sample runs/lm-1 --prompt "import " --tokens 400 --temperature 0.7 --top-p 0.95
   danlu sample runs/lm-1 --prompt "class " --temperature 0 --tokens 100       the most likely text
   danlu sample runs/lm-1 --prompt "class " --count 3 --seed 7                 three, the same each time
+  danlu sample runs/lm-1@600 --prompt "class "                                by its checkpoint of step 600
   danlu sample runs/lm-1 --prompts prompts.txt --stop "\\ndef "                one prompt a line, written together
   danlu sample runs/digits-1 --steps 1 --out x.png                            64 images, in one step each
   danlu sample runs/digits-flow-1 --steps 50 --out x.gif --classes 3 7        how they come about, of two classes"""
@@ -59,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continue a prompt and print the text while it is written; or draw images."""
-    load_code(arguments, "sample")
+    at = open_run(arguments, "sample")
     for option, low in (("count", 1), ("seed", 0), ("tokens", 1), ("top_k", 1), ("upsample", 1), ("steps", 1)):
         value = getattr(arguments, option)
         if value is not None:
@@ -71,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         number("--top-p", arguments.top_p, low=0, high=1, low_open=True)
     if arguments.min_p is not None:
         number("--min-p", arguments.min_p, low=0, high=1)
-    return _write(arguments) if is_text(arguments.folder) else _draw(arguments)
+    return _write(arguments, at) if is_text(at.folder) else _draw(arguments, at)
 
 
-def _write(arguments: argparse.Namespace) -> int:
+def _write(arguments: argparse.Namespace, at: "RunAt") -> int:
     """Continue one prompt and print the text while it is written, or several together."""
     for option in ("steps", "guidance", "out", "classes", "upsample"):
         if getattr(arguments, option) is not None:
@@ -83,7 +87,7 @@ def _write(arguments: argparse.Namespace) -> int:
     from danlu.evaluation import continuation, continuations
     from danlu.train import load
 
-    model, _ = load(arguments.folder)
+    model, _ = load(at)
     tokenizer = load_tokenizer(Path(arguments.folder) / "tokenizer.json")
     prompts = _prompts(arguments)
     options = {
@@ -119,7 +123,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(arguments.count or 1)]
 
 
-def _draw(arguments: argparse.Namespace) -> int:
+def _draw(arguments: argparse.Namespace, at: "RunAt") -> int:
     """Draw images and write them as one picture, or the way to them as an animation."""
     import torch
 
@@ -131,7 +135,7 @@ def _draw(arguments: argparse.Namespace) -> int:
     for option in ("prompt", "prompts", "stop", "top_k", "top_p", "min_p", "repetition_penalty"):
         if getattr(arguments, option):
             raise ValueError(f"--{option.replace('_', '-')} is for runs on text; {arguments.folder} has no tokenizer")
-    objective, config = load_objective(arguments.folder)
+    objective, config = load_objective(at)
     model: Any = config.model
     if not isinstance(objective, Generator):
         kind = type(objective).__name__

@@ -73,7 +73,7 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
         ValueError, TypeError, OSError: one of them is wrong.
     """
     from danlu.cli.overrides import change, one_length
-    from danlu.config import Draft, flatten
+    from danlu.config import Draft, absolute_paths, flatten
     from danlu.config.migrations import migrate
     from danlu.config.tree import Reader
     from danlu.recipes import REGISTRY
@@ -108,7 +108,7 @@ def configure(arguments: argparse.Namespace) -> "tuple[str, RunConfig, UserCode]
     data = ["--data.path", *arguments.data] if arguments.data else []
     reader.old += change(draft, [*data, *arguments.overrides], fixed=FIXED, find=find)
     reader.warn()
-    config = draft.build()
+    config = absolute_paths(draft.build())
     return name, config, code_of(config, files)
 
 

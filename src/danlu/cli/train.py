@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from danlu.cli.source import is_code
+from danlu.cli.words import Words, sort_words
 from danlu.recipes import REGISTRY
 
-__all__ = ["ABOUT", "EXAMPLES", "USAGE", "Words", "add_arguments", "run", "separate"]
+__all__ = ["ABOUT", "EXAMPLES", "USAGE", "add_arguments", "run", "separate"]
 
 USAGE = "danlu train [RECIPE] [--data PATH ...] [--config FILE] [--out DIR] [--PATH.TO.OPTION VALUE ...]"
 
@@ -32,19 +32,12 @@ EXAMPLES = """\
   danlu train my_recipe.py:smooth --out runs/smooth    a recipe of your own
   danlu train --config runs/lm-1/config.json --seed 1  another run's configuration; a part of one with a recipe
   danlu train lm-baseline --out runs/baseline --train.seed 1 --train.checkpoint_every 100
+  danlu train lm --init runs/lm-1 --data other.txt     with the weights of another run
+  danlu train lm --out runs/job --resume               start it, or continue it: the same line after any restart
   torchrun --nproc-per-node 2 -m danlu train --out runs/two"""
 
 # Options of the command itself, with the number of words each takes (None: all that follow).
-_LISTS = ("--data.path",)
-_OWN = {"--data": None, "--code": 1, "--config": 1, "--out": 1, "--help": 0, "-h": 0}
-
-
-class Words(NamedTuple):
-    """The words of a command line: for the command itself, for the configuration, and the recipe or None."""
-
-    own: list[str]
-    options: list[str]
-    recipe: str | None
+_OWN = {"--data": None, "--code": 1, "--config": 1, "--init": 1, "--out": 1, "--resume": 0, "--help": 0, "-h": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--code", metavar="FILE", action="append", help="a file or module of your own that --config names"
     )
     parser.add_argument(
+        "--init",
+        metavar="RUN",
+        help="another run, or a checkpoint RUN@600 of it, whose weights this one begins with",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run if --out holds it already, else start it"
+    )
+    parser.add_argument(
         "--out", metavar="DIR", help="the run folder to create, never overwritten (default: runs/RECIPE-N)"
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this; with a recipe, all of its options")
@@ -75,36 +76,9 @@ def separate(words: Sequence[str]) -> Words:
         ValueError: two recipes, or an option with a single hyphen.
 
     >>> separate(["--out", "here", "lm-dense", "--model.dim", "64"])
-    Words(own=['--out', 'here'], options=['--model.dim', '64'], recipe='lm-dense')
+    Words(own=['--out', 'here'], options=['--model.dim', '64'], first='lm-dense')
     """
-    from danlu.cli.overrides import is_option
-
-    own, options, recipes = list[str](), list[str](), list[str]()
-    name, more = "", 0.0  # the option before, and how many words it may still take
-    for word in words:
-        if is_option(word):
-            name, equals, _ = word.partition("=")
-            if not word.startswith("--") and word != "-h":
-                raise ValueError(f"danlu train has no option {name} (see danlu train --help)")
-            taken = _OWN.get(name)
-            more = 0 if equals else float("inf") if taken is None else taken
-            (own if name in _OWN else options).append(word)
-        elif more <= 0:
-            recipes.append(word)
-        elif name in _OWN:
-            own.append(word)
-            more -= 1
-        elif more < float("inf") and name not in _LISTS and _names_recipe(word):
-            # The option before has its value, so that this word is one too many.
-            recipes.append(word)
-        else:
-            options.append(word)
-            more = 1e9
-    if len(recipes) > 1:
-        raise ValueError(
-            f"danlu train takes one recipe, got {' and '.join(map(repr, recipes))}; data are given by --data"
-        )
-    return Words(own, options, recipes[0] if recipes else None)
+    return sort_words(words, _OWN, "train", stray=_names_recipe, what="recipe")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -117,16 +91,22 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"danlu train {name}: its options, with their defaults\n")
         print(*table(config), sep="\n")
         return 0
-    from danlu.cli.finish import finish
+    from danlu.cli.finish import finishing
     from danlu.train import run
 
+    if arguments.resume and not arguments.out:
+        raise ValueError("--resume needs --out: the folder that is continued if it holds the run already")
+
+    def train(folder: Path) -> int:
+        options = {"code": code, "init": arguments.init, "restartable": arguments.resume}
+        return finishing(folder, lambda: run.train(config, folder, **options))
+
     if arguments.out:
-        folder = Path(arguments.out)
-        return finish(folder, run.train(config, folder, code=code))
+        return train(Path(arguments.out))
     first = not Path("runs").exists()
     folder = _own_folder(name)
     try:
-        return finish(folder, run.train(config, folder, code=code))
+        return train(folder)
     finally:
         with contextlib.suppress(OSError):  # what is empty: nothing came of it
             folder.rmdir()

@@ -18,11 +18,12 @@ foreign code run. A key that is absent takes today's default. A field that was r
 one release: the class says ``renamed: ClassVar[dict[str, str]] = {"old": "new"}``.
 """
 
-from danlu.config.compare import differences, fingerprint, flatten
+from danlu.config.compare import changes, differences, fingerprint, flatten
 from danlu.config.describe import describe
 from danlu.config.draft import Draft
 from danlu.config.hints import IsPath, Known, Place, hints_of, place, short_name
 from danlu.config.migrations import FORMAT
+from danlu.config.paths import absolute_paths, moved_paths, path_options
 from danlu.config.pretrained import Pretrained
 from danlu.config.tree import dumps, from_document, from_tree, loads, to_document, to_tree
 
@@ -33,6 +34,8 @@ __all__ = [
     "Known",
     "Place",
     "Pretrained",
+    "absolute_paths",
+    "changes",
     "describe",
     "differences",
     "dumps",
@@ -42,6 +45,8 @@ __all__ = [
     "from_tree",
     "hints_of",
     "loads",
+    "moved_paths",
+    "path_options",
     "place",
     "short_name",
     "to_document",

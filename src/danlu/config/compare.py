@@ -8,7 +8,9 @@ from typing import Any
 
 from danlu.config.tree import from_document, join, to_tree
 
-__all__ = ["differences", "fingerprint", "flatten"]
+__all__ = ["changes", "differences", "fingerprint", "flatten"]
+
+_ABSENT = "(absent)"
 
 
 def flatten(tree: Any, where: str = "") -> dict[str, Any]:
@@ -39,16 +41,28 @@ def differences(first: Any, second: Any) -> list[str]:
     >>> differences({"optim": {"lr": 0.02}, "seed": 0}, {"optim": {"lr": 0.01}, "seed": 0})
     ['optim.lr: 0.02 and 0.01']
     """
+    found = sorted(changes(first, second).items())
+    return [f"{key}: {_shown(before)} and {_shown(after)}" for key, (before, after) in found]
+
+
+def changes(first: Any, second: Any) -> dict[str, tuple[Any, Any]]:
+    """Return both values of every option in which two configurations differ; "(absent)" for one that is not there.
+
+    >>> changes({"optim": {"lr": 0.02}, "seed": 0}, {"optim": {"lr": 0.01}, "seed": 0})
+    {'optim.lr': (0.02, 0.01)}
+    """
     if dataclasses.is_dataclass(first) and isinstance(second, Mapping):
         second = from_document(type(first), second, name="the saved configuration", quiet=True)
     left, right = flatten(first), flatten(second)
-    absent = "(absent)"
-    return [
-        f"{key}: {json.dumps(left[key]) if key in left else absent} and "
-        f"{json.dumps(right[key]) if key in right else absent}"
-        for key in sorted(left.keys() | right.keys())
+    return {
+        key: (left.get(key, _ABSENT), right.get(key, _ABSENT))
+        for key in left.keys() | right.keys()
         if key not in left or key not in right or left[key] != right[key]
-    ]
+    }
+
+
+def _shown(value: Any) -> str:
+    return _ABSENT if value is _ABSENT else json.dumps(value)
 
 
 def fingerprint(config: Any) -> str:

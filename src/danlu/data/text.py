@@ -6,7 +6,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,6 +70,10 @@ class TextConfig:
         if self.tokenizer is not None or tokenized(self.path):
             return {}
         return {"vocab_size": self.vocab_size}
+
+    def encoded_by(self, tokenizer: str) -> "TextConfig":
+        """Return the configuration of the same text encoded by the tokenizer in this file."""
+        return replace(self, tokenizer=tokenizer)
 
     def open(self, *, seed: int = 0, rank: int = 0, world: int = 1, **others: Any) -> "TextData":
         """Open the data for process ``rank`` of ``world``: :func:`open_text`."""

@@ -5,7 +5,7 @@ and resumed without an optimizer. Factors multiply, so ratios between the learni
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -98,6 +98,28 @@ class WarmupStableDecay:
     def settles_at(self, total: int) -> float:
         """Return the share of a run of ``total`` steps after which the decay begins."""
         return 1.0 - min(1.0, _steps_of(self.decay, total) / total)
+
+    def decaying_from(self, step: int, total: int, decay: int | None = None) -> "tuple[WarmupStableDecay | None, int]":
+        """Return the schedule, and the length, of a run that decays from ``step`` of one of ``total`` steps.
+
+        Args:
+            step: steps that were taken.
+            total: length of the run that took them.
+            decay: steps of the decay; None for the share of the run that this schedule gives it.
+
+        Returns:
+            None for the schedule where ``step`` is not in the stable phase.
+
+        >>> WarmupStableDecay(warmup=0.02, decay=0.2).decaying_from(400, 1000)
+        (WarmupStableDecay(warmup=20, decay=100, floor=0.0, shape='linear'), 500)
+        """
+        warmup, span = _steps_of(self.warmup, total), _steps_of(self.decay, total)
+        if decay is None:
+            share = self.decay / (1 - self.decay) if isinstance(self.decay, float) and self.decay < 1 else None
+            decay = span if share is None else max(1, round(step * share))
+        integer("decay", decay)
+        stable = warmup <= step <= total - span
+        return (replace(self, warmup=warmup, decay=decay) if stable else None), step + decay
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,24 @@ working example.
 """
 
 from danlu.protocols.config import Config
-from danlu.protocols.data import IGNORE, Batch, Data, DataConfig, ExpectsSizes, KeepsFiles, Loader, TokenData
+from danlu.protocols.data import (
+    IGNORE,
+    Batch,
+    Data,
+    DataConfig,
+    ExpectsSizes,
+    KeepsFiles,
+    Loader,
+    TakesTokenizer,
+    TokenData,
+)
 from danlu.protocols.layers import ActivationConfig, BalanceConfig, Cache, Context, Joined, Mixer, MixerConfig
 from danlu.protocols.objectives import Denoises, Generator, Measure, Objective, ObjectiveConfig, Paced, Scored
 from danlu.protocols.reporting import Record, Reporter
 from danlu.protocols.training import (
     CountsOperations,
     CountsParameters,
+    Decays,
     LanguageModel,
     Model,
     ModelConfig,
@@ -37,6 +48,7 @@ __all__ = [
     "CountsParameters",
     "Data",
     "DataConfig",
+    "Decays",
     "Denoises",
     "ExpectsSizes",
     "Generator",
@@ -58,5 +70,6 @@ __all__ = [
     "ScheduleConfig",
     "Scored",
     "SettlesLate",
+    "TakesTokenizer",
     "TokenData",
 ]

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from danlu.protocols.config import Config
 
-__all__ = ["IGNORE", "Batch", "Data", "DataConfig", "ExpectsSizes", "KeepsFiles", "Loader", "TokenData"]
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Data",
+    "DataConfig",
+    "ExpectsSizes",
+    "KeepsFiles",
+    "Loader",
+    "TakesTokenizer",
+    "TokenData",
+]
 
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -126,3 +136,13 @@ class ExpectsSizes(Protocol):
 
     def expected_sizes(self) -> Mapping[str, int]:
         """Return the sizes known so far, by the name of the field of the model's configuration."""
+
+
+@runtime_checkable
+class TakesTokenizer(Protocol):
+    """A configuration of text that can be encoded by a tokenizer of somebody else's; ``tokenizer`` is its file."""
+
+    tokenizer: str | None
+
+    def encoded_by(self, tokenizer: str) -> Any:
+        """Return the configuration of the same text encoded by the tokenizer in this file."""

@@ -11,6 +11,7 @@ from danlu.protocols.config import Config
 __all__ = [
     "CountsOperations",
     "CountsParameters",
+    "Decays",
     "LanguageModel",
     "Model",
     "ModelConfig",
@@ -127,6 +128,23 @@ class ScheduleConfig(Config, Protocol):
 
     def factor(self, step: int, total: int) -> float:
         """Factor on every group's learning rate at ``step`` (from 0) of ``total`` steps."""
+
+
+@runtime_checkable
+class Decays(Protocol):
+    """A schedule with a stable phase, from any step of which a run can begin its decay."""
+
+    def decaying_from(self, step: int, total: int, decay: int | None = None) -> "tuple[ScheduleConfig | None, int]":
+        """Return the schedule, and the length, of a run that decays from ``step`` on.
+
+        Args:
+            step: steps that were taken.
+            total: length of the run that took them.
+            decay: steps of the decay; None for the share that the schedule gives it.
+
+        Returns:
+            The schedule has the same factors before ``step``; it is None where that is not in the stable phase.
+        """
 
 
 @runtime_checkable

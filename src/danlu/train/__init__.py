@@ -6,6 +6,7 @@
 """
 
 from danlu.train.assembly import Assembly, assemble
+from danlu.train.branch import branch
 from danlu.train.config import RunConfig, TrainConfig
 from danlu.train.device import Policy, Probe, Rate, choose, probe
 from danlu.train.load import load, load_objective, read_config
@@ -21,6 +22,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "assemble",
+    "branch",
     "choose",
     "evaluate",
     "load",

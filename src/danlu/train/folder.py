@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["LOCK", "claimed", "new_folder"]
+__all__ = ["LOCK", "claimed", "new_folder", "write_whole"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,6 +69,16 @@ def new_folder(parent: Path, name: str) -> Path:
             number += 1
         else:
             return folder
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of text so that it is there whole, or as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _contents(folder: Path) -> list[Path]:

@@ -5,14 +5,32 @@ are not finite are written as ``null``, for JSON has no word for them.
 """
 
 import json
+import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from danlu.protocols import Record
 
-__all__ = ["MetricsFile", "TensorBoard"]
+__all__ = ["MetricsFile", "TensorBoard", "read_records"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a ``metrics.jsonl``; lines that are damaged are passed over, a missing file is empty.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> _ = path.write_bytes(b'{"step": 1, "loss": 2.5}\\n\\xff\\n{"step": 2, "lo')
+    >>> list(read_records(path))
+    [{'step': 1, 'loss': 2.5}]
+    """
+    for line in _lines(path):
+        if math.isfinite(_step(line)):
+            yield json.loads(line)
 
 
 class MetricsFile:
@@ -33,7 +51,11 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, after: int = 0) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= after]
+            lines = _lines(path)
+            kept = [line for line in lines if _step(line) <= after]
+            damaged = sum(1 for line in lines if line.strip() and _step(line) == math.inf)
+            if damaged:
+                _LOG.warning("%s: %d damaged line%s left out", path, damaged, " was" if damaged == 1 else "s were")
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept))
             temporary.replace(path)
@@ -60,7 +82,8 @@ class TensorBoard:
     def __init__(self, folder: Path, *, after: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a third of a second
 
-        self._writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
+        begun = folder.is_dir() and any(folder.iterdir())
+        self._writer = SummaryWriter(str(folder), purge_step=after + 1 if begun else None)
 
     def __call__(self, record: Record) -> None:
         """Write one step's numbers."""
@@ -71,6 +94,11 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file; bytes that are not UTF-8 damage their own line only."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
 
 
 def _step(line: str) -> float:

@@ -3,58 +3,70 @@
 import contextlib
 import json
 import shlex
-import shutil
 import signal
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from danlu import config as configs
 from danlu import objectives
-from danlu.protocols import KeepsFiles, Objective, Reporter
+from danlu.protocols import KeepsFiles, Objective, Paced, Reporter
 from danlu.train import checkpoint, plan, rng
 from danlu.train.assembly import Assembly, assemble
+from danlu.train.begin import (
+    again,
+    begin,
+    clear,
+    encoded_alike,
+    independent,
+    load_weights,
+    located,
+    start_average,
+    started,
+    with_tokenizer,
+)
 from danlu.train.best import Best, goal_of
 from danlu.train.budget import Length
+from danlu.train.change import FREE, Going, allowed, check_saved, going_on, set_aside
 from danlu.train.config import RunConfig
-from danlu.train.distributed import barrier, broadcast, init_distributed
+from danlu.train.distributed import barrier, init_distributed, world
 from danlu.train.ema import averaged
-from danlu.train.folder import claimed
-from danlu.train.load import read_config, weights
+from danlu.train.folder import claimed, write_whole
+from danlu.train.history import add_event, event
+from danlu.train.load import RunAt, find_checkpoint, read_config, run_at, weights
 from danlu.train.metrics import MetricsFile, TensorBoard
 from danlu.train.progress import ProgressLine, duration
 from danlu.train.signals import Stop
-from danlu.train.together import agree
+from danlu.train.together import agree, first
 from danlu.train.trainer import Trainer
 from danlu.usercode import UserCode, code_words
 
 __all__ = ["evaluate", "restore", "resume", "train"]
 
-# What may differ from the checkpoint's configuration on resume: it changes no number of the training.
-_FREE = tuple(
-    f"train.{name}"
-    for name in (
-        "log_every",
-        "checkpoint_every",
-        "keep",
-        "keep_every",
-        "keep_best",
-        "stop_after",
-        "async_save",
-        "threads",
-        "tensorboard",
-    )
-)
 
-
-def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: UserCode | None = None) -> int:
+def train(
+    config: RunConfig,
+    out: Path | str,
+    *,
+    quiet: bool = False,
+    code: UserCode | None = None,
+    init: Path | str | RunAt | None = None,
+    restartable: bool = False,
+) -> int:
     """Train a new run in the folder ``out``.
 
     Args:
-        config: what to train.
+        config: what to train; relative paths in it are made absolute.
         out: a folder that does not exist yet, or is empty.
         quiet: print nothing but errors.
         code: recorded in the folder: where components come from that are not danlu's.
+        init: another run, or a checkpoint of it (:func:`danlu.train.load.run_at`), whose weights this one begins with,
+            averaged ones if it keeps them. A text is encoded with its tokenizer unless ``config`` names one.
+        restartable: continue the run if the folder holds it already, so that the same call can be made again after
+            whatever ended it.
 
     Returns:
         0 when the run is complete, 130 or 143 when it was interrupted and saved.
@@ -63,45 +75,62 @@ def train(config: RunConfig, out: Path | str, *, quiet: bool = False, code: User
         FileExistsError: ``out`` holds something, or another process has claimed it; it is left as it is.
         ValueError, TypeError, OSError, FloatingPointError: with a message for the person who started the run.
     """
-    out = Path(out)
-    console = Console(quiet=quiet)
+    out, config = Path(out), configs.absolute_paths(config)
     configs.to_document(config)  # what could not be written is an error before anything is done
-    with (
-        init_distributed(config.train.device) as world,
-        Stop(patient=world.size > 1) as stop,
-        contextlib.ExitStack() as held,
-    ):
-        out = Path(broadcast(str(out)))
+    with init_distributed(config.train.device):
+        out = Path(first(lambda: str(out)))
+        if restartable and first(lambda: started(out)):
+            return resume(out, config=first(lambda: again(out, config, init)), quiet=quiet)
+        return _train(config, out, Console(quiet=quiet), code, None if init is None else run_at(init))
+
+
+def _train(config: RunConfig, out: Path, console: Console, code: UserCode | None, init: RunAt | None) -> int:
+    place = world()
+    with Stop(patient=place.size > 1) as stop, contextlib.ExitStack() as held:
         made = not out.exists()
-        if world.main:
-            held.enter_context(claimed(out, new=True))
+        first(lambda: _claim(held, out, new=True))
         trainer: Trainer | None = None
         try:
             agree(_options(config))
             with stop.at_once():
-                parts = assemble(config, world)
+                parts = assemble(config if init is None else with_tokenizer(config, init), place)
+                source = None if init is None else load_weights(parts, init)
+                parts = parts if init is None else independent(parts, init, out)
             agree(_content(parts))
             # It tries the first batch: a model that does not fit the data is an error before anything is written.
-            sentences = _plan(parts) if world.main and not quiet else []
-            if world.main:
-                _write_once(out, parts)
+            sentences = _plan(parts) if place.main and not console.quiet else []
+            if place.main:
+                begin(out, config)
+                _write_once(out, parts, source)
                 if code is not None:
                     code.write(out)
                 for line in sentences:
                     console.print(line, soft_wrap=True, highlight=False)
             barrier()
             trainer = _trainer(parts, out)
+            if init is not None:
+                start_average(trainer)
+                trainer.save()
+                trainer.saver.wait()  # from now on the other run is not needed
+            first(lambda: write_whole(out / "config.json", configs.dumps(parts.config)))
             return _fit(trainer, parts, out, console, stop)
         except BaseException:
-            if world.main and (trainer is None or trainer.step == 0):
+            if place.main and (trainer is None or trainer.step == 0):
                 _clear(out, made)  # nothing was trained: the corrected command can make it again
             raise
 
 
-def resume(path: Path | str, *, quiet: bool = False) -> int:
+def resume(path: Path | str | RunAt, *, config: RunConfig | None = None, quiet: bool = False) -> int:
     """Resume the run in the folder ``path`` from its newest complete checkpoint (from the start if it has none).
 
     On one process every number from there on is what the undisturbed run would have given, bit for bit.
+
+    Args:
+        path: the folder; with ``@600`` the run goes on from its checkpoint of that step, and what came after is moved
+            to ``earlier/N`` in the folder.
+        config: the run's configuration with other values of what may change: the length (``train.steps``,
+            ``train.minutes``), how often things are logged, evaluated and kept, and where the data are.
+        quiet: print nothing but errors.
 
     Returns:
         As :func:`train`.
@@ -109,52 +138,85 @@ def resume(path: Path | str, *, quiet: bool = False) -> int:
     Raises:
         FileNotFoundError: ``path`` is no run folder.
         FileExistsError: another process trains in it.
-        ValueError: its checkpoint is of another configuration (the keys are named), or the data have changed.
+        ValueError: its checkpoint is of another configuration, or ``config`` changes what would make it another run
+            (the keys are named), or the data have changed.
         CheckpointError: it has checkpoints, and all are damaged.
     """
-    path = Path(path)
-    config = read_config(path)
+    at = run_at(path)
+    folder = at.folder
+    kept = read_config(folder)
+    wanted = kept if config is None else configs.absolute_paths(config)
     console = Console(quiet=quiet)
     with (
-        init_distributed(config.train.device) as world,
-        Stop(patient=world.size > 1) as stop,
+        init_distributed(kept.train.device) as place,
+        Stop(patient=place.size > 1) as stop,
         contextlib.ExitStack() as held,
     ):
-        if world.main:
-            held.enter_context(claimed(path, new=False))
-        agree(_options(config))
-        saved = checkpoint.newest(path)
+        first(lambda: _claim(held, folder, new=False))
+        agree(_options(wanted))
+        saved = find_checkpoint(at)
+        changed = first(lambda: allowed(folder, kept, wanted))
+        going = None
         if saved is not None:
             agree({"the step to resume from": str(saved.step), "the checkpoint": saved.sums})
-            _check_config(config, saved)
-            if why := _complete(config, saved):
-                if world.main:
-                    console.print(f"{path} is complete: {why}.", soft_wrap=True, highlight=False)
+            check_saved(folder, kept, saved)
+            found = saved
+            going = first(lambda: going_on(at, found, kept, wanted))
+            if going.step != saved.step:
+                saved = find_checkpoint(RunAt(folder, going.step))
+            elif going.steps is None and at.at == "last" and (why := _complete(wanted, saved)):
+                if place.main:
+                    console.print(f"{folder} is complete: {why}.", soft_wrap=True, highlight=False)
                 return 0
+        elif source := first(lambda: event(folder, "init")):
+            raise ValueError(f"{folder} began with the weights of {source['run']} and has no checkpoint left")
         with stop.at_once():
-            parts = assemble(config, world)
-        _check_data(path, parts)
+            parts = assemble(located(wanted, folder), place)
+        _check_data(folder, parts)
         agree(_content(parts))
-        if world.main:
+        if changed or (going is not None and at.at != "last"):
+            first(lambda: _change(folder, parts, changed, going))
+        if place.main:
+            _restore_files(folder, parts)
             where = "its start: there is no complete checkpoint" if saved is None else f"step {saved.step}"
-            console.print(f"Resuming {path} from {where}.", soft_wrap=True, highlight=False)
-        trainer = _trainer(parts, path)
+            for line in (f"Resuming {folder} from {where}.", *(going.said if going else ())):
+                console.print(line, soft_wrap=True, highlight=False)
+            if going is not None and going.steps is not None and isinstance(parts.objective, Paced):
+                console.print("Its objective depends on the length of the run, and has followed the old one so far.")
+        trainer = _trainer(parts, folder)
         if saved is not None:
             trainer.restore(saved)
-        return _fit(trainer, parts, path, console, stop)
+            if going is not None and going.steps is not None:
+                # A budget is counted anew; a rate that was due under the old length is set to that of the new one.
+                trainer.length.load_state_dict({"steps": going.steps, "settled": False})
+                trainer.scheduler.last_epoch -= 1
+                trainer.scheduler.step()
+        return _fit(trainer, parts, folder, console, stop)
 
 
-def restore(path: Path | str) -> Assembly:
+def restore(path: Path | str | RunAt, *, config: RunConfig | None = None) -> Assembly:
     """Return the components of a run with the weights of :func:`load` and its data opened.
+
+    Args:
+        path: a run folder, or a checkpoint of it.
+        config: the run's configuration with other data, which a text's tokenizer encodes as it did the run's own; None
+            for the run's own data.
 
     Raises:
         FileNotFoundError: as :func:`load`.
-        ValueError: the data have changed since.
+        ValueError: the data have changed since, or other ones do not fit the model.
     """
-    path = Path(path)
-    parts = assemble(read_config(path))
-    _check_data(path, parts)
-    parts.objective.load_state_dict(weights(path, ""))
+    at = run_at(path)
+    kept = read_config(at)
+    if config is None:
+        parts = assemble(located(kept, at.folder))
+        _check_data(at.folder, parts)
+    else:
+        parts = assemble(encoded_alike(config, at.folder))
+        lines = configs.differences(parts.config.model, kept.model)
+        if lines:
+            raise ValueError(f"the data do not fit the model of {at.folder} (theirs and its): {'; '.join(lines)}")
+    parts.objective.load_state_dict(weights(at, ""))
     parts.objective.eval()
     return parts
 
@@ -247,7 +309,7 @@ def _complete(config: RunConfig, saved: checkpoint.Found) -> str:
 def _options(config: RunConfig) -> dict[str, str]:
     """What all processes have to be started with."""
     options = {f"option {name}": str(value) for name, value in configs.flatten(config).items()}
-    return {name: value for name, value in options.items() if name.removeprefix("option ") not in _FREE}
+    return {name: value for name, value in options.items() if name.removeprefix("option ") not in FREE}
 
 
 def _content(parts: Assembly) -> dict[str, str]:
@@ -255,26 +317,24 @@ def _content(parts: Assembly) -> dict[str, str]:
     return {"the SHA-256 of the data": str(parts.data.manifest.get("sha256"))}
 
 
+def _claim(held: contextlib.ExitStack, folder: Path, *, new: bool) -> None:
+    held.enter_context(claimed(folder, new=new))
+
+
+def _change(folder: Path, parts: Assembly, changed: Mapping[str, tuple[Any, Any]], going: Going | None) -> None:
+    """Write down what a run goes on with, having put aside what came after the step that it goes on from."""
+    step = 0 if going is None else going.step
+    add_event(folder, "resume", step=step, changed={key: list(values) for key, values in changed.items()})
+    set_aside(folder, step)
+    write_whole(folder / "config.json", configs.dumps(parts.config))
+
+
 def _clear(out: Path, made: bool) -> None:
     """Remove what a run wrote into its folder, and the folder if it made it."""
-    for path in out.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    clear(out)
     if made:
         with contextlib.suppress(OSError):
             out.rmdir()
-
-
-def _check_config(config: RunConfig, saved: checkpoint.Found) -> None:
-    lines = configs.differences(config, saved.config)
-    lines = [line for line in lines if line.partition(":")[0] not in _FREE]
-    if lines:
-        raise ValueError(
-            f"{saved.path} was trained with another configuration (today's value and the checkpoint's): "
-            f"{'; '.join(lines)}"
-        )
 
 
 def _check_data(path: Path, parts: Assembly) -> None:
@@ -284,16 +344,28 @@ def _check_data(path: Path, parts: Assembly) -> None:
     if "sha256" in then and then["sha256"] != now.get("sha256"):
         raise ValueError(
             f"the data of {path} have changed: {then.get('source', 'they')} had SHA-256 {then['sha256'][:12]}… "
-            f"and has {str(now.get('sha256'))[:12]}… now"
+            f"and {now.get('source', 'they')} has {str(now.get('sha256'))[:12]}… now"
         )
 
 
-def _write_once(out: Path, parts: Assembly) -> None:
+def _write_once(out: Path, parts: Assembly, source: Mapping[str, Any] | None) -> None:
     """Write what describes the run and never changes."""
-    (out / "config.json").write_text(configs.dumps(parts.config))
-    (out / "manifest.json").write_text(json.dumps(dict(parts.data.manifest), indent=2) + "\n")
+    if source is not None:
+        add_event(out, "init", **source)
+    _restore_files(out, parts)
+
+
+def _restore_files(folder: Path, parts: Assembly) -> None:
+    """Write those files that describe the data which the folder lacks."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        write_whole(manifest, json.dumps(dict(parts.data.manifest), indent=2) + "\n")
     if isinstance(parts.data, KeepsFiles):
-        parts.data.save(out)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+            parts.data.save(Path(scratch))
+            for path in Path(scratch).iterdir():
+                if not (folder / path.name).exists():
+                    path.rename(folder / path.name)
 
 
 def _plan(parts: Assembly) -> list[str]:
