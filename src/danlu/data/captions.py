@@ -60,9 +60,13 @@ class CaptionsConfig:
         number("drawn", self.drawn, low=0, high=1)
         ImagesConfig(source=self.source, batch=self.batch, validation=self.validation)  # checks the rest
 
-    def open(self, *, seed: int = 0, rank: int = 0, world: int = 1, **others: Any) -> "CaptionsData":
+    def open(
+        self, *, seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False, prefetch: bool = False, **others: Any
+    ) -> "CaptionsData":
         """Open the data for process ``rank`` of ``world``: :func:`open_captions`."""
-        return open_captions(self, seed=seed, rank=rank, world=world)
+        data = open_captions(self, seed=seed, rank=rank, world=world, pin=pin)
+        data.train.prefetch = prefetch
+        return data
 
 
 class _Form(NamedTuple):
@@ -209,22 +213,29 @@ class CaptionsData:
 class CaptionLoader(Positioned):
     """An endless stream of batches of `Sentences`; its state is the number of examples taken by all ranks together."""
 
-    def __init__(self, sentences: Sentences, *, rank: int = 0, world: int = 1, sha256: str = "") -> None:
+    def __init__(
+        self, sentences: Sentences, *, rank: int = 0, world: int = 1, sha256: str = "", pin: bool = False
+    ) -> None:
         identity = {"stream": sentences.name, "sha256": sha256}
         super().__init__(sentences.config.batch, rank=rank, world=world, identity=identity)
-        self.sentences, self.sha256 = sentences, sha256
+        self.sentences, self.sha256, self.pin = sentences, sha256, pin
 
-    def __next__(self) -> Batch:
-        return self.sentences.batch(self.take())
+    def batch_at(self, numbers: range) -> Batch:
+        """Return the examples with these numbers."""
+        batch = self.sentences.batch(numbers)
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin else batch
 
 
-def open_captions(config: CaptionsConfig, *, seed: int = 0, rank: int = 0, world: int = 1) -> CaptionsData:
+def open_captions(
+    config: CaptionsConfig, *, seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False
+) -> CaptionsData:
     """Read the digits from the installed package that has them and make sentences of them.
 
     Args:
         config: which digits, and how they are shown.
         seed: selects the training examples; those of the validation are always the same.
         rank, world: this process and the number of processes that share each batch.
+        pin: put batches in page-locked memory.
 
     Raises:
         ImportError: the package is not installed; the extra that has it is named.
@@ -244,4 +255,4 @@ def open_captions(config: CaptionsConfig, *, seed: int = 0, rank: int = 0, world
         "patch": config.patch,
         "length": train.length,
     }
-    return CaptionsData(CaptionLoader(train, rank=rank, world=world, sha256=identity), held_out, manifest)
+    return CaptionsData(CaptionLoader(train, rank=rank, world=world, sha256=identity, pin=pin), held_out, manifest)

@@ -55,12 +55,12 @@ class ExampleLoader(Positioned):
         self.examples, self.size = examples, next(iter(sizes.values()))
         self.seed, self.sha256, self.pin, self.prepare = seed, sha256, pin, prepare
 
-    def __next__(self) -> Batch:
-        mine = self.take()
-        rows = torch.from_numpy(self._rows(mine.start, len(mine)))
+    def batch_at(self, numbers: range) -> Batch:
+        """Return the examples with these numbers as a batch."""
+        rows = torch.from_numpy(self._rows(numbers.start, len(numbers)))
         batch = {name: tensor[rows] for name, tensor in self.examples.items()}
         if self.prepare is not None:
-            batch = self.prepare(batch, int(keys("prepare", self.seed, mine.start)[0] >> np.uint64(1)))
+            batch = self.prepare(batch, int(keys("prepare", self.seed, numbers.start)[0] >> np.uint64(1)))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin else batch
 
     @property

@@ -82,9 +82,14 @@ class ImagesConfig:
         size = self.size or _SOURCES[self.source].size
         return {"image_size": size} | ({} if self.channels is None else {"channels": self.channels})
 
-    def open(self, *, seed: int = 0, rank: int = 0, world: int = 1, **others: Any) -> "ImagesData":
+    def open(
+        self, *, seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False, prefetch: bool = False, **others: Any
+    ) -> "ImagesData":
         """Open the data for process ``rank`` of ``world``: :func:`open_images`."""
-        return open_images(self, seed=seed, rank=rank, world=world)
+        data = open_images(self, seed=seed, rank=rank, world=world, pin=pin)
+        # Augmentations draw from torch's own generator, which a thread would share with the training.
+        data.train.prefetch = prefetch and not self.augment
+        return data
 
 
 @dataclass(frozen=True)

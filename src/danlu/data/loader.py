@@ -74,9 +74,9 @@ class Loader(Positioned):
         self._block = (-1, -1)
         self._starts = np.empty(0, dtype=np.int64)
 
-    def __next__(self) -> Batch:
-        mine = self.take()
-        return assemble(self.rows(mine.start, len(mine)), self.end, pin=self.pin)
+    def batch_at(self, numbers: range) -> Batch:
+        """Return the windows with these numbers as a batch."""
+        return assemble(self.rows(numbers.start, len(numbers)), self.end, pin=self.pin)
 
     @property
     def epoch(self) -> float:

@@ -1,9 +1,11 @@
 """What every loader's position is: how many examples all processes together have taken, one integer."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 from danlu._validate import integer
+from danlu.protocols import Batch
 
 __all__ = ["Positioned", "check_shares"]
 
@@ -12,13 +14,17 @@ class Positioned:
     """A loader whose position is one integer, saved with the identity of what it is a position in.
 
     A position counts the examples of all processes, so that any number of processes may go on from it. What the loader
-    gives is a function of the position: a loader adds ``__next__``, which begins with :meth:`take`.
+    gives is a function of the position: a loader adds :meth:`batch_at`. Therefore the next batch can be made ahead, in
+    a thread, while the one before is trained on: set ``prefetch``. The position stays that of the batches handed out.
 
     Args:
         batch: examples in a batch over all processes together; each takes ``batch // world`` of them.
         rank: this process, in ``range(world)``.
         world: number of processes.
         identity: what a saved position must agree in, by name; ``batch`` is added.
+
+    Attributes:
+        prefetch: whether one thread makes the next batch while this one is used. It must draw from no generator.
 
     >>> loader = Positioned(4, rank=1, world=2, identity={"seed": 7})
     >>> loader.take(), loader.take()
@@ -32,9 +38,31 @@ class Positioned:
         self.batch, self.rank, self.world = batch, rank, world
         self.position = 0
         self._identity = {**identity, "batch": batch}
+        self.prefetch = False
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: tuple[range, Future[Batch]] | None = None
 
     def __iter__(self) -> Self:
         return self
+
+    def __next__(self) -> Batch:
+        """Return this process's examples of the next batch."""
+        mine = self.take()
+        if not self.prefetch:
+            return self.batch_at(mine)
+        # The thread, which Python ends with the loader or the program, makes every batch: a loader may keep what it
+        # computed for the last one.
+        self._thread = self._thread or ThreadPoolExecutor(1, "danlu-data")
+        if self._ahead is None or self._ahead[0] != mine:
+            self._ahead = mine, self._thread.submit(self.batch_at, mine)
+        batch = self._ahead[1].result()
+        following = range(mine.start + self.batch, mine.stop + self.batch)
+        self._ahead = following, self._thread.submit(self.batch_at, following)
+        return batch
+
+    def batch_at(self, numbers: range) -> Batch:
+        """Return the examples with these numbers, which one batch takes for one process."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its examples are")
 
     def take(self) -> range:
         """Return the numbers of this process's examples of the next batch, and go past that batch."""

@@ -75,9 +75,13 @@ class TextConfig:
         """Return the configuration of the same text encoded by the tokenizer in this file."""
         return replace(self, tokenizer=tokenizer)
 
-    def open(self, *, seed: int = 0, rank: int = 0, world: int = 1, **others: Any) -> "TextData":
+    def open(
+        self, *, seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False, prefetch: bool = False, **others: Any
+    ) -> "TextData":
         """Open the data for process ``rank`` of ``world``: :func:`open_text`."""
-        return open_text(self, seed=seed, rank=rank, world=world)
+        data = open_text(self, seed=seed, rank=rank, world=world, pin=pin)
+        data.train.prefetch = prefetch
+        return data
 
 
 @dataclass(frozen=True)

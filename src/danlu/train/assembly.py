@@ -56,7 +56,13 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     check_objective(trial, config.objective)
     check_optimizer(config.optim.build(trial, process_group=None), trial, config.optim)
     del trial
-    data = config.data.open(seed=config.train.seed, rank=world.rank, world=world.size)
+    data = config.data.open(
+        seed=config.train.seed,
+        rank=world.rank,
+        world=world.size,
+        pin=policy.device.type == "cuda",
+        prefetch=True,
+    )
     check_data(data, config.data)
     fitted = _fitted(config, data.sizes)
     if fitted != config:
