@@ -188,6 +188,12 @@ class UNet(nn.Module):
         self.last_modulation = Modulation(c.widths[0], c.condition)
         self.last = Linear(c.widths[0], c.patch**2 * c.channels, std=0.0, role="head")
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The convolutional blocks of all levels, in the order in which they are called."""
+        levels = (*self.down, self.middle, *reversed(self.up))
+        return [block for level in levels for block in level.children()]
+
     def forward(
         self, x_bchw: Tensor, t_b: Tensor, classes_b: Tensor | None = None, r_b: Tensor | None = None
     ) -> Tensor:

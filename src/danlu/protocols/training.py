@@ -1,5 +1,6 @@
 """Models, optimizers and learning rates."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -76,6 +77,18 @@ class CountsParameters(Protocol):
 
     def parameter_counts(self) -> tuple[int, int]:
         """All parameters, and those that one token uses."""
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """A network that says which of its parts are placed, run again and compiled one by one.
+
+    Each is called as a module, with everything that it computes in its ``forward``.
+    """
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The blocks, in order; what is in none of them is treated as one more."""
 
 
 class ModelConfig(Config, Protocol):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from danlu.nn import balance
 from danlu.protocols import Data, ExpectsSizes
@@ -14,8 +15,10 @@ from danlu.train import rng
 from danlu.train.config import RunConfig
 from danlu.train.contracts import check_data, check_objective, check_optimizer
 from danlu.train.device import Policy, choose
-from danlu.train.distributed import World, group
+from danlu.train.distributed import World
+from danlu.train.ema import averaged
 from danlu.train.load import build_model, load_objective
+from danlu.train.parallel import Mesh, parallelize
 
 __all__ = ["Assembly", "assemble"]
 
@@ -31,10 +34,17 @@ class Assembly:
     optimizer: Optimizer
     policy: Policy
     world: World
+    ema: AveragedModel | None
+    mesh: Mesh = Mesh()
 
 
 def assemble(config: RunConfig, world: World | None = None) -> Assembly:
-    """Open the data and make model, objective and optimizer, seeded by ``config.train.seed``.
+    """Return the components of a run, ready to train: :func:`prepare`, then :func:`distribute`."""
+    return distribute(prepare(config, world))
+
+
+def prepare(config: RunConfig, world: World | None = None) -> Assembly:
+    """Open the data and make model, objective and optimizer, seeded by ``config.train.seed``, each process the whole.
 
     The model's fields that the data's ``sizes`` name (a vocabulary, the size of images) take those values, known only
     once the data were read; a field that is 0 (no classes, say) is a choice and stays. Model, objective and optimizer
@@ -74,10 +84,27 @@ def assemble(config: RunConfig, world: World | None = None) -> Assembly:
     objective = config.objective.build(
         model, data=data, batches=config.train.batches, pretrained=lambda other: load_objective(other.run)[0]
     ).to(policy.device)
-    optimizer = config.optim.build(objective, process_group=group())
+    average = None if config.train.ema is None else averaged(objective, config.train.ema)
+    optimizer = config.optim.build(objective, process_group=None)
     check_optimizer(optimizer, objective, config.optim)
-    balance.attach(model, optimizer, summed_loss=objective)
-    return Assembly(config, data, model, objective, optimizer, policy, world)
+    return Assembly(config, data, model, objective, optimizer, policy, world, average)
+
+
+def distribute(parts: Assembly) -> Assembly:
+    """Place what :func:`prepare` made on the processes of the run, in place, and fit the optimizer to it.
+
+    Raises:
+        ValueError: the processes cannot share it as ``config.train.parallel`` says.
+    """
+    config, objective = parts.config, parts.objective
+    mesh = parallelize(objective, config.train.parallel, parts.policy)
+    if parts.ema is not None:
+        parallelize(parts.ema.module, config.train.parallel, parts.policy)
+    optimizer = parts.optimizer
+    if mesh.world.size > 1:  # the parameters are others now
+        optimizer = config.optim.build(objective, process_group=mesh.copies)
+    balance.attach(parts.model, optimizer, summed_loss=objective)
+    return dataclasses.replace(parts, optimizer=optimizer, mesh=mesh)
 
 
 def _fitted(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:

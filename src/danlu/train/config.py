@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from danlu._validate import integer, literals, number, positive
 from danlu.config import Known
 from danlu.protocols import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
+from danlu.train.parallel import ParallelConfig
 
 __all__ = ["RunConfig", "TrainConfig"]
 
@@ -45,6 +46,7 @@ class TrainConfig:
         compile: run the objective through torch.compile: the first step then takes a minute or so.
         ema: decay of a moving average of the weights, evaluated and sampled in their place; None for none.
         tensorboard: write TensorBoard event files.
+        parallel: how several processes share the model.
     """
 
     steps: int | None = 1000
@@ -69,6 +71,7 @@ class TrainConfig:
     compile: bool = False
     ema: float | None = None
     tensorboard: bool = True
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "patience", "log_every", "keep"):

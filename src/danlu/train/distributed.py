@@ -1,4 +1,4 @@
-"""Several processes as one trainer: set-up under ``torchrun``, data-parallel wrapping and small collectives.
+"""Several processes as one trainer: set-up under ``torchrun`` and small collectives.
 
 A process started by hand is a world of one, in which every function here is free.
 """
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["World", "barrier", "broadcast", "gather", "group", "init_distributed", "sum_over_ranks", "world", "wrap"]
+__all__ = ["World", "barrier", "broadcast", "gather", "group", "init_distributed", "sum_over_ranks", "world"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def world() -> World:
 
 
 def group() -> Any:
-    """Return the process group that was joined, whose processes hold replicas of the model; None in a world of one."""
+    """Return the process group that was joined; None in a world of one."""
     return dist.group.WORLD if world().size > 1 else None
 
 
@@ -59,17 +59,6 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
     else:
         yield world()
-
-
-def wrap(objective: nn.Module) -> nn.Module:
-    """Return ``objective`` as called for training: data parallel in a world of several, itself in a world of one.
-
-    Buffers are not shared while training: what a module counts on its own rank (the load of experts) is its own to
-    reduce.
-    """
-    if world().size == 1:
-        return objective
-    return nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

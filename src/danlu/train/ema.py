@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from danlu._validate import number
+from danlu.optim._sharded import local
 
 __all__ = ["averaged"]
 
@@ -37,6 +38,7 @@ def averaged(module: nn.Module, decay: float) -> AveragedModel:
 
     def update(averages: Any, current: Any, updates: Tensor | int) -> None:
         count = int(updates)  # a CPU buffer: reading it waits for nothing
+        averages, current = ([local(tensor) for tensor in tensors] for tensors in (averages, current))
         torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + count) / (10 + count)))
 
     average = AveragedModel(module, multi_avg_fn=update)

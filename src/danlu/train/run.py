@@ -6,6 +6,7 @@ import shlex
 import signal
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from danlu import config as configs
 from danlu import objectives
 from danlu.protocols import KeepsFiles, Objective, Paced, Reporter
 from danlu.train import checkpoint, plan, rng
-from danlu.train.assembly import Assembly, assemble
+from danlu.train.assembly import Assembly, assemble, distribute, prepare
 from danlu.train.begin import (
     again,
     begin,
@@ -33,7 +34,6 @@ from danlu.train.budget import Length
 from danlu.train.change import FREE, Going, allowed, check_saved, going_on, set_aside
 from danlu.train.config import RunConfig
 from danlu.train.distributed import barrier, init_distributed, world
-from danlu.train.ema import averaged
 from danlu.train.folder import claimed, write_whole
 from danlu.train.history import add_event, event
 from danlu.train.load import RunAt, find_checkpoint, read_config, run_at, weights
@@ -93,7 +93,7 @@ def _train(config: RunConfig, out: Path, console: Console, code: UserCode | None
         try:
             agree(_options(config))
             with stop.at_once():
-                parts = assemble(config if init is None else with_tokenizer(config, init), place)
+                parts = prepare(config if init is None else with_tokenizer(config, init), place)
                 source = None if init is None else load_weights(parts, init)
                 parts = parts if init is None else independent(parts, init, out)
             agree(_content(parts))
@@ -107,6 +107,7 @@ def _train(config: RunConfig, out: Path, console: Console, code: UserCode | None
                 for line in sentences:
                     console.print(line, soft_wrap=True, highlight=False)
             barrier()
+            parts = distribute(parts)
             trainer = _trainer(parts, out)
             if init is not None:
                 start_average(trainer)
@@ -208,6 +209,8 @@ def restore(path: Path | str | RunAt, *, config: RunConfig | None = None) -> Ass
     """
     at = run_at(path)
     kept = read_config(at)
+    # The averages are weights like others here: there is nothing to average.
+    kept = replace(kept, train=replace(kept.train, ema=None))
     if config is None:
         parts = assemble(located(kept, at.folder))
         _check_data(at.folder, parts)
@@ -246,8 +249,9 @@ def _trainer(parts: Assembly, out: Path) -> Trainer:
         validation=parts.data.validation,
         folder=out / "checkpoints",
         described=configs.to_document(parts.config),
-        ema=None if config.ema is None else averaged(parts.objective, config.ema),
+        ema=parts.ema,
         flops=plan.training_flops(parts.model, parts.data),
+        mesh=parts.mesh,
     )
     if parts.world.rank:
         rng.seed_all(config.seed + 1_000_003 * parts.world.rank)  # the weights are equal, what is drawn is not

@@ -12,7 +12,6 @@ of the checkpoint: a run that is interrupted in an evaluation begins with that e
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,8 +32,9 @@ from danlu.train.best import Best, goal_of
 from danlu.train.budget import Length
 from danlu.train.config import TrainConfig
 from danlu.train.device import Policy, choose
-from danlu.train.distributed import gather, sum_over_ranks, world, wrap
+from danlu.train.distributed import gather, sum_over_ranks, world
 from danlu.train.migrations import upgraded_state
+from danlu.train.parallel import Mesh
 from danlu.train.sharded import optimizer_state, placed
 from danlu.train.signals import Stop
 
@@ -78,6 +78,11 @@ class Trainer:
         ema: moving average of ``objective`` (:func:`danlu.train.ema.averaged`), evaluated in its place.
         flops: floating-point operations of training one of what the loss is divided by, for the share of the device's
             speed that is used.
+        mesh: from :func:`danlu.train.parallel.parallelize`, which several processes call before they make the
+            optimizer.
+
+    Raises:
+        ValueError: there are several processes, and ``objective`` was not placed on them.
 
     Example::
 
@@ -100,7 +105,13 @@ class Trainer:
         reporters: Sequence[Reporter] = (),
         ema: AveragedModel | None = None,
         flops: float | None = None,
+        mesh: Mesh = Mesh(),
     ) -> None:
+        if world().size != mesh.world.size:
+            raise ValueError(
+                f"mesh must be what parallelize(objective, ...) returned for {world().size} processes, got one of "
+                f"{mesh.world.size}"
+            )
         self.objective: Any = objective
         self.optimizer, self.loader = optimizer, loader
         self.length = Length(config.steps, config.minutes, schedule)
@@ -109,10 +120,9 @@ class Trainer:
         self.described = dict(described or {})
         self.reporters, self.ema, self.flops = list(reporters), ema, flops
         self.policy = policy or choose(config.precision, device=config.device, threads=config.threads)
-        self.world = world()
+        self.world, self.mesh = mesh.world, mesh
         if config.compile:
             objective.compile()
-        self.called: Any = wrap(objective)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.guard = NonFiniteGuard(config.patience)
         self.step = 0
@@ -277,14 +287,14 @@ class Trainer:
             asked = torch.tensor(mine, dtype=items.dtype, device=device)
             items, others = (totals := sum_over_ranks(torch.cat([items[None], asked])))[0], totals[1:].tolist()
             self._stop_agreed, elapsed, self._save_failed = others[0] > 0, others[1], others[2] > 0
-        scale = self.world.size / items.clamp_min(1)  # data parallelism averages gradients over processes
+        scale = 1 / items.clamp_min(1)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(batches):
-            alone = self.world.size > 1 and index < len(batches) - 1
-            with self.called.no_sync() if alone else nullcontext():
-                part = self.called(batch)
-                (part * scale.to(part.dtype)).backward()
+            self.mesh.accumulate(last=index == len(batches) - 1)
+            part = self.objective(batch)
+            (part * scale.to(part.dtype)).backward()
             loss += part.detach()
+        self.mesh.reduce_experts()
         return loss, items, elapsed
 
     def _numbered(self, batch: Batch, micro: int) -> Batch:
