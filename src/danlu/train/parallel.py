@@ -156,7 +156,7 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _recompute(block: nn.Module) -> None:
-    from torch.distributed._composable import checkpoint
+    from torch.distributed._composable.checkpoint_activation import checkpoint
 
     checkpoint(block)
 

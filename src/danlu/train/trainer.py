@@ -105,8 +105,9 @@ class Trainer:
         reporters: Sequence[Reporter] = (),
         ema: AveragedModel | None = None,
         flops: float | None = None,
-        mesh: Mesh = Mesh(),
+        mesh: Mesh | None = None,
     ) -> None:
+        mesh = mesh or Mesh()
         if world().size != mesh.world.size:
             raise ValueError(
                 f"mesh must be what parallelize(objective, ...) returned for {world().size} processes, got one of "
