@@ -5,8 +5,8 @@
     python -m benchmarks.parallel --starts              every recipe takes two steps on two processes
     python -m benchmarks.parallel --speed               2 processes of one thread against 1 of two, the same batch
 
-Sizes are tiny but for the speed; what is known is kept in ``--results`` and not run again. Differences are the largest of
-all steps, relative: of the losses, and of the weights to their largest entry.
+Sizes are tiny but for the speed; what is known is kept in ``--results`` and not run again. Differences are the largest
+of all steps, relative: of the losses, and of the weights to their largest entry.
 """
 
 import argparse
@@ -140,9 +140,7 @@ def run(name: str, way: str, processes: int, steps: int, folder: Path, *words: s
     """Run a worker, or take what it left before; return its numbers and weights."""
     file = folder / f"{name}-{way}-{processes}-{steps}.pt"
     if not file.exists():
-        launch(
-            [*words, "--only", name, "--way", way, "--steps", str(steps), "--out", str(file)], processes, threads
-        )
+        launch([*words, "--only", name, "--way", way, "--steps", str(steps), "--out", str(file)], processes, threads)
     found: dict[str, Any] = torch.load(file, weights_only=True)
     return {**json.loads(found["numbers"]), "weights": found["weights"]}
 
@@ -165,7 +163,9 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float
 def table(options: argparse.Namespace) -> None:
     """Print how far each way on 2 and 4 processes is from one process."""
     names = [options.only] if options.only else RECIPES
-    print(f"| recipe | way | processes | losses of {options.steps} steps | weights |\n|---|---|---|---|---|", flush=True)
+    print(
+        f"| recipe | way | processes | losses of {options.steps} steps | weights |\n|---|---|---|---|---|", flush=True
+    )
     for name in names:
         alone = run(name, "plain", 1, options.steps, options.results)
         for way in WAYS:

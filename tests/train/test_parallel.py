@@ -1,4 +1,4 @@
-"""Models placed on processes: the steps are those of one process, whatever is cut, and what does not fit is an error."""
+"""Models placed on processes: their steps are those of one process, and what does not fit is an error."""
 
 import json
 import os
@@ -8,19 +8,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import parallel_worker
 import pytest
 import torch
 from benchmarks.parallel import WAYS, difference, records, tiny
 from torch import nn
 
-from danlu.models import MoEConfig, Transformer, TransformerConfig, UNet, UNetConfig
+from danlu.models import Transformer, TransformerConfig, UNet, UNetConfig
+from danlu.nn import MoEConfig
 from danlu.optim import WarmupStableDecay
 from danlu.train import TrainConfig
 from danlu.train.device import choose
 from danlu.train.distributed import World
 from danlu.train.parallel import Mesh, ParallelConfig, blocks_of, parallelize
 from danlu.train.trainer import Trainer
+
+STEPS = 3
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "whole copies": ("lm-dense", "plain", {}),
+    "whole copies, two micro-batches, averaged weights": ("lm", "plain", {"accumulate": 2, "ema": 0.5}),
+    "cut weights, two micro-batches, averaged weights": ("lm", "fsdp2", {"accumulate": 2, "ema": 0.5}),
+    "cut experts": ("lm", "experts", {}),
+    "cut weights and experts, two micro-batches": ("lm", "fsdp2-experts", {"accumulate": 2}),
+    "cut weights, blocks run again": ("lm", "fsdp2-recompute", {}),
+    "masked tokens": ("lm-masked", "fsdp2", {}),
+}
 
 POLICY = choose("float32", device="cpu")
 
@@ -32,12 +43,12 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    root = Path(__file__).parents[2]
+    worker, root = Path(__file__).with_name("parallel_worker.py"), Path(__file__).parents[2]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     common |= {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     processes = [
         subprocess.Popen(
-            [sys.executable, parallel_worker.__file__, str(folder)],
+            [sys.executable, str(worker), str(folder), str(STEPS), json.dumps(CASES)],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
@@ -50,16 +61,16 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", parallel_worker.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_take_the_steps_of_one(together: Path, case: str) -> None:
-    recipe, _, loop = parallel_worker.CASES[case]
+    recipe, _, loop = CASES[case]
     threads = torch.get_num_threads()
-    said, weights = records(tiny(recipe), parallel_worker.STEPS, "plain", **loop)
+    said, weights = records(tiny(recipe), STEPS, "plain", **loop)
     assert torch.get_num_threads() == threads
     found: dict[str, Any] = torch.load(together / f"{case}.pt", weights_only=True)
     alone = {"records": said, "weights": weights}
     losses, largest = difference(alone, {"records": json.loads(found["said"]), "weights": found["weights"]})
-    assert len(said) == parallel_worker.STEPS
+    assert len(said) == STEPS
     assert losses < 1e-6
     assert largest < 1e-5
 

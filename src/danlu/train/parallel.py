@@ -98,6 +98,13 @@ class Mesh:
         if self.root is not None:
             self.root.set_requires_gradient_sync(last)  # type: ignore[operator]
 
+    def release(self, module: nn.Module) -> None:
+        """Forget the weights that a pass without gradients has gathered: they are old as soon as a step is taken."""
+        if self.root is not None:
+            for part in module.modules():
+                if hasattr(part, "reshard"):
+                    part.reshard()  # type: ignore[operator]
+
     def reduce_experts(self) -> None:
         """Add up the gradients of experts over the processes that hold the same ones."""
         by_group: dict[Any, list[Tensor]] = {}
@@ -108,8 +115,10 @@ class Mesh:
                     parameter.grad = torch.zeros_like(parameter)
                 by_group.setdefault(mesh.get_group(0), []).append(parameter.grad.to_local())  # type: ignore[attr-defined]
         for group, grads in by_group.items():
-            for grad in grads:
-                dist.all_reduce(grad, group=group)
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=group)
+            for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
+                grad.copy_(total.view_as(grad))
 
 
 def parallelize(objective: nn.Module, config: ParallelConfig, policy: Policy) -> Mesh:
@@ -170,7 +179,12 @@ def _shard(
     ignored: set[nn.Parameter],
 ) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     mesh = init_device_mesh(policy.device.type, grid, mesh_dim_names=("replicas", "shards"))
     # Copies that are whole keep float32: the layers round where they compute, as on one process.
@@ -179,6 +193,7 @@ def _shard(
     mixed = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
     for module in (*blocks, objective):
         fully_shard(module, mesh=mesh, mp_policy=mixed, ignored_params=ignored, reshard_after_forward=grid[1] > 1)
+    register_fsdp_forward_method(objective, "evaluate")  # type: ignore[no-untyped-call]
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

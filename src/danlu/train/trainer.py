@@ -403,6 +403,7 @@ class Trainer:
             return
         finally:
             rng.restore(before)
+            self.mesh.release(evaluated)
         self.best.update(self.step, found)
         self._metrics_of = {"step": self.step, **found}
         said = {} if self.best.step is None else {"best_step": self.best.step}
