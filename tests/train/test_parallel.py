@@ -76,7 +76,9 @@ def test_two_processes_take_the_steps_of_one(together: Path, case: str) -> None:
 
 
 def test_blocks_that_run_again_keep_less_and_give_the_same_gradients() -> None:
-    config = TransformerConfig(vocab_size=31, dim=16, layers=3, hidden=23, experts=MoEConfig(num_experts=3, hidden=5))
+    config = TransformerConfig(
+        vocab_size=31, dim=16, layers=3, hidden=23, experts=MoEConfig(num_experts=3, top_k=2, hidden=5)
+    )
     torch.manual_seed(0)
     plain = Transformer(config)
     again = Transformer(config)
@@ -102,7 +104,7 @@ def test_blocks_that_run_again_keep_less_and_give_the_same_gradients() -> None:
 
 
 def test_the_blocks_of_a_network_are_found_once_and_in_the_order_of_their_calls() -> None:
-    network = UNet(UNetConfig(image_size=8, widths=(7, 11), blocks=(1, 2)))
+    network = UNet(UNetConfig(image_size=8, widths=(7, 11), blocks=(1, 2), num_heads=1))
     called: list[nn.Module] = []
     found = list(blocks_of(nn.ModuleList([network])))
     for block in found:
@@ -129,7 +131,9 @@ def test_experts_of_a_model_without_any_cannot_be_cut(monkeypatch: pytest.Monkey
     monkeypatch.setattr("danlu.train.parallel.world", lambda: World(0, 2, 0))
     with pytest.raises(ValueError, match="needs a model with experts, and this one has none"):
         parallelize(nn.Linear(2, 3), ParallelConfig(experts=2), POLICY)
-    config = TransformerConfig(vocab_size=7, dim=8, layers=1, hidden=5, experts=MoEConfig(num_experts=3, hidden=5))
+    config = TransformerConfig(
+        vocab_size=7, dim=8, layers=2, hidden=5, experts=MoEConfig(num_experts=3, top_k=2, hidden=5)
+    )
     with pytest.raises(ValueError, match="must divide the 3 experts of a layer, got 2"):
         parallelize(Transformer(config), ParallelConfig(experts=2), POLICY)
 

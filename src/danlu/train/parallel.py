@@ -193,7 +193,7 @@ def _shard(
     mixed = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
     for module in (*blocks, objective):
         fully_shard(module, mesh=mesh, mp_policy=mixed, ignored_params=ignored, reshard_after_forward=grid[1] > 1)
-    register_fsdp_forward_method(objective, "evaluate")  # type: ignore[no-untyped-call]
+    register_fsdp_forward_method(objective, "evaluate")
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
