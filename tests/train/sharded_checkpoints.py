@@ -6,6 +6,7 @@ goes into ``FOLDER/NAME.RANK``. All are forks of one process that has imported e
 
 import errno
 import multiprocessing
+import signal
 import sys
 import time
 import traceback
@@ -18,20 +19,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import toy
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-from danlu.train import checkpoint
+from danlu.train import checkpoint, resume, train
 from danlu.train.checkpoint import layout, writing
 from danlu.train.together import agree, everyone, first
 
 SHAPES = {"matrix": (13, 5), "few rows": (3, 7), "one": (1,), "vector": (11,), "scalar": (), "tall": (7, 2)}
-SHARDED = [Shard(0)]
+PLAIN = torch.arange(5.0, dtype=torch.float32)
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float32) for name, shape in SHAPES.items()}
 
 
 def shared(seed: int = 0, *, replicas: int = 1) -> dict[str, Tensor]:
@@ -44,7 +46,7 @@ def shared(seed: int = 0, *, replicas: int = 1) -> dict[str, Tensor]:
 
 
 def put(folder: Path, step: int, held: dict[str, Tensor], **options: Any) -> Path:
-    state = {"weights": held, "plain": torch.arange(5.0) + dist.get_rank(), "step": step}
+    state = {"weights": held, "plain": PLAIN + dist.get_rank(), "step": step}
     return checkpoint.save(folder / "checkpoints", step, state, **{"config": {}, "keep": 9, **options})
 
 
@@ -93,7 +95,7 @@ def check_every_process_writes_and_replicas_are_written_once_4(folder: Path) -> 
     headers = sum(int.from_bytes(file.read_bytes()[:8], "little") + 8 for file in path.glob("*.safetensors"))
     elements = sum(value.numel() for value in tensors().values()) + 5
     assert sum(sizes.values()) - headers == 4 * elements
-    assert torch.equal(checkpoint.load(path).state["plain"], torch.arange(5.0))  # the first process's
+    assert torch.equal(checkpoint.load(path).state["plain"], PLAIN)  # the first process's
 
 
 def check_a_full_disk_on_one_process_ends_all_and_leaves_the_checkpoint_before_2(folder: Path) -> None:
@@ -154,6 +156,47 @@ def check_a_flipped_bit_in_any_file_is_seen_by_all_2(folder: Path) -> None:
     found = checkpoint.newest(folder)
     assert found is not None
     assert found.step == 2
+
+
+def check_a_save_in_the_background_that_fails_on_one_process_ends_all_at_the_same_step_2(folder: Path) -> None:
+    real = writing._write_tensors
+
+    def full(*words: Any, **more: Any) -> None:
+        real(*words, **more)
+        if dist.get_rank() == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    writing._write_tensors = full
+    loop = {"steps": 1_000, "checkpoint_every": 3, "eval_every": None, "async_save": True}
+    try:
+        with told("no space left on the disk to save .*step-00000003; no earlier checkpoint exists"):
+            train(toy.plain_config(**loop), folder / "run", quiet=True)
+    finally:
+        writing._write_tensors = real
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert 3 <= len(lines) < 500
+    assert not list((folder / "run" / "checkpoints").iterdir())
+
+
+def check_options_that_differ_are_named_before_anything_is_written_2(folder: Path) -> None:
+    config = toy.plain_config(seed=dist.get_rank())
+    with told("do not agree on option train.seed: process 0 has 0, process 1 1"):
+        train(config, folder / "run", quiet=True)
+    assert not (folder / "run").exists()
+
+
+def goes_on(folder: Path, *, at: int) -> None:
+    """Go on with the run until this step is done."""
+    toy.SIGNALS[at] = signal.SIGTERM
+    assert resume(folder.parent / "run", quiet=True) == 143
+
+
+def check_a_run_goes_on_with_another_number_of_processes_2(folder: Path) -> None:
+    goes_on(folder, at=5)
+
+
+def check_a_run_goes_on_with_another_number_of_processes_4(folder: Path) -> None:
+    goes_on(folder, at=9)
 
 
 def check_what_the_processes_do_not_agree_on_is_named_2(folder: Path) -> None:
@@ -222,17 +265,41 @@ def work(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def alone(context: Any, do: Callable[[Path], None], folder: Path) -> None:
+    """Run something in a process of its own: it starts threads, and one that has some is not to be forked."""
+    process = context.Process(target=do, args=(folder,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def begin(folder: Path) -> None:
+    torch.set_num_threads(1)
+    config = toy.plain_config(steps=13, ema=0.9, keep=9, keep_best="val_loss", async_save=True)
+    assert train(config, folder / "alone 13", quiet=True) == 0
+    toy.SIGNALS[2] = signal.SIGTERM
+    assert train(config, folder / "run", quiet=True) == 143
+
+
+def end(folder: Path) -> None:
+    torch.set_num_threads(1)
+    assert resume(folder / "run", quiet=True) == 0
+
+
 def main(folder: Path) -> int:
-    state = {"weights": tensors(), "plain": torch.arange(5.0), "step": 1}
+    torch.set_default_dtype(torch.float64)
+    state = {"weights": tensors(), "plain": PLAIN, "step": 1}
     checkpoint.save(folder / "alone" / "checkpoints", 1, state, config={}, keep=1)
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else methods[0])
+    alone(context, begin, folder)
     for size in (2, 4):
         workers = [context.Process(target=work, args=(rank, size, folder), daemon=True) for rank in range(size)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
+    alone(context, end, folder)
     for path in checkpoint.checkpoints(folder / "by four" / "checkpoints"):
         same(checkpoint.load(path).state["weights"])
     return 0
