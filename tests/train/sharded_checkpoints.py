@@ -182,7 +182,7 @@ def check_options_that_differ_are_named_before_anything_is_written_2(folder: Pat
     config = toy.plain_config(seed=dist.get_rank())
     with told("do not agree on option train.seed: process 0 has 0, process 1 1"):
         train(config, folder / "run", quiet=True)
-    assert not (folder / "run").exists()
+    assert first(lambda: not (folder / "run").exists())
 
 
 def goes_on(folder: Path, *, at: int) -> None:
