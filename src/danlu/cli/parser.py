@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model from a recipe, on the embedded corpus or on your data",
     "resume": "continue a run exactly where a checkpoint left it, also for more steps",
     "branch": "decay from a checkpoint of a run's stable phase, in a new run",
+    "plan": "say what a run needs and takes on so many devices, before anything is trained or allocated",
     "tokenize": "write text as tokens that a training opens at once, by all cores",
     "sample": "write text or images from a trained run",
     "eval": "measure a run on its validation data",
@@ -60,6 +61,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         # The claims have a command line of their own, which also works without this one.
         return argparse.Namespace(words=rest, run=module.run)
     parser = _parser(command, module)
+    if command == "plan":
+        arguments: argparse.Namespace = module.parsed(parser, rest)
+        arguments.run = module.run
+        return arguments
     if command in ("train", "resume"):
         # Their other options are those of the configuration, which is only known when the recipe has been loaded.
         found = module.separate(rest)
@@ -102,7 +107,7 @@ def _parser(command: str, module: ModuleType) -> argparse.ArgumentParser:
         epilog=f"examples:\n{module.EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        add_help=command != "train",
+        add_help=command not in ("plan", "train"),
     )
     module.add_arguments(parser)
     return parser

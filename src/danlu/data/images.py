@@ -82,6 +82,12 @@ class ImagesConfig:
         size = self.size or _SOURCES[self.source].size
         return {"image_size": size} | ({} if self.channels is None else {"channels": self.channels})
 
+    def example(self) -> dict[str, Tensor]:
+        """Return a batch of the shapes that training has, without reading anything."""
+        size = self.expected_sizes()["image_size"]
+        images = torch.zeros(self.batch, self.channels or 1, size, size)
+        return {"images": images, "labels": torch.zeros(self.batch, dtype=torch.int64)}
+
     def open(
         self, *, seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False, prefetch: bool = False, **others: Any
     ) -> "ImagesData":

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -78,6 +79,10 @@ class TextConfig:
     def encoded_by(self, tokenizer: str) -> "TextConfig":
         """Return the configuration of the same text encoded by the tokenizer in this file."""
         return replace(self, tokenizer=tokenizer)
+
+    def example(self) -> dict[str, Tensor]:
+        """Return a batch of the shapes that training has, without reading anything."""
+        return {name: torch.zeros(self.batch, self.length, dtype=torch.int64) for name in ("tokens", "targets")}
 
     def open(
         self, *, seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False, prefetch: bool = False, **others: Any

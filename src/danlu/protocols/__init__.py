@@ -18,6 +18,7 @@ from danlu.protocols.data import (
     ExpectsSizes,
     KeepsFiles,
     Loader,
+    ShowsBatch,
     TakesTokenizer,
     TokenData,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "ScheduleConfig",
     "Scored",
     "SettlesLate",
+    "ShowsBatch",
     "TakesTokenizer",
     "TokenData",
 ]

@@ -16,6 +16,7 @@ __all__ = [
     "ExpectsSizes",
     "KeepsFiles",
     "Loader",
+    "ShowsBatch",
     "TakesTokenizer",
     "TokenData",
 ]
@@ -128,6 +129,14 @@ class DataConfig(Config, Protocol):
         Raises:
             ValueError, OSError, ImportError: the data cannot be read.
         """
+
+
+@runtime_checkable
+class ShowsBatch(Protocol):
+    """A configuration of data that knows the shapes of a batch before anything is read."""
+
+    def example(self) -> Batch:
+        """Return a batch over all processes, whose numbers mean nothing."""
 
 
 @runtime_checkable

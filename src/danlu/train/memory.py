@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,7 +24,9 @@ from danlu._autograd import planned
 from danlu.protocols import Batch
 from danlu.train import rng
 
-__all__ = ["LiveBytes", "pass_bytes"]
+__all__ = ["LiveBytes", "pass_bytes", "trace_pass"]
+
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "_grouped_mm", "_scaled_mm")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -33,6 +35,8 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live: bytes alive now.
         peak: the most that ever was.
+        moved: bytes that operations other than matrix products have read and written.
+        calls: operations that were not views.
 
     >>> with LiveBytes() as count:
     ...     x = torch.empty(3, 5, device="meta")
@@ -45,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.moved = self.calls = 0
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,6 +58,10 @@ class LiveBytes(TorchDispatchMode):
         for value in tree_leaves(found):
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage())
+        self.calls += not func.is_view
+        if not func.is_view and func.overloadpacket.__name__ not in _PRODUCTS and "empty" not in func.__name__:
+            both = (*tree_leaves((args, kwargs)), *tree_leaves(found))
+            self.moved += sum(value.nbytes for value in both if isinstance(value, Tensor))
         return found
 
     def know(self, *tensors: Tensor) -> None:
@@ -102,9 +110,31 @@ def pass_bytes(objective: nn.Module, batch: Batch, device: str, *, accumulate: i
     >>> pass_bytes(Scale(), {"x": torch.zeros(2, 5)}, "cpu")  # the gradient and four numbers
     56
     """
+    return trace_pass(objective, batch, device, accumulate=accumulate).peak
+
+
+def trace_pass(
+    objective: nn.Module,
+    batch: Batch,
+    device: str,
+    *,
+    accumulate: int = 1,
+    weights: torch.dtype | None = None,
+    keep_gradients: bool = True,
+) -> LiveBytes:
+    """Return the count of a pass as `pass_bytes` makes it.
+
+    Args:
+        objective, batch, device, accumulate: as there.
+        weights: dtype in which the layers get their weights; None: their own.
+        keep_gradients: False lets each gradient go when it is complete, as processes that cut it among them do.
+    """
     held: dict[str, Tensor] = {}
     for name, parameter in objective.named_parameters():
-        held[name] = torch.empty_like(parameter, device="meta").requires_grad_(parameter.requires_grad)
+        dtype = weights if weights is not None and parameter.is_floating_point() else parameter.dtype
+        held[name] = torch.empty_like(parameter, dtype=dtype, device="meta").requires_grad_(parameter.requires_grad)
+        if parameter.requires_grad and not keep_gradients:
+            held[name].register_post_accumulate_grad_hook(_let_go)
     for name, buffer in objective.named_buffers():
         held[name] = torch.empty_like(buffer, device="meta")
     example = {name: torch.empty_like(value, device="meta") for name, value in batch.items()}
@@ -114,15 +144,21 @@ def pass_bytes(objective: nn.Module, batch: Batch, device: str, *, accumulate: i
     try:
         with ExitStack() as stack:
             stack.enter_context(planned(device))
+            # In the backward pass as well, where a part of the forward pass may run again.
+            stack.enter_context(_reparametrize_module(objective, held, tie_weights=True))
             count: LiveBytes = stack.enter_context(LiveBytes())
             count.know(*held.values(), *example.values())
             for _ in range(min(accumulate, 2)):
-                loss = functional_call(objective, held, (example,))
+                loss = objective(example)
                 (loss * torch.ones((), dtype=loss.dtype, device="meta")).backward()
                 del loss
-        return count.peak
+        return count
     finally:
         rng.restore(generators)
         for module, before in attributes:
             vars(module).clear()
             vars(module).update(before)
+
+
+def _let_go(parameter: Tensor) -> None:
+    parameter.grad = None
