@@ -25,13 +25,13 @@ def test_examples_go_on_from_a_saved_position_as_if_undisturbed(n, batch, steps)
     assert torch.equal(next(walked)["x"], next(jumped)["x"])
 
 
-def test_what_prepares_a_batch_is_given_a_number_of_its_own_at_every_place_of_the_stream():
+def test_what_prepares_a_batch_is_given_a_key_of_its_own_for_every_example_of_the_stream():
     numbers = {}
     for seed in (0, 1):
         for rank in (0, 1):
 
-            def note(batch, number, place=(seed, rank)):
-                numbers.setdefault(place, []).append(number)
+            def note(batch, keys, place=(seed, rank)):
+                numbers.setdefault(place, []).append(keys.tolist())
                 return batch
 
             loader = ExampleLoader({"x": torch.arange(5)}, batch=4, seed=seed, rank=rank, world=2, prepare=note)
@@ -40,9 +40,13 @@ def test_what_prepares_a_batch_is_given_a_number_of_its_own_at_every_place_of_th
             loader.load_state_dict(loader.state_dict() | {"position": 8})
             next(loader)
             assert numbers[seed, rank][-1] == numbers[seed, rank][2]
-    drawn = [number for found in numbers.values() for number in found[:-1]]
-    assert len(set(drawn)) == len(drawn) == 24
-    assert all(0 <= number < 2**63 for number in drawn)
+    drawn = {
+        seed: sorted(key for rank in (0, 1) for keys in numbers[seed, rank][:-1] for key in keys) for seed in (0, 1)
+    }
+    # Of both processes together they are numbers that follow one another, whoever has which.
+    for keys in drawn.values():
+        assert keys == list(range(keys[0], keys[0] + 24))
+    assert not set(drawn[0]) & set(drawn[1])
 
 
 def test_bad_examples_and_foreign_states_are_rejected():

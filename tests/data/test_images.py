@@ -207,3 +207,49 @@ def test_too_few_and_undecodable_images_are_rejected(tmp_path):
     Image.new("L", (4, 4)).save(folder / "b.png")
     with pytest.raises(ValueError, match="two different images"):
         open_images(config, cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("names", [("flip", "shift", "rotate", "zoom", "erase"), ("color",)])
+def test_an_image_is_changed_the_same_alone_and_in_any_batch_and_changes_are_of_their_size(names):
+    pytest.importorskip("kornia")
+    from danlu.data.augment import Augmenter
+
+    images, keys = torch.rand(400, 3, 17, 19), torch.arange(400)
+    change = Augmenter(names)
+    changed = change(images, keys)
+    assert torch.allclose(change(images[7:9], keys[7:9]), changed[7:9], atol=1e-6)
+    assert torch.equal(change(images, keys), changed)
+    assert not torch.allclose(change(images, keys + 1), changed)
+
+
+def test_augmentations_change_as_many_images_and_as_much_as_they_say():
+    pytest.importorskip("kornia")
+    from danlu.data.augment import Augmenter
+
+    keys, ramp = torch.arange(2000), torch.linspace(0, 1, 19).expand(2000, 1, 17, 19)
+    flipped = (Augmenter(("flip",))(ramp, keys)[:, 0, 0, 0] == 1).double().mean().item()
+    assert flipped == pytest.approx(0.5, abs=0.045)  # four standard errors
+    middle = Augmenter(("shift",))(ramp, keys)[:, 0, 8, 9]
+    pixels = (middle - 0.5) * 18  # of a step of one pixel each
+    assert pixels.abs().max().item() == pytest.approx(1.9, abs=0.05)
+    assert pixels.mean().item() == pytest.approx(0, abs=0.1)
+    erased = (Augmenter(("erase",))(torch.zeros(2000, 1, 40, 40), keys) == 0.5).double().mean((1, 2, 3))
+    assert (erased > 0).double().mean().item() == pytest.approx(0.5, abs=0.045)
+    assert 0.012 < erased[erased > 0].min() < 0.03
+    assert 0.17 < erased.max() < 0.215
+    assert erased[erased > 0].mean().item() == pytest.approx(0.11, abs=0.008)
+
+
+def test_a_rest_too_small_for_all_processes_joins_the_batch_before_it():
+    from danlu.data.position import shares
+
+    for total, batch, world in ((10, 4, 4), (9, 4, 2), (8, 4, 2), (13, 6, 3), (5, 6, 3)):
+        ranks = [list(shares(total, batch, rank, world)) for rank in range(world)]
+        assert len({len(parts) for parts in ranks}) == 1
+        assert all(len(part) for parts in ranks for part in parts)
+        assert sorted(row for parts in ranks for part in parts for row in part) == list(range(total))
+        # What evaluation takes an example's number to be, where a batch does not say it.
+        for rank, parts in enumerate(ranks):
+            assert [row for part in parts for row in part] == list(range(rank, total, world))
+    with pytest.raises(ValueError, match="an example for each of 4 processes, got 3"):
+        list(shares(3, 2, 0, 4))

@@ -21,7 +21,7 @@ from danlu._grid import text_image_grid
 from danlu._validate import integer, number
 from danlu.data.images import ImagesConfig, open_images
 from danlu.data.loader import Batch
-from danlu.data.position import Positioned
+from danlu.data.position import Positioned, shares
 from danlu.data.shuffle import keys
 from danlu.protocols import IGNORE
 
@@ -204,10 +204,8 @@ class CaptionsData:
         if batches is not None:
             integer("batches", batches)
             total = min(total, batches * loader.batch)
-        for start in range(0, total, loader.batch):
-            mine = range(start + loader.rank, min(start + loader.batch, total), loader.world)
-            if mine:
-                yield self.held_out.batch(mine)
+        for mine in shares(total, loader.batch, loader.rank, loader.world):
+            yield self.held_out.batch(mine)
 
 
 class CaptionLoader(Positioned):

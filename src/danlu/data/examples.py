@@ -7,11 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from danlu._draws import start
 from danlu.data.loader import Batch
 from danlu.data.position import Positioned
 from danlu.data.shuffle import keys, permute
 
-Prepare = Callable[[Batch, int], Batch]
+Prepare = Callable[[Batch, Tensor], Batch]
 
 
 class ExampleLoader(Positioned):
@@ -28,8 +29,8 @@ class ExampleLoader(Positioned):
         world: number of processes.
         sha256: identity of the examples, checked on resume.
         pin: put batches in page-locked memory.
-        prepare: called with the rows of a batch and a number that is a function of seed, rank and position, gives what
-            the stream yields.
+        prepare: called with the rows of a batch and a key for each, int64 ``(rows,)``, that is a function of seed and
+            position, gives what the stream yields.
 
     >>> loader = ExampleLoader({"x": torch.arange(3)}, batch=3, seed=1)
     >>> sorted(next(loader)["x"].tolist())
@@ -60,7 +61,7 @@ class ExampleLoader(Positioned):
         rows = torch.from_numpy(self._rows(numbers.start, len(numbers)))
         batch = {name: tensor[rows] for name, tensor in self.examples.items()}
         if self.prepare is not None:
-            batch = self.prepare(batch, int(keys("prepare", self.seed, numbers.start)[0] >> np.uint64(1)))
+            batch = self.prepare(batch, start("prepare", self.seed) + torch.arange(numbers.start, numbers.stop))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin else batch
 
     @property

@@ -28,6 +28,7 @@ from danlu.data.augment import NAMES, Augmentation, Augmenter
 from danlu.data.examples import ExampleLoader
 from danlu.data.loader import Batch
 from danlu.data.pictures import Picture, decode, empty_folders, find_pictures, is_gray
+from danlu.data.position import shares
 from danlu.data.shards import cached
 from danlu.data.shuffle import fraction
 
@@ -152,7 +153,8 @@ class ImagesData:
     def validation(self, batches: int | None = None) -> Iterator[Batch]:
         """Go once through the validation images, or through ``batches`` batches spread evenly over them.
 
-        Each process gets its share of every batch; the last batch may be smaller, or empty and left out.
+        Of n processes each gets every n-th image of every batch, and as many batches as the others: a rest of fewer
+        images than processes joins the batch before it.
         """
         train, total = self.train, len(self.held_out["labels"])
         chosen = torch.arange(total)
@@ -160,10 +162,9 @@ class ImagesData:
             integer("batches", batches)
             if batches * train.batch < total:
                 chosen = torch.arange(batches * train.batch) * total // (batches * train.batch)
-        for rows in chosen.split(train.batch):
-            mine = rows[train.rank :: train.world]
-            if len(mine):
-                yield {"images": to_float(self.held_out["images"][mine]), "labels": self.held_out["labels"][mine]}
+        for rows in shares(len(chosen), train.batch, train.rank, train.world):
+            mine = chosen[rows.start : rows.stop : rows.step]
+            yield {"images": to_float(self.held_out["images"][mine]), "labels": self.held_out["labels"][mine]}
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -228,11 +229,11 @@ def open_images(
     examples = {"images": torch.from_numpy(found.pixels), "labels": torch.from_numpy(found.labels)}
     augmenter = Augmenter(config.augment) if config.augment else None
 
-    def prepare(batch: Batch, number: int) -> Batch:
+    def prepare(batch: Batch, keys: Tensor) -> Batch:
         images = batch["images"]
         if augmenter is None:
             return {**batch, "images": to_float(images)}
-        return {**batch, "images": augmenter(images.float() / 255, number).mul_(2).sub_(1)}
+        return {**batch, "images": augmenter(images.float() / 255, keys).mul_(2).sub_(1)}
 
     made_from = f"{found.sha256} {config.validation} {config.augment}"
     loader = ExampleLoader(

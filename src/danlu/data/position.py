@@ -1,13 +1,13 @@
 """What every loader's position is: how many examples all processes together have taken, one integer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 from danlu._validate import integer
 from danlu.protocols import Batch
 
-__all__ = ["Positioned", "check_shares"]
+__all__ = ["Positioned", "check_shares", "shares"]
 
 
 class Positioned:
@@ -97,3 +97,24 @@ def check_shares(batch: int, rank: int, world: int) -> None:
     integer("rank", rank, low=0, high=world - 1)
     if batch % world:
         raise ValueError(f"batch is shared among {world} processes and must be a multiple of {world}, got {batch}")
+
+
+def shares(total: int, batch: int, rank: int, world: int) -> Iterator[range]:
+    """Yield the examples that process ``rank`` of ``world`` has of each batch of a pass through ``range(total)``.
+
+    Every ``world``-th, from ``rank`` on. All processes have as many batches, since each takes part in every forward
+    pass: a rest of fewer examples than processes joins the batch before it.
+
+    Raises:
+        ValueError: fewer examples than processes.
+
+    >>> list(shares(9, 4, 1, 2))
+    [range(1, 4, 2), range(5, 9, 2)]
+    """
+    if total < world:
+        raise ValueError(f"validation needs an example for each of {world} processes, got {total}")
+    for first in range(0, total, batch):
+        last = total - first - batch < world  # what is left after this batch is too little for a batch of its own
+        yield range(first + rank, total if last else first + batch, world)
+        if last:
+            return

@@ -52,8 +52,8 @@ class CausalLM(nn.Module):
     A batch is a mapping with ``tokens`` and ``targets`` ``(batch, time)`` int64 and, for packed documents that must not
     attend to each other, ``documents``. A model with experts is given booleans ``real`` ``(batch, time)``, too, if a
     batch has them: what is False is padding, and no part of their balance. A target of -100 alone does not say so:
-    tokens of a prompt have none either. Where tokens are dropped, the loss is the mean over the remaining targets
-    times the number of all targets, so that a target has the same weight at every drop rate.
+    tokens of a prompt have none either. Where tokens are dropped, the loss of the remaining targets is multiplied by
+    tokens over remaining tokens, so that a target has the same weight at every drop rate.
 
     Raises:
         ValueError: a layer's mask shows the token to be predicted, or ``drop_tokens`` is asked of a model with layers
@@ -94,7 +94,7 @@ class CausalLM(nn.Module):
         if not (self.training and self.config.drop_tokens):
             return self._loss(batch)
         short = drop_tokens(batch, self.config.drop_tokens)
-        return self._loss(short) * (_count(batch["targets"]) / _count(short["targets"]).clamp_min(1))
+        return self._loss(short) * (batch["tokens"].shape[1] / short["tokens"].shape[1])
 
     def asked(self, batch: Batch) -> Batch:
         """Return the batch with the targets that count: here all of them."""
