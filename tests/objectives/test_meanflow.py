@@ -6,7 +6,7 @@ from torch import nn
 
 from danlu.diffusion import LogNormalNoise, UniformTimes
 from danlu.objectives import MeanFlow, MeanFlowConfig, evaluate, total_derivative
-from danlu.objectives._positions import keys_of
+from danlu.objectives.draws import keys_of
 
 MEAN, STD = 0.3, 0.7
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from danlu._draws import bernoulli
 from danlu._validate import integer
 from danlu.diffusion import classifier_free
-from danlu.objectives._positions import keys_of, numbered
+from danlu.objectives.draws import keys_of, numbered
 from danlu.protocols import Batch, Measure
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from danlu._draws import fresh, uniform
 from danlu._validate import integer, number
-from danlu.objectives._positions import keys_of
+from danlu.objectives.draws import keys_of
 
 
 def kept_tokens(

@@ -19,8 +19,8 @@ from danlu.models import Transformer
 from danlu.nn import declare
 from danlu.nn.balance import expert_load, has_experts
 from danlu.nn.cross_entropy import linear_cross_entropy
-from danlu.objectives._positions import keys_of, numbered
 from danlu.objectives.causal_lm import check_drops, check_language_model
+from danlu.objectives.draws import keys_of, numbered
 from danlu.objectives.drop_token import drop_tokens
 from danlu.protocols import IGNORE, Batch, Measure
 

@@ -23,7 +23,7 @@ from danlu._draws import derived, normal
 from danlu._validate import integer, literals, number, positive
 from danlu.diffusion import LogitNormalTimes, Progress, TimesConfig, average_velocity, prior
 from danlu.objectives._images import ImageObjective, check_sampling, class_labels, mean_square
-from danlu.objectives._positions import keys_of
+from danlu.objectives.draws import keys_of
 from danlu.objectives.flow_matching import FLOW
 from danlu.protocols import Batch
 

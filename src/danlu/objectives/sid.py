@@ -26,8 +26,8 @@ from danlu._validate import integer, number, positive
 from danlu.config import Pretrained
 from danlu.diffusion import EDM, LogNormalNoise, Progress, to_x0_eps
 from danlu.objectives._images import ImageObjective, check_sampling, class_labels, mean_square
-from danlu.objectives._positions import keys_of
 from danlu.objectives.denoising import Denoising, DenoisingConfig, predict, prediction_error
+from danlu.objectives.draws import keys_of
 from danlu.protocols import Batch
 
 __all__ = ["SiD", "SiDConfig", "generator_loss"]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from danlu.objectives._positions import numbered
+from danlu.objectives.draws import numbered
 from danlu.protocols import Batch, Measure, Objective
 
 __all__ = ["evaluate"]

@@ -1,14 +1,19 @@
-"""The numbers of examples, of which everything that is drawn for them is a function (:mod:`danlu._draws`)."""
+"""Random numbers for objectives: functions of the number of an example, the same however a run is divided.
+
+The loop numbers the examples of a run (``batch["position"]``), and :func:`keys_of` gives a batch's numbers as keys for
+:func:`uniform`, :func:`normal`, :func:`integers` and :func:`bernoulli`; :func:`derived` gives other keys for a second
+draw of the same name. An objective that is used alone gets keys from torch's generator.
+"""
 
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from danlu._draws import fresh, start
+from danlu._draws import bernoulli, derived, fresh, integers, normal, start, uniform
 from danlu.protocols import Batch
 
-__all__ = ["keys_of", "numbered"]
+__all__ = ["bernoulli", "derived", "integers", "keys_of", "normal", "numbered", "uniform"]
 
 
 def keys_of(batch: Batch, like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
