@@ -14,4 +14,10 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
         return Path(folder)
     if own := os.environ.get("DANLU_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "danlu"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "danlu"
+    try:
+        return Path.home() / ".cache" / "danlu"
+    except RuntimeError:
+        # A container may run as a user that the system does not know.
+        raise OSError("this user has no home folder to keep the cache in: set DANLU_CACHE to a folder") from None

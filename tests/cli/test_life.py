@@ -195,3 +195,56 @@ def test_metrics_with_damaged_bytes_do_not_keep_a_run_from_being_resumed(
     assert main(["resume", "runs/a"]) == 0
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert checkpoint.load(run / "checkpoints" / "step-00000006").step == 6
+
+
+@pytest.mark.parametrize("patience", [2, 50])
+def test_a_run_that_diverges_ends_with_a_sentence_its_report_and_its_last_good_samples(
+    project: Path, patience: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from danlu.train import Trainer
+
+    real = Trainer._apply
+
+    def step(self: Trainer, elapsed: float) -> tuple:
+        found = real(self, elapsed)
+        if self.step == 2:  # the third step
+            next(self.objective.parameters()).data.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(Trainer, "_apply", step)
+    words = ["train", "lm-dense", "--data", "notes", "--out", "d", *SMALL, f"--train.patience={patience}"]
+    assert main([*words, "--train.checkpoint_every=2"]) == 1
+    said = capsys.readouterr()
+    last = said.err.splitlines()[-1]
+    assert last.startswith("danlu: the run has diverged: after step 4 model." if patience > 2 else "danlu: ")
+    assert "Samples of step 2, the last whose weights are finite:" in said.out
+    assert checkpoint_steps(project / "d") == [2]
+    assert (project / "d" / "report.html").is_file()
+    assert "--- sample 3 of 3" in (project / "d" / "samples.txt").read_text()
+
+
+def test_weights_that_are_not_finite_are_answered_with_the_last_that_are(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As earlier releases saved them."""
+    from danlu.train import Trainer
+
+    real = Trainer._apply
+    monkeypatch.setattr("danlu.train.trainer.check_finite", lambda *_: None)
+
+    def step(self: Trainer, elapsed: float) -> tuple:
+        found = real(self, elapsed)
+        if self.step == 2:
+            next(self.objective.parameters()).data.fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(Trainer, "_apply", step)
+    assert main(["train", "lm-dense", "--data", "notes", "--out", "d", *SMALL]) == 0
+    for command in (["sample", "d"], ["eval", "d"], ["train", "lm-dense", "--data", "notes", "--init", "d", *SMALL]):
+        capsys.readouterr()
+        assert main(command) == 2
+        said = capsys.readouterr()
+        assert "diverged" in said.err.splitlines()[-1]
+        assert "unexpected" not in said.err
+    assert main(["sample", "d"]) == 2
+    assert "take d@2" in capsys.readouterr().err

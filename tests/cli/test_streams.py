@@ -52,3 +52,40 @@ def test_an_error_cannot_take_a_terminal_over(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "config.json").write_text('{"\\u001b[2J": 1}')
     assert main(["train", "lm", "--config", str(tmp_path / "config.json")]) == 2
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_memory_that_cannot_be_had_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DANLU_CACHE", str(tmp_path / "cache"))
+    assert main(["train", "lm-dense", "--out", str(tmp_path / "run"), "--model.dim", "1000000000"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("danlu: out of memory: ")
+    assert "GB were asked for at once" in error
+    assert ".cpp" not in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_user_without_a_home_is_told_how_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from danlu._cache import cache_folder
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("DANLU_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(OSError, match="no home folder to keep the cache in: set DANLU_CACHE"):
+        cache_folder()
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 40)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("DANLU_CACHE", str(tmp_path / "cache"))
+    words = ["train", "lm-dense", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), *SMALL]
+    assert main(words) == 2
+    assert "set DANLU_CACHE to keep it elsewhere" in capsys.readouterr().err

@@ -270,3 +270,28 @@ def test_a_restart_finds_what_a_kill_before_the_first_step_left(finished: Path, 
         train(config(ema=0.9), run, quiet=True)
     assert train(config(ema=0.9), run, restartable=True, quiet=True) == 0
     assert state_of(run, 12) == state_of(finished, 12)
+
+
+def test_the_metrics_of_a_checkpoint_are_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from danlu.train.checkpoint import Saver
+    from danlu.train.metrics import MetricsFile
+
+    order = []
+    for kind, name in ((MetricsFile, "flush"), (Saver, "save")):
+        real = getattr(kind, name)
+        monkeypatch.setattr(
+            kind, name, lambda self, *a, real=real, name=name, **k: (order.append(name), real(self, *a, **k))[1]
+        )
+    train(config(steps=4), tmp_path / "run", quiet=True)
+    assert order == ["flush", "save"] * 2
+
+
+def test_a_validation_loss_that_is_not_finite_does_not_keep_a_checkpoint_from_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("danlu.train.trainer.evaluate", lambda *_: {"val_loss": float("nan")})
+    run = tmp_path / "run"
+    assert train(config(steps=4, eval_every=2), run, quiet=True) == 0
+    assert checkpoint_steps(run) == [2, 4]
+    with pytest.raises(ValueError, match="none was evaluated"):
+        load(f"{run}@best")

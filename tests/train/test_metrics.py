@@ -51,3 +51,26 @@ def test_tensorboard_reads_the_numbers_back_and_hides_what_was_done_again(tmp_pa
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_tensorboard_shows_no_step_twice_after_a_start_from_the_beginning(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for loss in (1.0, 7.0):  # the second start has no checkpoint to go on from
+        board = TensorBoard(tmp_path, after=0)
+        for step in (1, 2):
+            board({"step": step, "loss": loss})
+        board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 7.0), (2, 7.0)]
+
+
+def test_damaged_bytes_cost_their_own_line_only_and_the_file_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe{"step": 5}\n{"step": 2}\n')
+    MetricsFile(path, after=7).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: 1 damaged line was left out"]

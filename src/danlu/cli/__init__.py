@@ -6,6 +6,7 @@ becomes one line on stderr and exit code 2; set ``DANLU_DEBUG=1`` to see the tra
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ __all__ = ["main"]
 
 # What is raised for input that is wrong, as opposed to code that is.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)
+_ALLOCATION = re.compile(r"tried to allocate (\d+) bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe has left (`danlu show lm | head`). Without this Python complains again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:
+    except Exception as raised:
         if os.environ.get("DANLU_DEBUG"):
             raise
-        expected = isinstance(error, (*_EXPECTED, FloatingPointError))
+        error = _as_memory_error(raised)
+        expected = isinstance(error, (*_EXPECTED, FloatingPointError, MemoryError))
         where = "" if expected else f"unexpected {type(error).__name__} (DANLU_DEBUG=1 shows where): "
         print(f"danlu: {where}{_sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, _EXPECTED) else 1
@@ -86,6 +89,17 @@ class _Lines(logging.Handler):
                 return
             self.warned.add(line)
         print(line, file=sys.stderr, flush=True)
+
+
+def _as_memory_error(error: Exception) -> Exception:
+    """Turn PyTorch's report of memory that it could not get, with its C++ source lines, into a sentence."""
+    wanted = _ALLOCATION.search(str(error)) if isinstance(error, RuntimeError) else None
+    if wanted is None:
+        return error
+    size = int(wanted[1])
+    return MemoryError(
+        f"out of memory: {size / 1e9:,.1f} GB were asked for at once; a smaller model, batch or length needs less"
+    )
 
 
 def _sentence(error: Exception) -> str:

@@ -24,7 +24,7 @@ from danlu.protocols.data import (
 )
 from danlu.protocols.layers import ActivationConfig, BalanceConfig, Cache, Context, Joined, Mixer, MixerConfig
 from danlu.protocols.objectives import Denoises, Generator, Measure, Objective, ObjectiveConfig, Paced, Scored
-from danlu.protocols.reporting import Record, Reporter
+from danlu.protocols.reporting import Durable, Record, Reporter
 from danlu.protocols.training import (
     CountsOperations,
     CountsParameters,
@@ -52,6 +52,7 @@ __all__ = [
     "DataConfig",
     "Decays",
     "Denoises",
+    "Durable",
     "ExpectsSizes",
     "Generator",
     "HasBlocks",

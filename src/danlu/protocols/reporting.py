@@ -1,9 +1,9 @@
 """Where a run's numbers go."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Record", "Reporter"]
+__all__ = ["Durable", "Record", "Reporter"]
 
 
 Record: TypeAlias = Mapping[str, Any]
@@ -27,3 +27,11 @@ class Reporter(Protocol):
 
     def close(self) -> None:
         """Finish: nothing is reported afterwards."""
+
+
+@runtime_checkable
+class Durable(Protocol):
+    """A reporter whose records must be on the disk before the checkpoint that follows them."""
+
+    def flush(self) -> None:
+        """Have what was reported written to the disk."""

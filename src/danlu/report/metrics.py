@@ -70,7 +70,7 @@ def read_metrics(run: str | os.PathLike[str]) -> Metrics:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no {FILE}")
     found: dict[str, dict[int, float]] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

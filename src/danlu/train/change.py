@@ -30,9 +30,12 @@ FREE = frozenset(
         "patience",
         "threads",
         "tensorboard",
+        "parallel.replicas",
+        "parallel.experts",
+        "parallel.recompute",
     )
 )
-"""Options that change no number of the training."""
+"""Options that change no number of the training, but for the order of additions."""
 
 LENGTH = frozenset(("train.steps", "train.minutes"))
 

@@ -66,6 +66,10 @@ class MetricsFile:
         finite = {key: None if _is_nonfinite(value) else value for key, value in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
+    def flush(self) -> None:
+        """Have the system write to the disk what was reported, before a checkpoint is written behind it."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

@@ -26,13 +26,14 @@ from torch.optim.swa_utils import AveragedModel
 from danlu._draws import start
 from danlu.objectives import evaluate
 from danlu.optim import NonFiniteGuard, clip_grad_norm_, grad_norm, limited_step
-from danlu.protocols import Batch, Loader, Paced, Record, Reporter, ScheduleConfig
+from danlu.protocols import Batch, Durable, Loader, Paced, Record, Reporter, ScheduleConfig
 from danlu.train import checkpoint, rng
 from danlu.train.best import Best, goal_of
 from danlu.train.budget import Length
 from danlu.train.config import TrainConfig
 from danlu.train.device import Policy, choose
 from danlu.train.distributed import gather, sum_over_ranks, world
+from danlu.train.divergence import check_finite
 from danlu.train.migrations import upgraded_state
 from danlu.train.parallel import Mesh
 from danlu.train.sharded import optimizer_state, placed
@@ -165,7 +166,7 @@ class Trainer:
         """Train to the last step, or until ``stop`` has received a signal; then the state has been saved.
 
         Raises:
-            FloatingPointError: too many steps in a row had a gradient that is not finite.
+            FloatingPointError: too many steps in a row had a gradient that is not finite, or a weight is not.
             CheckpointError: a checkpoint could not be written.
         """
         stop = stop or Stop()
@@ -194,10 +195,19 @@ class Trainer:
         return stop.signal is not None if self.world.size == 1 else self._stop_agreed
 
     def save(self) -> None:
-        """Write a checkpoint of the present state, or begin to, unless the newest one is of this step already."""
+        """Write a checkpoint of the present state, or begin to, unless the newest one is of this step already.
+
+        Raises:
+            FloatingPointError: a weight is not finite: what was saved before stays the last good state.
+            CheckpointError: it could not be written.
+        """
         self._report_pending()
         if self._saved == self.step:
             return
+        check_finite(self.objective.named_parameters(), self.step)
+        for reporter in self.reporters:
+            if isinstance(reporter, Durable):
+                reporter.flush()
         self.saver.save(self.step, self.state_dict(), metrics=self._metrics_of)
         self._saved = self.step
 

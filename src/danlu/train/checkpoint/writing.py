@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -161,7 +162,7 @@ def write(
             "step": step,
             "config": config,
             "processes": size,
-            "metrics": None if metrics is None else dict(metrics),
+            "metrics": None if metrics is None else {key: _finite(value) for key, value in metrics.items()},
             "goal": None if goal is None else asdict(goal),
             "files": {name: length for name, (length, _) in sums.items()},
             "state": packed.tree,
@@ -286,3 +287,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield
+
+
+def _finite(value: Any) -> Any:
+    """A number as JSON may hold it: None for one that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
