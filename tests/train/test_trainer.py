@@ -163,6 +163,48 @@ def test_many_such_steps_in_a_row_stop_the_run() -> None:
     assert [r["step"] for r in log] == [1, 2]
 
 
+@pytest.mark.parametrize("every", [1, 16])
+def test_steps_decided_on_the_device_keep_weights_finite_count_and_name_the_parameter(
+    every: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("danlu.train.trainer._FLUSH_EVERY", {"cpu": every})
+    x, y = points()
+    x[8:16] = torch.nan
+    log, objective = Log(), squares()
+    loop = trainer(objective, Rows(x, y, 8), config(steps=5), reporters=[log])
+    loop.deferred = True
+    loop.fit()
+    assert all(bool(p.isfinite().all()) for p in objective.parameters())
+    assert all(bool(s["momentum_buffer"].isfinite().all()) for s in loop.optimizer.state.values())
+    assert [r.get("skipped", 0) for r in log] == [0, 1, 1, 1, 2]
+    assert "model.first.weight" in caplog.text
+
+
+def test_many_such_steps_stop_a_run_whose_numbers_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("danlu.train.trainer._FLUSH_EVERY", {"cpu": 4})
+    x, y = points()
+    log, objective = Log(), squares()
+    loop = trainer(objective, Rows(x * torch.nan, y, 8), config(steps=9, patience=2), reporters=[log])
+    loop.deferred = True
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row, in model\.first\.weight"):
+        loop.fit()
+    assert [r["step"] for r in log] == [1, 2]
+    assert loop.step == 4
+    assert all(bool(p.isfinite().all()) for p in objective.parameters())
+
+
+def test_a_finite_step_decided_on_the_device_is_the_same_bit_for_bit() -> None:
+    weights = []
+    for deferred in (False, True):
+        x, y = points()
+        objective = squares()
+        loop = trainer(objective, Rows(x, y, 8), config(steps=5))
+        loop.deferred = deferred
+        loop.fit()
+        weights.append(objective.model.first.weight.detach())
+    assert torch.equal(weights[0], weights[1])
+
+
 def test_evaluating_more_often_trains_the_same_weights() -> None:
     weights = []
     for every in (1, 2, None):

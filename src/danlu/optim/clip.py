@@ -7,6 +7,7 @@ gradient descent, is far below ``lr``, which puts ``||g||`` below 1 whatever the
 import functools
 import logging
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -288,6 +289,8 @@ class NonFiniteGuard:
         self.patience = patience
         self.skipped = 0
         self.consecutive = 0
+        self._names: list[str] = []
+        self._culprits: deque[Tensor] = deque()  # of the steps whose norm nobody has read yet
 
     def allows(self, norm: Tensor, named_parameters: Iterable[tuple[str, Tensor]]) -> bool:
         """Return True if ``norm`` is finite; otherwise count, log the culprits by name and return False.
@@ -300,15 +303,18 @@ class NonFiniteGuard:
         if math.isfinite(norm):
             self.consecutive = 0
             return True
+        self._refuse(nonfinite_gradients(named_parameters))
+        return False
+
+    def _refuse(self, names: Sequence[str]) -> None:
+        """Count a step that is not finite, and say in which parameters."""
         self.skipped += 1
         self.consecutive += 1
-        names = nonfinite_gradients(named_parameters)
         blame = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         where = f"in {blame}" if names else "in their sum (every gradient by itself is finite)"
         if self.consecutive > self.patience:
             raise FloatingPointError(f"gradients were not finite for {self.consecutive} steps in a row, {where}")
         _log.warning("step skipped, the %d. so far: a gradient is not finite %s", self.skipped, where)
-        return False
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts, for a checkpoint."""
@@ -317,3 +323,35 @@ class NonFiniteGuard:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restore the counts of :meth:`state_dict`."""
         self.skipped, self.consecutive = int(state["skipped"]), int(state["consecutive"])
+
+    @torch.no_grad()
+    def screen(self, norm: Tensor, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Put zeros in the place of all gradients if ``norm`` is not finite, without anybody waiting for the device.
+
+        For accelerators, in the place of `allows`: the step is then taken in any case, and what a momentum remembers
+        moves the weights on. Which parameters had such a gradient stays on the device until `settle` asks.
+        """
+        found = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
+        if not found:
+            return
+        grads: list[Any] = [grad for _, grad in found]
+        local: list[Tensor] = [grad.to_local() if is_dtensor(grad) else grad for grad in grads]
+        bad = ~torch.isfinite(norm)
+        sizes = torch.stack([size.to(norm.device) for size in torch._foreach_norm(local, torch.inf)])
+        self._names, culprits = [name for name, _ in found], ~torch.isfinite(sizes)
+        self._culprits.append(culprits)
+        for grad in local:
+            grad.masked_fill_(bad.to(grad.device), 0)
+
+    def settle(self, norm: float) -> None:
+        """Count a step that was screened, in the order of steps, now that its norm has been read.
+
+        Raises:
+            FloatingPointError: as `allows`.
+        """
+        culprits = self._culprits.popleft() if self._culprits else None
+        if math.isfinite(norm):
+            self.consecutive = 0
+            return
+        marked = [] if culprits is None else culprits.tolist()
+        self._refuse([name for name, is_bad in zip(self._names, marked) if is_bad])

@@ -12,7 +12,7 @@ of the checkpoint: a run that is interrupted in an evaluation begins with that e
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ class Trainer:
             objective.compile()
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.guard = NonFiniteGuard(config.patience)
+        self.deferred = self.policy.device.type != "cpu"
         self.step = 0
         self.items = 0
         self.seconds = 0.0
@@ -319,7 +320,11 @@ class Trainer:
         clip = self.config.clip
         norm = grad_norm(self.parameters) if clip is None else clip_grad_norm_(self.parameters, clip)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        allowed = self.guard.allows(norm, self.objective.named_parameters())
+        allowed = True
+        if self.deferred:  # decided on the device, read with the other numbers
+            self.guard.screen(norm, self.objective.named_parameters())
+        else:
+            allowed = self.guard.allows(norm, self.objective.named_parameters())
         if allowed:
             if self.config.descent is None:
                 self.optimizer.step()
@@ -344,8 +349,12 @@ class Trainer:
         rows = torch.stack([torch.stack([p.loss, p.items, p.norm.double()]) for p in self._pending])
         rows[:, 0] = sum_over_ranks(rows[:, 0].contiguous())
         record: dict[str, Any] = {}
-        for pending, (loss, items, norm) in zip(self._pending, rows.tolist(), strict=True):
-            last = pending is self._pending[-1]
+        waiting, self._pending = self._pending, []
+        for pending, (loss, items, norm) in zip(waiting, rows.tolist(), strict=True):
+            last = pending is waiting[-1]
+            if self.deferred:
+                self.guard.settle(norm)
+                pending = replace(pending, skipped=self.guard.skipped)
             self.items += int(items)
             record = self._record(pending, loss, items, norm)
             if last:
@@ -353,7 +362,6 @@ class Trainer:
             logged = pending.step % self.config.log_every == 0 or self.length.reached(pending.step)
             if logged and not (hold and last):
                 self._report(record)
-        self._pending.clear()
         return record if hold else None
 
     def _metrics(self, record: Record) -> Mapping[str, float]:
