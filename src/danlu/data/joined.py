@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK", "Joined", "Shard", "checksums"]
+__all__ = ["BLOCK", "Joined", "Shard", "checksums", "sums_of"]
 
 BLOCK = 4096
 """Bytes under one checksum: what the system reads at once anyway."""
@@ -63,19 +63,20 @@ class Joined:
 
 
 class Shard:
-    """A file of tokens, mapped into memory when it is first read, whose blocks are checked whenever they are.
+    """A file of tokens whose blocks are checked whenever they are read.
+
+    It is read, not mapped: a run reads a little of every shard in no order, for which a page fault costs more than a
+    call, and mappings would add up.
 
     Args:
-        path: the tokens.
-        sums: the CRC-32 of each of its blocks, as :func:`checksums` makes them.
+        path: the tokens; the CRC-32 of each of its blocks, as :func:`checksums` makes them, are beside it in ``.crc``.
         tokens: how many there are.
         dtype: of a token.
     """
 
-    def __init__(self, path: Path, sums: Path, tokens: int, dtype: np.dtype[Any]) -> None:
-        self.path, self.sums, self.dtype = path, sums, dtype
+    def __init__(self, path: str, tokens: int, dtype: np.dtype[Any]) -> None:
+        self.path, self.dtype = path, dtype
         self._tokens = tokens
-        self._mapped: tuple[NDArray[Any], NDArray[np.uint32]] | None = None
 
     def __len__(self) -> int:
         return self._tokens
@@ -86,19 +87,32 @@ class Shard:
         Raises:
             ValueError: they are not what was written.
         """
-        if self._mapped is None:
-            # Views as plain arrays: a memmap's own slices cost more than the reading.
-            sums = np.memmap(self.sums, dtype="<u4", mode="r").view(np.ndarray)
-            self._mapped = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray), sums
-        data, sums = self._mapped
         first, last = (int(at) * self.dtype.itemsize for at in (where.start, where.stop))
-        for block in range(first // BLOCK, -(-last // BLOCK)):
-            if zlib.crc32(data[block * BLOCK : (block + 1) * BLOCK].data) != sums[block]:
-                raise ValueError(
-                    f"{self.path} is damaged from byte {block * BLOCK} on: "
-                    f"danlu tokenize --check {self.path.parent} finds all that is"
-                )
-        return data[first:last].view(self.dtype)
+        begin, end = first // BLOCK, -(-last // BLOCK)
+        data = _read(self.path, begin * BLOCK, end * BLOCK)
+        sums = np.frombuffer(_read(sums_of(self.path), 4 * begin, 4 * end), dtype="<u4")
+        found = checksums(data)
+        if len(found) != len(sums) or (found != sums).any():
+            raise ValueError(
+                f"{self.path} is damaged between bytes {begin * BLOCK} and {end * BLOCK}: "
+                f"danlu tokenize --check {Path(self.path).parent} finds all that is"
+            )
+        return np.frombuffer(data[first - begin * BLOCK : last - begin * BLOCK], dtype=self.dtype)
+
+
+def sums_of(path: str) -> str:
+    """Return the file with the checksums of a shard.
+
+    >>> sums_of("train-00000.bin")
+    'train-00000.crc'
+    """
+    return path.removesuffix(".bin") + ".crc"
+
+
+def _read(path: str, start: int, stop: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        return file.read(stop - start) or b""
 
 
 def checksums(data: bytes) -> NDArray[np.uint32]:

@@ -7,6 +7,7 @@ and so on. ``index.json`` is written last: without it the folder is not complete
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def is_tokenized(path: Path) -> bool:
 
 
 def open_folder(path: Path) -> TokenFolder:
-    """Open a folder of tokens: its shards are looked at when they are first read, here only their sizes.
+    """Open a folder of tokens: its shards are checked where they are read, here only their sizes.
 
     Raises:
         ValueError: it is not complete, is of another release, or a file is missing or of another size.
@@ -67,9 +68,9 @@ def open_folder(path: Path) -> TokenFolder:
     for side in SIDES:
         shards = []
         for entry in index[side]:
-            file, tokens = path / entry["file"], entry["tokens"]
+            file, tokens = os.path.join(path, entry["file"]), entry["tokens"]
             _check_size(file, tokens * dtype.itemsize)
-            shards.append(Shard(file, file.with_suffix(".crc"), tokens, dtype))
+            shards.append(Shard(file, tokens, dtype))
         streams.append(Joined(shards))
     return TokenFolder(path, index, digest, tokenizer, *streams)
 
@@ -92,7 +93,7 @@ def check(path: Path, advance: Callable[[int], None] = lambda count: None) -> li
     for entry in (entry for side in SIDES for entry in index[side]):
         file = path / entry["file"]
         try:
-            _check_size(file, entry["tokens"] * size)
+            _check_size(str(file), entry["tokens"] * size)
             sums = np.fromfile(file.with_suffix(".crc"), dtype="<u4")
             if wrong := _differences(file, entry["sha256"], sums, advance):
                 found.append(f"{file.name} {wrong}")
@@ -118,15 +119,13 @@ def _differences(file: Path, sha256: str, sums: np.ndarray[Any, Any], advance: C
     return ""
 
 
-def _check_size(file: Path, size: int) -> None:
-    blocks = -(-size // 4096)
-    for path, wanted in ((file, size), (file.with_suffix(".crc"), 4 * blocks)):
-        try:
-            there = path.stat().st_size
-        except FileNotFoundError:
-            raise ValueError(f"{path} is missing") from None
-        if there != wanted:
-            raise ValueError(f"{path} has {there} bytes and had {wanted} when it was written")
+def _check_size(file: str, size: int) -> None:
+    try:
+        there = os.stat(file).st_size
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing") from None
+    if there != size:
+        raise ValueError(f"{file} has {there} bytes and had {size} when it was written")
 
 
 def _is_index(path: Path) -> bool:
