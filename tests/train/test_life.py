@@ -176,6 +176,8 @@ def test_a_run_goes_back_to_a_checkpoint_and_keeps_what_came_after(run: Path, fi
     assert records(run) == records(finished)
     assert checkpoint_steps(run / "earlier" / "1") == [8, 10, 12]
     assert (run / "earlier" / "1" / "samples.txt").read_text() == "of step 12"
+    assert resume(f"{run}@12", quiet=True) == 0, "there is nothing to do after the last step"
+    assert not (run / "earlier" / "2").exists()
 
 
 @pytest.mark.parametrize("decay", [None, 3])

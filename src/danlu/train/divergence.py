@@ -26,9 +26,13 @@ def check_finite(weights: Iterable[tuple[str, nn.Parameter]], step: int) -> None
     named = list(weights)
     if not named:
         return
-    wrong = torch.stack([_held(weight).isfinite().logical_not().any() for _, weight in named])
-    wrong = sum_over_ranks(wrong.to(torch.float64))
-    if not bool(wrong.any()):
+    held = [_held(weight) for _, weight in named]
+    # A sum is finite only if all its terms are, and takes a tenth of the time that looking at each one does.
+    sums = torch.stack([weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in held])
+    if not bool(sum_over_ranks(sums.isfinite().logical_not().double()).any()):
+        return
+    wrong = sum_over_ranks(torch.stack([weight.isfinite().logical_not().any() for weight in held]).double())
+    if not bool(wrong.any()):  # the sums were too large, not what they are of
         return
     names = [name for (name, _), count in zip(named, wrong.tolist(), strict=True) if count]
     more = f" and {len(names) - 1} more weights are" if len(names) > 1 else " is"

@@ -165,7 +165,7 @@ def resume(path: Path | str | RunAt, *, config: RunConfig | None = None, quiet: 
             going = first(lambda: going_on(at, found, kept, wanted))
             if going.step != saved.step:
                 saved = find_checkpoint(RunAt(folder, going.step))
-            elif going.steps is None and at.at == "last" and (why := _complete(wanted, saved)):
+            elif going.steps is None and (why := _complete(wanted, saved)):
                 if place.main:
                     console.print(f"{folder} is complete: {why}.", soft_wrap=True, highlight=False)
                 return 0
