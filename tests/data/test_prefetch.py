@@ -76,15 +76,13 @@ def test_the_thread_ends_with_the_loader():
     assert not thread.is_alive()
 
 
-def test_the_application_asks_for_it_and_augmentations_that_draw_stay_with_the_training(tmp_path, monkeypatch):
+def test_data_are_prefetched_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("DANLU_CACHE", str(tmp_path))
     (tmp_path / "a.txt").write_text("some text and more of it " * 50)
     text = TextConfig(path=(str(tmp_path / "a.txt"),), vocab_size=257, length=8)
-    assert text.open(prefetch=True).train.prefetch
-    assert not text.open().train.prefetch
-    images = ImagesConfig(source="digits8", batch=4)
-    assert images.open(prefetch=True).train.prefetch
-    assert not ImagesConfig(source="digits8", batch=4, augment=("flip",)).open(prefetch=True).train.prefetch
+    for config in (text, ImagesConfig(source="digits8", batch=4)):
+        assert config.open(prefetch=True).train.prefetch
+        assert not config.open().train.prefetch
 
 
 def test_examples_are_the_same_with_a_thread():

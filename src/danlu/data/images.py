@@ -94,7 +94,6 @@ class ImagesConfig:
     ) -> "ImagesData":
         """Open the data for process ``rank`` of ``world``: :func:`open_images`."""
         data = open_images(self, seed=seed, rank=rank, world=world, pin=pin)
-        # Augmentations draw from torch's own generator, which a thread would share with the training.
         data.train.prefetch = prefetch
         return data
 
