@@ -25,9 +25,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 
 from danlu.train import checkpoint, resume, train
 from danlu.train.checkpoint import layout, writing
+from danlu.train.parallel import ParallelConfig
 from danlu.train.together import agree, everyone, first
 
 SHAPES = {"matrix": (13, 5), "few rows": (3, 7), "one": (1,), "vector": (11,), "scalar": (), "tall": (7, 2)}
+RUNS = {"copies": None, "sharded": 1}  # runs that go on with other numbers of processes, and their replicas
 PLAIN = torch.arange(5.0, dtype=torch.float32)
 
 
@@ -187,8 +189,9 @@ def check_options_that_differ_are_named_before_anything_is_written_2(folder: Pat
 
 def goes_on(folder: Path, *, at: int) -> None:
     """Go on with the run until this step is done."""
-    toy.SIGNALS[at] = signal.SIGTERM
-    assert resume(folder.parent / "run", quiet=True) == 143
+    for run in RUNS:
+        toy.SIGNALS[at] = signal.SIGTERM
+        assert resume(folder.parent / run, quiet=True) == 143
 
 
 def check_a_run_goes_on_with_another_number_of_processes_2(folder: Path) -> None:
@@ -275,15 +278,18 @@ def alone(context: Any, do: Callable[[Path], None], folder: Path) -> None:
 
 def begin(folder: Path) -> None:
     torch.set_num_threads(1)
-    config = toy.plain_config(steps=13, ema=0.9, keep=9, keep_best="val_loss", async_save=True)
-    assert train(config, folder / "alone 13", quiet=True) == 0
-    toy.SIGNALS[2] = signal.SIGTERM
-    assert train(config, folder / "run", quiet=True) == 143
+    loop: dict[str, Any] = {"steps": 13, "ema": 0.9, "keep": 9, "keep_best": "val_loss", "async_save": True}
+    assert train(toy.plain_config(**loop), folder / "undisturbed", quiet=True) == 0
+    for run, replicas in RUNS.items():
+        toy.SIGNALS[2] = signal.SIGTERM
+        config = toy.plain_config(parallel=ParallelConfig(replicas=replicas), **loop)
+        assert train(config, folder / run, quiet=True) == 143
 
 
 def end(folder: Path) -> None:
     torch.set_num_threads(1)
-    assert resume(folder / "run", quiet=True) == 0
+    for run in RUNS:
+        assert resume(folder / run, quiet=True) == 0
 
 
 def main(folder: Path) -> int:

@@ -36,8 +36,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_that_went_on_with_one_two_four_processes_and_one_is_the_one_of_one(outcomes: Path) -> None:
-    alone, several = outcomes / "alone 13", outcomes / "run"
+@pytest.mark.parametrize("weights", ["copies", "sharded"])
+def test_a_run_that_went_on_with_one_two_four_processes_and_one_is_the_one_of_one(weights: str, outcomes: Path) -> None:
+    alone, several = outcomes / "undisturbed", outcomes / weights
     for one, other in zip(records(alone), records(several), strict=True):
         assert one.keys() == other.keys()
         for key in ("step", "items", "lr", "best_step"):
@@ -46,6 +47,8 @@ def test_a_run_that_went_on_with_one_two_four_processes_and_one_is_the_one_of_on
             assert one[key] == pytest.approx(other[key], rel=1e-10)
     by = {path.name: json.loads((path / "state.json").read_text()) for path in (several / "checkpoints").iterdir()}
     assert {step: by[f"step-{step:08d}"]["processes"] for step in (2, 5, 9, 13)} == {2: 1, 5: 2, 9: 4, 13: 1}
+    written = {step: len(list(several.glob(f"checkpoints/step-{step:08d}/*.safetensors"))) for step in (2, 5, 9, 13)}
+    assert written == {2: 1, 5: 2, 9: 4, 13: 1}
     states = [checkpoint.load(toy.newest(run)).state for run in (alone, several)]
     for part in ("objective", "ema"):
         for name, value in states[0][part].items():
