@@ -31,7 +31,7 @@ from danlu.train.begin import (
 )
 from danlu.train.best import Best, goal_of
 from danlu.train.budget import Length
-from danlu.train.change import FREE, Going, allowed, check_saved, going_on, set_aside
+from danlu.train.change import Going, allowed, check_saved, going_on, set_aside
 from danlu.train.config import RunConfig
 from danlu.train.distributed import barrier, init_distributed, world
 from danlu.train.folder import claimed, write_whole
@@ -311,9 +311,8 @@ def _complete(config: RunConfig, saved: checkpoint.Found) -> str:
 
 
 def _options(config: RunConfig) -> dict[str, str]:
-    """What all processes have to be started with."""
-    options = {f"option {name}": str(value) for name, value in configs.flatten(config).items()}
-    return {name: value for name, value in options.items() if name.removeprefix("option ") not in FREE}
+    """What all processes have to be started with; machines may have different numbers of processors."""
+    return {f"option {name}": str(value) for name, value in configs.flatten(config).items() if name != "train.threads"}
 
 
 def _content(parts: Assembly) -> dict[str, str]:
