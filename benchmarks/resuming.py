@@ -40,7 +40,7 @@ def part(rank: int, size: int, recipe: str, way: str, folder: Path, until: int, 
         store = f"file://{folder}/store{until}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     # What does not fit these processes is left out: a run on one has no experts to share.
-    placed = {name: value for name, value in WAYS[way].items() if size % value == 0 or not isinstance(value, int)}
+    placed = {name: value for name, value in WAYS[way].items() if isinstance(value, str) or size % value == 0}
     config = tiny(recipe)
     loop = replace(
         config.train,
