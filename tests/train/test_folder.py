@@ -56,7 +56,7 @@ def test_a_folder_is_claimed_before_the_data_are_touched(tmp_path: Path, monkeyp
             train(toy.run_config(), tmp_path / "run", quiet=True)
         raise RuntimeError("the data cannot be read")
 
-    monkeypatch.setattr("danlu.train.run.assemble", second)
+    monkeypatch.setattr("danlu.train.run.prepare", second)
     with pytest.raises(RuntimeError, match="cannot be read"):
         train(toy.run_config(), tmp_path / "run", quiet=True)
     assert len(opened) == 1
@@ -69,7 +69,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_somebody_s_empty_folder_e
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("danlu.train.run.assemble", interrupted)
+    monkeypatch.setattr("danlu.train.run.prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(toy.run_config(), tmp_path, quiet=True)
     assert list(tmp_path.iterdir()) == []
