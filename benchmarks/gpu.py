@@ -3,8 +3,8 @@
     python -m benchmarks.gpu            on a GPU; prints a table in Markdown
     python -m benchmarks.gpu --tiny     the same measurements of small models, anywhere, in seconds
 
-No figure of this script has been taken on a GPU yet. Models: dense with 124 million parameters (GPT-2's sizes) and sparse
-with about 300 million, random tokens, one process, bfloat16 where the device has it.
+No figure of this script has been taken on a GPU yet. Models: dense with 124 million parameters (GPT-2's sizes),
+sparse with about 300 million; random tokens, one process, bfloat16 where the device has it.
 """
 
 import argparse

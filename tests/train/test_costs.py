@@ -51,9 +51,14 @@ def test_one_process_holds_everything_and_sends_nothing() -> None:
 
 def test_shards_hold_their_part_and_gather_blocks_in_half_the_bytes() -> None:
     way = estimate(SIZES, DEVICE, shards=4)
-    part = (120 + 120 + 240 + 120) / 4
-    assert way.gathered == 2 * 10 + 40 * 0.5 + 10 + 20
-    assert way.memory == part + 7 + 190 + way.gathered
+    part = (120 + 240 + 120) / 4
+    assert way.gathered == 3 * 10 + 40 * 0.5 + 20
+    assert way.memory == part + 7 + 190 + 40 * 0.5 + 10  # when the loss turns round
+    small = replace(SIZES, cut={"none": Pass(held=3.0, moved=0.0, calls=0)})
+    assert estimate(small, DEVICE, shards=4).memory == part + 7 + 120 / 4 + way.gathered  # at the end
+    again = estimate(SIZES, DEVICE, shards=4, recompute="blocks")
+    assert again.memory == part + 7 + 50 + 120 / 4 + way.gathered
+    assert estimate(SIZES, DEVICE, replicas=2).memory == 120 + 240 + 120 + 7 + 310 + 120  # copies are gathered too
     assert way.sent == pytest.approx(3 / 4 * 120 * (0.5 + 0.5 + 1))
 
 

@@ -3,9 +3,11 @@ r"""What a step costs on so many devices, in bytes and seconds: the cost model o
 With P bytes of weights on R replicas of S shards each (N = R S processes), X processes that share the experts, and b
 the bytes of the largest block's weights in the dtype they are gathered in:
 
-    memory  = (weights + gradients + state + average) / S + batch + activations + gathered
-    gathered = 2 b + the weights outside of blocks, gathered, + b and its copy in the dtype gradients are added up in
-               (nothing where S = 1)
+    memory  = (weights + state + average) / S + batch + the larger of
+              activations + weights outside of blocks, gathered, + b    when the loss turns round
+              gradients / S + gathered                                  at the end (their sum with recomputation)
+    gathered = 3 b + the weights outside of blocks, gathered, + b in the dtype gradients are added up in
+               (where S = 1 and R > 1: all weights, which stay for the step)
 
     sent    = (S-1)/S (2 gathers + 1 reduction of P)  +  2 (R-1)/R (reduction of P / S)  +  4 (X-1)/X routed activations
 
@@ -132,8 +134,18 @@ def estimate(
     state, average = part * sizes.state, sizes.copies * weights
     own = sizes.block - (routed and experts > 1) * min(routed, sizes.block)  # experts at home are not gathered
     block = own * sizes.ratio
-    gathered = 2 * block + sizes.outside * sizes.ratio + block + own * reduced if shards > 1 else 0.0
-    memory = weights + gradients + state + average + sizes.batch + way.held + gathered
+    outside = sizes.outside * sizes.ratio
+    held = way.held
+    if shards > 1:
+        gathered = outside + 3 * block + own * reduced
+        if recompute == "blocks":  # at the end of the backward pass, when a block is full again
+            held += gradients + gathered
+        else:  # when the loss turns round there are no gradients, and at the end no activations
+            held = max(held + outside + block, gradients + gathered)
+    else:  # whole copies are gathered as well, and stay for the step
+        gathered = weights if processes > 1 else 0.0
+        held += gathered
+    memory = weights + state + average + sizes.batch + held
 
     travelling = common + (routed if experts == 1 else 0.0)
     inner = (shards - 1) / shards * travelling * (2 * sizes.ratio * sizes.accumulate + reduced)
