@@ -1,7 +1,7 @@
-"""A step on an accelerator never waits for it: nothing in it asks for a number.
+"""Passes, clipping and guard on an accelerator never wait for it: nothing in them asks for a number.
 
 On meta there is no number, so that whoever asks for one gets an error (``aten._local_scalar_dense``, behind ``item``,
-``bool``, ``int``, ``tolist``): the steps below run to their end.
+``bool``, ``int``, ``tolist``): what is below runs to their end.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_asking_for_a_number_is_an_error_on_meta() -> None:
 
 
 @pytest.mark.parametrize("name", ["lm", "lm-dense", "digits"])
-def test_a_step_that_does_not_log_asks_for_no_number(name: str) -> None:
+def test_passes_clipping_and_guard_ask_for_no_number(name: str) -> None:
     config = recipes.load(name)
     config = replace(config, model=replace(config.model, **_small(name)))
     batch = batch_of(config)

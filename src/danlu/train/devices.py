@@ -93,7 +93,7 @@ DEVICES: dict[str, Device] = {
 }
 """The devices that are known by name; products on them are taken to reach 0.65 of their rate."""
 
-_CPU_SHARE = 0.4  # of the measured rate of one product, what the products of a training step reach: their sizes differ
+_CPU_SHARE = 0.4  # of the measured rate of one product, what those of a step are taken to reach: their sizes differ
 
 
 def device_of(word: str, policy: Policy | None = None) -> Device:
@@ -148,5 +148,5 @@ def this_processor(policy: Policy) -> Device:
         network=1e9,
         together=1 << 20,
         share=_CPU_SHARE,
-        source="measured here; 2 GB/s between processes is what gloo was measured to reach",
+        source="measured here, but for link and network, which are assumed",
     )
