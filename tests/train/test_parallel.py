@@ -118,8 +118,8 @@ def test_the_blocks_of_a_network_are_found_once_and_in_the_order_of_their_calls(
 @pytest.mark.parametrize(
     ("config", "processes", "said"),
     [
-        (ParallelConfig(replicas=3), 4, "replicas must divide the 4 processes, got 3"),
-        (ParallelConfig(experts=4), 6, "experts must divide the 6 processes, got 4"),
+        (ParallelConfig(replicas=3), 4, "replicas must divide the 4 processes of the run, got 3"),
+        (ParallelConfig(experts=4), 6, "experts must divide the 6 processes of the run, got 4"),
     ],
 )
 def test_a_grid_that_does_not_fit_the_processes_is_an_error(config: ParallelConfig, processes: int, said: str) -> None:

@@ -55,7 +55,6 @@ def prepare(config: RunConfig, world: World | None = None) -> Assembly:
         ValueError, TypeError, OSError: a component does not accept its configuration.
     """
     world = world or World()
-    config.train.parallel.grid(world.size)  # before the data are read
     policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
     policy.apply()
     if isinstance(config.data, ExpectsSizes):

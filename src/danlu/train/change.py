@@ -18,6 +18,11 @@ __all__ = ["FREE", "LENGTH", "Going", "allowed", "check_saved", "going_on", "len
 FREE = frozenset(
     f"train.{name}"
     for name in (
+        "parallel.replicas",
+        "parallel.experts",
+        "parallel.recompute",
+        "parallel.reduce",
+        "parallel.compile",
         "log_every",
         "eval_every",
         "eval_batches",

@@ -66,7 +66,8 @@ class ParallelConfig:
         replicas = processes if self.replicas is None else self.replicas
         for name, value in (("replicas", replicas), ("experts", self.experts)):
             if processes % value:
-                raise ValueError(f"train.parallel.{name} must divide the {processes} processes, got {value}")
+                number = "1 process" if processes == 1 else f"{processes} processes"
+                raise ValueError(f"train.parallel.{name} must divide the {number} of the run, got {value}")
         return replicas, processes // replicas
 
 

@@ -92,6 +92,7 @@ def _train(config: RunConfig, out: Path, console: Console, code: UserCode | None
         trainer: Trainer | None = None
         try:
             agree(_options(config))
+            config.train.parallel.grid(place.size)
             with stop.at_once():
                 parts = prepare(config if init is None else with_tokenizer(config, init), place)
                 source = None if init is None else load_weights(parts, init)
@@ -155,6 +156,7 @@ def resume(path: Path | str | RunAt, *, config: RunConfig | None = None, quiet: 
     ):
         first(lambda: _claim(held, folder, new=False))
         agree(_options(wanted))
+        wanted.train.parallel.grid(place.size)
         saved = find_checkpoint(at)
         changed = first(lambda: allowed(folder, kept, wanted))
         going = None
@@ -212,10 +214,10 @@ def restore(path: Path | str | RunAt, *, config: RunConfig | None = None) -> Ass
     # The averages are weights like others here: there is nothing to average.
     kept = replace(kept, train=replace(kept.train, ema=None))
     if config is None:
-        parts = assemble(located(kept, at.folder))
+        parts = prepare(located(kept, at.folder))
         _check_data(at.folder, parts)
     else:
-        parts = assemble(encoded_alike(config, at.folder))
+        parts = prepare(encoded_alike(config, at.folder))
         lines = configs.differences(parts.config.model, kept.model)
         if lines:
             raise ValueError(f"the data do not fit the model of {at.folder} (theirs and its): {'; '.join(lines)}")
