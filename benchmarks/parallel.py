@@ -51,6 +51,8 @@ def tiny(name: str) -> RunConfig:
     config = load(name)
     known = {field.name for field in fields(config.model)}
     sizes: dict[str, Any] = {"dim": 48, "layers": 2, "hidden": 64, "condition": 16}
+    if "mixers" in known:
+        sizes["layers"] = max(2, len(config.model.mixers))  # type: ignore[attr-defined]
     if "widths" in known:
         sizes["widths"] = tuple(16 for _ in config.model.widths)  # type: ignore[attr-defined]
     if getattr(config.model, "experts", None) is not None:

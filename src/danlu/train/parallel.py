@@ -11,7 +11,7 @@ Experts can be cut among neighbouring processes instead: each keeps some of them
 Sources: Zhao et al., "PyTorch FSDP", arXiv:2304.11277; Lepikhin et al., "GShard", arXiv:2006.16668, section 3.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from danlu._validate import integer, literals
+from danlu.nn.exchange import is_cut
 from danlu.nn.moe import MoE
+from danlu.optim._sharded import local
 from danlu.protocols import HasBlocks
 from danlu.train.device import Policy
 from danlu.train.distributed import World, world
@@ -80,14 +82,15 @@ class Mesh:
         replicas: processes that hold equal parts of the weights.
         shards: processes that a copy of the weights is cut among.
         root: the module that PyTorch gathers and reduces; None on one process.
-        experts: weights of experts that are cut among processes, whose gradients the loop adds up.
+        own: parameters that are placed by hand, whose gradients the loop adds up: experts that are cut among processes,
+            and numbers, which nobody can cut.
     """
 
     world: World = World()
     replicas: int = 1
     shards: int = 1
     root: nn.Module | None = None
-    experts: tuple[nn.Parameter, ...] = field(default=(), repr=False)
+    own: tuple[nn.Parameter, ...] = field(default=(), repr=False)
 
     @property
     def copies(self) -> Any:
@@ -106,15 +109,15 @@ class Mesh:
                 if hasattr(part, "reshard"):
                     part.reshard()  # type: ignore[operator]
 
-    def reduce_experts(self) -> None:
-        """Add up the gradients of experts over the processes that hold the same ones."""
+    def reduce_own(self) -> None:
+        """Add up the gradients that PyTorch does not, over the processes that hold the same parameters."""
         by_group: dict[Any, list[Tensor]] = {}
-        for parameter in self.experts:
-            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-            if mesh.size(0) > 1:
+        for parameter in self.own:
+            group = parameter.device_mesh.get_group(0) if is_cut(parameter) else dist.group.WORLD  # type: ignore[attr-defined]
+            if dist.get_world_size(group) > 1:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                by_group.setdefault(mesh.get_group(0), []).append(parameter.grad.to_local())  # type: ignore[attr-defined]
+                by_group.setdefault(group, []).append(local(parameter.grad))
         for group, grads in by_group.items():
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat, group=group)
@@ -151,15 +154,18 @@ def parallelize(objective: nn.Module, config: ParallelConfig, policy: Policy) ->
             block.compile()
     if place.size == 1:
         return Mesh()
-    _shard(objective, blocks, (replicas, shards), config, policy, set(experts))
-    return Mesh(place, replicas, shards, objective, experts)
+    own = (*experts, *(parameter for parameter in objective.parameters() if parameter.dim() == 0))
+    _shard(objective, blocks, (replicas, shards), config, policy, set(own))
+    return Mesh(place, replicas, shards, objective, tuple(p for p in own if p.requires_grad))
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the blocks of every network in ``module`` that says which they are (:class:`danlu.protocols.HasBlocks`)."""
     seen: set[int] = set()
     for part in module.modules():
-        for block in part.blocks if isinstance(part, HasBlocks) else ():
+        # Other things are called blocks as well.
+        blocks = part.blocks if isinstance(part, HasBlocks) else ()
+        for block in blocks if isinstance(blocks, Iterable) else ():
             if isinstance(block, nn.Module) and id(block) not in seen:
                 seen.add(id(block))
                 yield block

@@ -306,7 +306,7 @@ class Trainer:
             part = self.objective(batch)
             (part * scale.to(part.dtype)).backward()
             loss += part.detach()
-        self.mesh.reduce_experts()
+        self.mesh.reduce_own()
         return loss, items, elapsed
 
     def _numbered(self, batch: Batch, micro: int) -> Batch:
