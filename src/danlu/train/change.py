@@ -18,11 +18,6 @@ __all__ = ["FREE", "LENGTH", "Going", "allowed", "check_saved", "going_on", "len
 FREE = frozenset(
     f"train.{name}"
     for name in (
-        "parallel.replicas",
-        "parallel.experts",
-        "parallel.recompute",
-        "parallel.reduce",
-        "parallel.compile",
         "log_every",
         "eval_every",
         "eval_batches",
@@ -38,6 +33,8 @@ FREE = frozenset(
         "parallel.replicas",
         "parallel.experts",
         "parallel.recompute",
+        "parallel.reduce",
+        "parallel.compile",
     )
 )
 """Options that change no number of the training, but for the order of additions."""
