@@ -61,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, _EXPECTED) else 1
 
 
+def _speaks() -> bool:
+    """Whether a process that is not the first one says what ended it: it was chosen to if they had met."""
+    from danlu.train.distributed import joined
+
+    return joined()
+
+
 def _show_progress() -> None:
     """Print what the library logs (the first look at a corpus takes seconds) on stderr, in the first process only."""
     log = logging.getLogger("danlu")

@@ -18,7 +18,7 @@ from danlu.train import history
 from danlu.train.assembly import Assembly
 from danlu.train.change import FREE
 from danlu.train.config import RunConfig
-from danlu.train.folder import claimed
+from danlu.train.folder import LOCK, claimed
 from danlu.train.load import RunAt, find_checkpoint, nonfinite, read_config, run_at
 from danlu.train.trainer import Trainer
 
@@ -46,9 +46,9 @@ def started(out: Path) -> bool:
     """
     if (out / "config.json").is_file():
         return True
-    if (out / history.FILE).is_file():
+    if out.is_dir() and _never_began(out):
         with claimed(out, new=False):
-            if not (out / "config.json").is_file():
+            if not (out / "config.json").is_file() and _never_began(out):
                 clear(out)
     return (out / "config.json").is_file()
 
@@ -86,12 +86,18 @@ def begin(out: Path, config: RunConfig) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove what a run that did not begin has written."""
-    for path in out.iterdir():
+    """Remove what a run that did not begin has written; what tells that it is one goes last, should this be killed."""
+    for path in sorted(out.iterdir(), key=lambda path: history.FILE in path.name):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _never_began(out: Path) -> bool:
+    """Whether a folder holds what a process wrote before its run had a configuration, the history first of all."""
+    names = {path.name for path in out.iterdir()} - {LOCK}
+    return history.FILE in names or (bool(names) and all(name.startswith(f".{history.FILE}.") for name in names))
 
 
 def located(config: RunConfig, folder: Path) -> RunConfig:

@@ -32,6 +32,7 @@ from danlu.train.begin import (
 from danlu.train.best import Best, goal_of
 from danlu.train.budget import Length
 from danlu.train.change import Going, allowed, check_saved, going_on, set_aside
+from danlu.train.checkpoint.layout import sweep
 from danlu.train.config import RunConfig
 from danlu.train.distributed import barrier, init_distributed, world
 from danlu.train.folder import claimed, write_whole
@@ -169,6 +170,7 @@ def resume(path: Path | str | RunAt, *, config: RunConfig | None = None, quiet: 
                 saved = find_checkpoint(RunAt(folder, going.step))
             elif going.steps is None and (why := _complete(wanted, saved)):
                 if place.main:
+                    sweep(folder / "checkpoints")
                     console.print(f"{folder} is complete: {why}.", soft_wrap=True, highlight=False)
                 return 0
         elif source := first(lambda: event(folder, "init")):

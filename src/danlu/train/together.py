@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from danlu.train.distributed import world
+from danlu.train.distributed import lost, world
 
 __all__ = ["agree", "everyone", "first"]
 
@@ -79,11 +79,7 @@ def _connected(collective: Callable[[], object], failure: Exception | None) -> N
     """Run a collective; that it fails means that another process has gone."""
     try:
         collective()
-    except RuntimeError as lost:
+    except RuntimeError as error:
         if failure is not None:
-            raise failure from lost
-        raise ConnectionError(f"another process has ended, or cannot be reached ({_sentence(lost)})") from lost
-
-
-def _sentence(error: RuntimeError) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise failure from error
+        raise lost(error) or ConnectionError("another process has ended, or cannot be reached") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from danlu.train.checkpoint.packing import local, pack
 from danlu.train.checkpoint.writing import Packed, write
-from danlu.train.distributed import world
+from danlu.train.distributed import time_limit, world
 
 __all__ = ["Saver"]
 
@@ -34,7 +34,9 @@ class Saver:
 
     def __init__(self, folder: Path | None, *, background: bool = False, **options: Any) -> None:
         self.folder, self.background, self.options = folder, background, options
-        self.group = dist.new_group(backend="gloo") if world().size > 1 and folder is not None else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=time_limit()) if world().size > 1 and folder is not None else None
+        )
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: dict[str, Tensor] = {}
