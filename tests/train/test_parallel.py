@@ -31,6 +31,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cut weights and experts, two micro-batches": ("lm", "fsdp2-experts", {"accumulate": 2}),
     "cut weights, blocks run again": ("lm", "fsdp2-recompute", {}),
     "masked tokens": ("lm-masked", "fsdp2", {}),
+    "a number among the weights": ("lm-squareplus", "fsdp2", {}),
+    "kernels whose channels come last, drawn noise": ("digits", "fsdp2", {}),
 }
 
 POLICY = choose("float32", device="cpu")
@@ -39,6 +41,7 @@ POLICY = choose("float32", device="cpu")
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes left what they trained, case by case."""
+    pytest.importorskip("mlxtend")
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -136,6 +139,13 @@ def test_experts_of_a_model_without_any_cannot_be_cut(monkeypatch: pytest.Monkey
     )
     with pytest.raises(ValueError, match="must divide the 3 experts of a layer, got 2"):
         parallelize(Transformer(config), ParallelConfig(experts=2), POLICY)
+
+
+def test_blocks_of_an_objective_that_swaps_weights_cannot_run_again() -> None:
+    objective = nn.Linear(2, 3)
+    objective.swaps_weights = True  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="recompute must be 'none' for Linear"):
+        parallelize(objective, ParallelConfig(recompute="blocks"), POLICY)
 
 
 @pytest.mark.parametrize("field", ["replicas", "experts"])

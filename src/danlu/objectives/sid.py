@@ -90,6 +90,8 @@ class SiD(ImageObjective):
 
     sampling_steps = 1
 
+    swaps_weights = True
+
     def __init__(self, model: nn.Module, config: SiDConfig, *, teacher: Denoising | None = None) -> None:
         super().__init__(model)
         self.config = config

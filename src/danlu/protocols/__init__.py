@@ -23,7 +23,16 @@ from danlu.protocols.data import (
     TokenData,
 )
 from danlu.protocols.layers import ActivationConfig, BalanceConfig, Cache, Context, Joined, Mixer, MixerConfig
-from danlu.protocols.objectives import Denoises, Generator, Measure, Objective, ObjectiveConfig, Paced, Scored
+from danlu.protocols.objectives import (
+    Denoises,
+    Generator,
+    Measure,
+    Objective,
+    ObjectiveConfig,
+    Paced,
+    Scored,
+    SwapsWeights,
+)
 from danlu.protocols.reporting import Durable, Record, Reporter
 from danlu.protocols.training import (
     CountsOperations,
@@ -75,6 +84,7 @@ __all__ = [
     "Scored",
     "SettlesLate",
     "ShowsBatch",
+    "SwapsWeights",
     "TakesTokenizer",
     "TokenData",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,19 @@ class Generator(Protocol):
         Raises:
             ValueError: an argument is out of range, or the objective has no use for it.
         """
+
+
+@runtime_checkable
+class SwapsWeights(Protocol):
+    """An objective that calls a network with other weights than its own, as ``torch.func.functional_call`` does.
+
+    Its networks cannot be gathered, nor run again, block by block: the weights would be the network's own.
+
+    Attributes:
+        swaps_weights: True.
+    """
+
+    swaps_weights: ClassVar[bool]
 
 
 @runtime_checkable

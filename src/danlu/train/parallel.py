@@ -23,7 +23,7 @@ from danlu._validate import integer, literals
 from danlu.nn.exchange import is_cut
 from danlu.nn.moe import MoE
 from danlu.optim._sharded import local
-from danlu.protocols import HasBlocks
+from danlu.protocols import HasBlocks, SwapsWeights
 from danlu.train.device import Policy
 from danlu.train.distributed import World, world
 
@@ -146,6 +146,11 @@ def parallelize(objective: nn.Module, config: ParallelConfig, policy: Policy) ->
     place = world()
     replicas, shards = config.grid(place.size)
     blocks = list(blocks_of(objective))
+    if isinstance(objective, SwapsWeights):
+        if config.recompute == "blocks":
+            kind = type(objective).__name__
+            raise ValueError(f"train.parallel.recompute must be 'none' for {kind}, which swaps a network's weights")
+        blocks = []
     experts = _cut_experts(objective, config.experts) if config.experts > 1 else ()
     for block in blocks:
         if config.recompute == "blocks":
@@ -155,7 +160,9 @@ def parallelize(objective: nn.Module, config: ParallelConfig, policy: Policy) ->
     if place.size == 1:
         return Mesh()
     own = (*experts, *(parameter for parameter in objective.parameters() if parameter.dim() == 0))
-    _shard(objective, blocks, (replicas, shards), config, policy, set(own))
+    # Whole copies are gathered and reduced at once: nothing is won by blocks but an overlap, and hooks inside a network
+    # are in the way of whatever an objective does with it.
+    _shard(objective, blocks if shards > 1 else [], (replicas, shards), config, policy, set(own))
     return Mesh(place, replicas, shards, objective, tuple(p for p in own if p.requires_grad))
 
 
@@ -198,6 +205,10 @@ def _shard(
     gathered = policy.dtype if grid[1] > 1 and policy.dtype != torch.float32 else None
     reduced = None if config.reduce == "float32" and gathered is None else getattr(torch, config.reduce)
     mixed = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            if not parameter.is_contiguous():  # a kernel whose channels come last: they are cut in rows
+                parameter.data = parameter.data.contiguous()
     for module in (*blocks, objective):
         fully_shard(module, mesh=mesh, mp_policy=mixed, ignored_params=ignored, reshard_after_forward=grid[1] > 1)
     register_fsdp_forward_method(objective, "evaluate")
