@@ -6,7 +6,8 @@
     python -m benchmarks.parallel --speed               2 processes of one thread against 1 of two, the same batch
 
 Sizes are tiny but for the speed; what is known is kept in ``--results`` and not run again. Differences are the largest
-of all steps, relative: of the losses, and of the weights to their largest entry.
+of all steps, relative: of the losses, and of the weights to their largest entry, at least 0.1: some begin at
+zero.
 """
 
 import argparse
@@ -173,7 +174,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float
     weights = 0.0
     for name, value in one["weights"].items():
         if value.is_floating_point() and value.numel():
-            largest = float(value.abs().max()) or 1.0
+            largest = max(float(value.abs().max()), 0.1)
             weights = max(weights, float((value - other["weights"][name]).abs().max()) / largest)
     return losses, weights
 
