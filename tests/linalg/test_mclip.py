@@ -237,7 +237,9 @@ def test_step_is_one_half_at_the_threshold_and_relu_lifts_no_null_direction():
 
 def test_empty_matrices_come_back_empty():
     for method in METHODS:
-        assert mclip(torch.zeros(2, 0, 3), method=method).shape == (2, 0, 3)
+        M = torch.zeros(2, 0, 3)
+        assert mclip(M, method=method).shape == (2, 0, 3)
+        assert mclip(M, method=method) is not M
 
 
 M23 = torch.ones(2, 3)

@@ -122,6 +122,8 @@ def test_normalised_experts_equal_the_written_out_sum_and_its_gradient() -> None
     upstream = random(13, 11)
     found = torch.autograd.grad(ours, (x, gate, w_down), upstream)
     torch.testing.assert_close(found, torch.autograd.grad(expected, (x, gate, w_down), upstream), rtol=1e-8, atol=1e-8)
+    compiled = torch.compile(routed_experts, backend="eager", fullgraph=True)(x, gate, chosen, w_up, w_down, rms=0.5)
+    torch.testing.assert_close(compiled, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_mask_chooses_any_number_of_experts_a_token_and_none() -> None:

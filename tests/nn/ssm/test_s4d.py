@@ -90,3 +90,9 @@ def test_groups_of_channels_convolve_as_all_at_once(monkeypatch: pytest.MonkeyPa
 def test_a_kernel_of_another_length_or_width_is_rejected() -> None:
     with pytest.raises(ValueError, match="k \\(channels, time\\)"):
         causal_convolution(torch.zeros(2, 3, 7), torch.zeros(3, 8))
+
+
+def test_what_a_step_needs_of_the_weights_is_read_without_following_them() -> None:
+    layer = S4D(3, S4DConfig(state=10))
+    assert not any(part.requires_grad for part in layer.system())
+    assert layer.kernel(5).requires_grad
