@@ -40,6 +40,7 @@ NO_MATHEMATICS = {
 }  # fmt: skip
 # Tests of a file beside, or instead of, the file of its name.
 ELSEWHERE = {
+    "nn/attention/kernel.py": ("train/test_memory.py", "nn/attention/test_attention.py"),
     "approx/_exchange.py": ("approx/test_minimax.py", "approx/test_minimax_hard.py"),
     "approx/_extended.py": ("approx/test_minimax.py", "approx/test_composition.py"),
     "approx/_search.py": ("approx/test_minimax.py", "approx/test_minimax_hard.py"),

@@ -124,6 +124,19 @@ def test_class_labels_are_passed_dropped_and_guided():
     assert model.given[-1][2].tolist() == [3, 3]
 
 
+def test_what_is_drawn_for_an_image_depends_on_its_number_alone():
+    model = Given()
+    objective = Denoising(model, DenoisingConfig(label_dropout=0.25))
+    images = batch(12, side=3)
+    objective({**images, "position": torch.arange(5, 17)})
+    torch.rand(3)
+    objective({**{name: value[4:] for name, value in images.items()}, "position": torch.arange(9, 17)})
+    for whole, part in zip(*model.given, strict=True):
+        assert torch.equal(whole[4:], part)
+    objective({**images, "position": torch.arange(6, 18)})
+    assert not (model.given[2][0] == model.given[0][0]).any()
+
+
 def test_the_network_gets_the_schedules_condition():
     model = Given()
     Denoising(model, DenoisingConfig(schedule=EDM(), prediction="edm")).sample((1, 1, 2, 2), steps=3)

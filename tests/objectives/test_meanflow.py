@@ -265,6 +265,8 @@ def test_flow_matching_comes_first_resumes_where_it_was_saved_and_evaluation_use
 
     config = MeanFlowConfig(share=0.5, flow_share=0.3)
     objective = MeanFlow(network(), config, 10)
+    undisturbed = MeanFlow(network(), config, 10)
+    assert [rows(undisturbed) for _ in range(4)] == [0, 0, 0, 6]
     assert [rows(objective) for _ in range(2)] == [0, 0]
     assert rows(objective.eval()) == 6
     resumed = MeanFlow(network(), config, 10)

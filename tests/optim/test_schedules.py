@@ -1,6 +1,7 @@
 """Schedules: their shapes in closed form, and resuming them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,3 +146,15 @@ def test_a_group_that_is_added_later_follows_the_schedule():
     again = schedule(optimizer, Cosine(warmup=0), steps=10)
     again.load_state_dict(scheduler.state_dict())
     assert again.get_last_lr() == scheduler.get_last_lr()
+
+
+def test_a_branch_decays_over_the_share_of_the_run_or_over_the_steps_that_were_asked_for():
+    shares, steps = WarmupStableDecay(warmup=0.02, decay=0.2), WarmupStableDecay(warmup=20, decay=150)
+    assert shares.decaying_from(400, 1000) == (replace(shares, warmup=20, decay=100), 500)
+    assert shares.decaying_from(400, 1000, 30) == (replace(shares, warmup=20, decay=30), 430)
+    assert steps.decaying_from(400, 1000) == (steps, 550)
+    assert steps.decaying_from(851, 1000) == (None, 1001)
+    assert steps.decaying_from(19, 1000) == (None, 169)
+    branch, total = shares.decaying_from(400, 1000)
+    assert branch is not None
+    assert [branch.factor(step, total) for step in (399, 400, 450)] == [1.0, 1.0, 0.5]
