@@ -106,7 +106,7 @@ def start(processes: int, do: Callable[..., None], run: Path, words: Word = ("",
     started = []
     for rank in range(processes):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)} if processes > 1 else {}
-        place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DANLU_TIMEOUT": "60"} if processes > 1 else {}
+        place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DANLU_TIMEOUT": "20"} if processes > 1 else {}
         mine = words if rank == victim else ("", 0.0)
         started.append(CONTEXT.Process(target=_child, args=(place, run, do, mine), daemon=True))
         started[-1].start()
@@ -167,7 +167,7 @@ class Study:
             if processes[victim].is_alive():
                 os.kill(processes[victim].pid, signal.SIGKILL)
         began = time.monotonic()
-        codes = wait(processes)
+        codes = wait(processes, 50.0)
         found = {"kind": kind, "at": at, "processes": self.processes, "victim": victim, "codes": codes}
         found |= {"killed": codes[victim] == -signal.SIGKILL, "others ended in": time.monotonic() - began}
         names = [path.name for path in checkpoint.checkpoints(run / "checkpoints")]

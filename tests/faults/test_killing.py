@@ -54,7 +54,7 @@ def test_no_more_is_lost_than_what_came_after_the_last_complete_checkpoint(outco
 
 def test_what_is_left_of_two_processes_ends_by_itself(outcomes: list[dict[str, Any]]) -> None:
     for found in outcomes:
-        if found["processes"] == 2:
+        if found["processes"] == 2 and found["logged"]:  # before they have met, torchrun ends the others
             assert found["codes"][1 - found["victim"]] is not None
             assert found["others ended in"] < 60
 

@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as raised:
         if os.environ.get("DANLU_DEBUG"):
             raise
+        if os.environ.get("RANK", "0") != "0" and not _speaks():
+            return 2  # the first of several processes says the same
         error = _as_memory_error(raised)
         expected = isinstance(error, (*_EXPECTED, FloatingPointError, MemoryError))
         where = "" if expected else f"unexpected {type(error).__name__} (DANLU_DEBUG=1 shows where): "

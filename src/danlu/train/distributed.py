@@ -84,6 +84,9 @@ def init_distributed(device: str = "auto") -> Iterator[World]:
         limit = time_limit()
         try:
             store, rank, size = next(rendezvous("env://", timeout=limit))
+            # torchrun may keep its store when it starts processes again: what the ones before said there is not meant.
+            attempt = f"danlu {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+            store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
         except RuntimeError as error:  # torch.distributed's own errors are among them
             raise ConnectionError(
@@ -132,6 +135,11 @@ def _said_once(error: Exception, store: Any) -> BaseException:
     time.sleep(2.0 * (gone is not None) + 1.0 * (not place.main))
     try:
         speaks = store.add("danlu: said", 1) == 1
+        ended, until = store.add("danlu: ended", 1), time.monotonic() + 4.0
+        if place.main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            while ended < place.size and time.monotonic() < until:  # the others ask this process, which keeps the store
+                time.sleep(0.05)
+                ended = store.add("danlu: ended", 0)
     except RuntimeError:  # the store has gone with the process that kept it
         speaks = True
     if not speaks:
