@@ -19,7 +19,7 @@ from danlu.diffusion import (
     preconditioning,
     time_grid,
 )
-from danlu.objectives import Denoising, DenoisingConfig, evaluate, multiscale_loss
+from danlu.objectives import Denoising, DenoisingConfig, draws, evaluate, multiscale_loss
 
 
 def _pooled_error(factor: int) -> float:
@@ -89,20 +89,20 @@ def _loss_error(*, scaled: bool = True) -> float:
         edm = DenoisingConfig(schedule=EDM(), prediction="edm", times=LogNormalNoise(), resolutions=resolutions)
         plain = DenoisingConfig(schedule=Cosine(), prediction="v", resolutions=resolutions)
         for config in (edm, plain):
-            found = evaluate(Denoising(network, config), [{"images": images}])["val_loss"]
-            generator = torch.Generator().manual_seed(0)
+            keys = torch.arange(6)
+            found = evaluate(Denoising(network, config), [{"images": images, "position": keys}])["val_loss"]
+            eps = draws.normal(keys, "noise", 2, 8, 8, dtype=torch.float64)
             if config is edm:
-                level = EDM().time(-2 * (-1.2 + 1.2 * torch.randn(6, generator=generator)))
+                level = EDM().time(-2 * (-1.2 + 1.2 * draws.normal(keys, "times")))
                 sigma = EDM().coefficients(level.double())[1].view(-1, 1, 1, 1)
                 root = (sigma**2 + 0.25).sqrt()
-                x = images + sigma * torch.randn(images.shape, generator=generator, dtype=torch.float64)
+                x = images + sigma * eps
                 output = network(x / root if scaled else x, (sigma.log() / 4).flatten())
                 denoised = 0.25 / root**2 * x + 0.5 * sigma / root * output
                 error = root / (0.5 * sigma) * (denoised - images)
             else:
-                t = torch.rand(6, generator=generator).double()
+                t = draws.uniform(keys, "times").double()
                 a, b = ((math.pi / 2 * t.view(-1, 1, 1, 1)).cos(), (math.pi / 2 * t.view(-1, 1, 1, 1)).sin())
-                eps = torch.randn(images.shape, generator=generator, dtype=torch.float64)
                 error = network(a * images + b * eps, t) - (a * eps - b * images)
             wanted = error.square().mean()
             if resolutions:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.claims.frame import Claim, at_most, relative
-from danlu.objectives import FlowMatching, FlowMatchingConfig, evaluate
+from danlu.objectives import FlowMatching, FlowMatchingConfig, draws, evaluate
 
 _STD = 0.7
 
@@ -33,10 +33,10 @@ def _loss(factor: float) -> float:
 def _loss_error(*, towards: float = 1.0) -> float:
     """Relative error of a loss against the mean square of ``v(x_t, t) - (eps - x_0)``; else away from noise."""
     images = _STD * torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    network, generator = _Velocity(0.8), torch.Generator().manual_seed(0)
-    found = evaluate(FlowMatching(network), [{"images": images}])["val_loss"]
-    t = torch.rand(50, generator=generator).view(-1, 1, 1, 1)
-    eps = torch.randn(images.shape, generator=generator)
+    network, keys = _Velocity(0.8), torch.arange(50)
+    found = evaluate(FlowMatching(network), [{"images": images, "position": keys}])["val_loss"]
+    t = draws.uniform(keys, "times").view(-1, 1, 1, 1)
+    eps = draws.normal(keys, "noise", 1, 4, 4)
     wanted = (network((1 - t) * images + t * eps, t) - towards * (eps - images)).double().square().mean()
     return abs(found / float(wanted.detach()) - 1)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from danlu.claims.frame import Claim, at_most
 from danlu.diffusion import UniformTimes
-from danlu.objectives import MeanFlow, MeanFlowConfig, total_derivative
+from danlu.objectives import MeanFlow, MeanFlowConfig, draws, total_derivative
 
 _MEAN, _STD = 0.3, 0.7
 
@@ -175,14 +175,17 @@ def _gradient_error(*, constant: bool = True) -> float:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = _Classes(24).double()
-            batch = {"images": torch.randn(40, 2, 1, 1, dtype=torch.float64), "labels": torch.arange(40) % 3}
-            torch.manual_seed(1)
-            found = MeanFlow(model, config)(batch)
-            torch.manual_seed(1)
-            noise = torch.randn_like(batch["images"])
-            one, other = (torch.sigmoid(-0.4 + torch.randn(40)).double() for _ in range(2))
+            images = torch.randn(40, 2, 1, 1, dtype=torch.float64)
+        keys = torch.arange(40)
+        batch = {"images": images, "labels": keys % 3, "position": keys}
+        found = MeanFlow(model, config)(batch)
+        noise = draws.normal(keys, "noise", 2, 1, 1, dtype=torch.float64)
+        one, other = (
+            torch.sigmoid(-0.4 + draws.normal(some, "times")).double()
+            for some in (keys, draws.derived(keys, "other time"))
+        )
         t, labels = torch.maximum(one, other), batch["labels"]
-        r = torch.where(torch.arange(40) < 20, torch.minimum(one, other), t)
+        r = torch.where(keys % 2 == 1, torch.minimum(one, other), t)  # every second one of the run
         T, R = (s.view(-1, 1, 1, 1) for s in (t, r))
         x, v = (1 - T) * batch["images"] + T * noise, noise - batch["images"]
 

@@ -13,6 +13,7 @@ from danlu.objectives import (
     ScoreMatching,
     ScoreMatchingConfig,
     conditional_loss,
+    draws,
     evaluate,
     explicit_loss,
     implicit_loss,
@@ -82,10 +83,10 @@ def _objective_error(*, weighted: bool = True) -> float:
     kinds: tuple[Literal["conditional", "implicit", "sliced"], ...] = ("conditional", "implicit", "sliced")
     for loss in kinds:
         objective = ScoreMatching(network, ScoreMatchingConfig(loss=loss, schedule=Cosine(), probes=2))
-        found = evaluate(objective, [{"images": images}])["val_loss"]
-        generator = torch.Generator().manual_seed(0)
-        t = (0.05 + 0.95 * torch.rand(40, generator=generator)).double()
-        eps = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        keys = torch.arange(40)
+        found = evaluate(objective, [{"images": images, "position": keys}])["val_loss"]
+        t = (0.05 + 0.95 * draws.uniform(keys, "times")).double()
+        eps = draws.normal(keys, "noise", 1, 4, 4, dtype=torch.float64)
         a, b = ((math.pi / 2 * t).cos().view(-1, 1, 1, 1), (math.pi / 2 * t).sin().view(-1, 1, 1, 1))
         x, gain = a * images + b * eps, 0.4 * (1 + t).view(-1, 1, 1, 1)
         if loss == "conditional":
@@ -94,8 +95,8 @@ def _objective_error(*, weighted: bool = True) -> float:
             rows = (gain * x).square() - 2 * gain * b
         else:
             rows = torch.zeros_like(x)
-            for _ in range(2):
-                v = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            for probe in range(2):
+                v = draws.normal(keys, f"probe {probe}", 1, 4, 4, dtype=torch.float64)
                 along = (v * gain * x).sum((1, 2, 3), keepdim=True).square()
                 rows = rows + (along - 2 * gain * b * v.square().sum((1, 2, 3), keepdim=True)) / 32
         wanted = float((rows if weighted else rows / b**2).mean())

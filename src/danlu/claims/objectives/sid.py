@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from danlu.claims.frame import Claim, at_most, relative
 from danlu.config import Pretrained
 from danlu.diffusion import EDM
-from danlu.objectives import Denoising, SiD, SiDConfig, generator_loss
+from danlu.objectives import Denoising, SiD, SiDConfig, draws, generator_loss
 
 
 def players(alpha: float | None, *, steps: int = 4000, rate: float = 0.01) -> tuple[float, float]:
@@ -88,10 +88,13 @@ def _step_error(*, leaks: bool = False) -> float:
         for network in (sid.model, sid.student):
             for parameter in network.parameters():
                 parameter.data += 0.1 * torch.randn_like(parameter)
-        batch = {"images": torch.zeros(7, 1, 2, 2, dtype=torch.float64)}
-        torch.manual_seed(1)
+        keys = torch.arange(7)
+        batch = {"images": torch.zeros(7, 1, 2, 2, dtype=torch.float64), "position": keys}
         found = torch.autograd.grad(sid(batch), [*sid.model.parameters(), *sid.student.parameters()])
-        torch.manual_seed(1)
+        apart = draws.derived(keys, "student")
+
+        def normal(keys: Tensor, name: str) -> Tensor:
+            return draws.normal(keys, name, 1, 2, 2, dtype=torch.float64)
 
         def denoise(network: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
             root = (sigma**2 + 0.25).sqrt()
@@ -101,18 +104,18 @@ def _step_error(*, leaks: bool = False) -> float:
         def made(z: Tensor) -> Tensor:
             return denoise(sid.model, 2.5 * z, torch.full((7, 1, 1, 1), 2.5, dtype=torch.float64))
 
-        z = torch.randn_like(batch["images"])
+        z = normal(apart, "latent")
         images = made(z) if leaks else made(z).detach()
         # The library draws its levels in float32.
-        ratio = (-1.2 + 1.2 * torch.randn(7)).double()
+        ratio = (-1.2 + 1.2 * draws.normal(apart, "times")).double()
         sigma = EDM().coefficients(EDM().time(-2 * ratio.float()).double())[1].view(-1, 1, 1, 1)
-        noisy = images + sigma * torch.randn_like(images)
+        noisy = images + sigma * normal(apart, "noise")
         weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
         loss = (weight * (denoise(sid.student, noisy, sigma) - images) ** 2).mean((1, 2, 3)).sum()
-        x_g = made(torch.randn_like(images))
-        level = (0.8 * torch.rand(7)).double()
+        x_g = made(normal(keys, "latent"))
+        level = (0.8 * draws.uniform(keys, "times")).double()
         sigma = (0.002 ** (1 / 7) * (1 - level) + 80 ** (1 / 7) * level).pow(7).view(-1, 1, 1, 1)
-        x = x_g + sigma * torch.randn_like(x_g)
+        x = x_g + sigma * normal(keys, "noise")
         held = copy.deepcopy(sid.student).requires_grad_(False)
         f_phi, f_psi = denoise(teacher.model, x, sigma), denoise(held, x, sigma)
         gap = f_phi - f_psi
