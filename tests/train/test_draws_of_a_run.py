@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ from danlu.objectives import (
 )
 from danlu.optim import AdamWConfig, Constant
 from danlu.protocols import Batch
+from danlu.recipes import load
 from danlu.train import TrainConfig, Trainer
+from danlu.train.device import choose
+from danlu.train.parallel import ParallelConfig, parallelize
 
 SIZE = 8
 
@@ -109,6 +113,8 @@ def trainer(name: str, *, batch: int, accumulate: int = 1, rank: int = 0, world:
     for parameter in objective.parameters():  # zeros at the start would hide what is drawn
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
+    policy = choose("float32", device="cpu", threads=1)
+    mesh = parallelize(objective, ParallelConfig(), policy)
     torch.manual_seed(10 + rank)  # as in a run: what is not a function of the position is another on each process
 
     def validation(batches: int | None) -> Any:
@@ -121,7 +127,9 @@ def trainer(name: str, *, batch: int, accumulate: int = 1, rank: int = 0, world:
         Constant(warmup=1),
         Stream(name, batch, rank, world),
         TrainConfig(**{"accumulate": accumulate, "threads": 1, "checkpoint_every": None, "seed": 5, **options}),
+        policy=policy,
         validation=validation,
+        mesh=mesh,
     )
 
 
@@ -210,6 +218,31 @@ def test_validation_is_numbered_as_the_windows_of_the_text_are() -> None:
             batches = list(validation_batches(tokens, end=0, length=5, batch=4, rank=rank, world=world))
             firsts = torch.cat([batch["targets"][:, 0] for batch in batches])
             assert firsts.tolist() == [5 * window for window in range(rank, 40, world)]
+
+
+def test_captions_are_measured_by_the_words_and_patches_of_all_processes() -> None:
+    pytest.importorskip("sklearn")
+    recipe = load("digits-caption")
+    config = replace(recipe.data, batch=8, validation_examples=21)
+    torch.manual_seed(0)
+    objective = recipe.objective.build(recipe.model.build(), data=config.open())
+    objective.eval()
+
+    def measured(world: int) -> dict[str, float | None]:
+        with torch.no_grad():
+            parts = [objective.evaluate(config.open(rank=rank, world=world).validation()) for rank in range(world)]
+        sums = {
+            name: replace(
+                parts[0][name],
+                total=sum(part[name].total for part in parts),
+                denominator=sum(part[name].denominator for part in parts),
+            )
+            for name in parts[0]
+        }
+        return {name: measure.value() for name, measure in sums.items()}
+
+    assert measured(1)["val_loss"] == pytest.approx(measured(2)["val_loss"], rel=1e-6)
+    assert measured(1) == pytest.approx(measured(4), rel=1e-6)
 
 
 if __name__ == "__main__":
