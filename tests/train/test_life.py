@@ -115,6 +115,26 @@ def test_a_longer_run_that_is_interrupted_is_resumed_without_a_word_about_its_le
     assert state_of(run, 16) == state_of(tmp_path / "long", 16)
 
 
+@pytest.mark.parametrize("budget", [{"steps": 20}, {"steps": 20, "minutes": 5.0}])
+def test_a_longer_run_that_is_killed_before_it_saves_keeps_its_new_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any]
+) -> None:
+    def killed(*_: Any) -> None:
+        raise ConnectionAbortedError
+
+    run, schedule = tmp_path / "run", Cosine()
+    train(config(schedule, minutes=1.0 if "minutes" in budget else None), run, quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("danlu.train.run._fit", killed)
+        with pytest.raises(ConnectionAbortedError):
+            resume(run, config=longer(run, **budget), quiet=True)
+    assert resume(run, quiet=True) == 0
+    found = {r["step"]: r["lr"] for r in records(run)}
+    assert len(found) == 20
+    for step in range(13, 21):
+        assert found[step] == pytest.approx(0.02 * schedule.factor(step - 1, 20), rel=1e-12), step
+
+
 @pytest.mark.parametrize(
     ("schedule", "keep", "start", "exact"),
     [

@@ -104,9 +104,11 @@ def going_on(run: RunAt, saved: Found, kept: RunConfig, wanted: RunConfig) -> Go
     Raises:
         ValueError: the new length is over already.
     """
-    if not LENGTH & configs.changes(kept, wanted).keys():
-        return Going(saved.step)
     then, seconds = length_then(saved, kept), float(saved.described["state"].get("seconds") or 0.0)
+    if not LENGTH & configs.changes(kept, wanted).keys():
+        # A run that was killed before it saved under its new budget: the checkpoint has the length of the old one.
+        stale = kept.train.minutes is not None and "train.minutes" in configs.changes(kept, saved.config)
+        return Going(saved.step, max(saved.step + 1, _new_length(kept, saved.step, seconds)) if stale else None)
     now = _new_length(wanted, saved.step, seconds)
     before = _factors(kept, then)
     after = _factors(wanted, now)

@@ -31,7 +31,7 @@ from danlu.train.begin import (
 )
 from danlu.train.best import Best, goal_of
 from danlu.train.budget import Length
-from danlu.train.change import Going, allowed, check_saved, going_on, set_aside
+from danlu.train.change import LENGTH, Going, allowed, check_saved, going_on, set_aside
 from danlu.train.checkpoint.layout import sweep
 from danlu.train.config import RunConfig
 from danlu.train.distributed import barrier, init_distributed, world
@@ -191,9 +191,10 @@ def resume(path: Path | str | RunAt, *, config: RunConfig | None = None, quiet: 
         trainer = _trainer(parts, folder)
         if saved is not None:
             trainer.restore(saved)
-            if going is not None and going.steps is not None:
-                # A budget is counted anew; a rate that was due under the old length is set to that of the new one.
+            if going is not None and going.steps is not None:  # a budget is counted anew
                 trainer.length.load_state_dict({"steps": going.steps, "settled": False})
+            if LENGTH & configs.changes(wanted, saved.config).keys():
+                # A rate that was due under the old length becomes that of the new one, also if a kill came between.
                 trainer.scheduler.last_epoch -= 1
                 trainer.scheduler.step()
         return _fit(trainer, parts, folder, console, stop)
