@@ -258,7 +258,6 @@ def test_a_training_takes_the_vocabulary_and_reads_only_what_it_needs(whole, mon
     monkeypatch.setattr(joined, "_read", lambda *where: (read.append(where), real(*where))[1])
     data = open_text(config(whole, vocab_size=4096))
     assert data.sizes == {"vocab_size": 300}
-    assert config(whole).expected_sizes() == {}
     index = (whole / "index.json").read_bytes()
     assert data.manifest["sha256"] == data.train.sha256 == hashlib.sha256(index).hexdigest()
     assert read == []
@@ -268,6 +267,16 @@ def test_a_training_takes_the_vocabulary_and_reads_only_what_it_needs(whole, mon
     assert batch["tokens"].shape == (4, 31)
     targets = torch.cat([b["targets"][b["targets"] != IGNORE] for b in data.validation()])
     assert int(data.byte_lengths[targets].sum()) == data.manifest["validation_bytes"]
+
+
+def test_options_that_tokens_have_decided_are_named_and_the_vocabulary_is_known_before_they_are_opened(whole):
+    set_here = {"vocab_size": 999, "validation": 0.3, "field": "body"}
+    warnings = open_text(TextConfig(path=(str(whole),), length=8, batch=2, **set_here)).manifest["warnings"]
+    assert [line.split(" = ")[0] for line in warnings] == ["data.field", "data.vocab_size", "data.validation"]
+    assert "data.validation = 0.3 has no effect: the data are tokens already (theirs: 0.1)." in warnings
+    same = open_text(TextConfig(path=(str(whole),), length=8, batch=2, vocab_size=300, validation=0.1))
+    assert same.manifest["warnings"] == []
+    assert TextConfig(path=(str(whole),)).expected_sizes() == {"vocab_size": 300}
 
 
 def test_a_folder_is_not_overwritten_and_says_what_it_was_begun_with(texts, whole, tmp_path):
@@ -326,7 +335,7 @@ def test_what_a_process_raises_is_raised_here_and_one_that_is_killed_is_named():
         (["a", "--out", "b", "--tokenizer", "t", "--vocab-size", "300"], "choose one"),
         (["a", "--out", "b", "--workers", "0"], "--workers must be at least 1"),
         (["nothing-there", "--out", "b"], "no file or folder is called nothing-there"),
-        (["--check", "nothing-there"], "nothing-there is not complete"),
+        (["--check", "nothing-there"], "nothing-there is no folder of tokens"),
     ],
 )
 def test_commands_that_cannot_be_are_one_line(words, message, tmp_path, monkeypatch, capsys):

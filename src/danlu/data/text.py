@@ -6,7 +6,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,7 @@ from danlu.data.preparing import Progress, prepare
 from danlu.data.shards import cached, read_tokens, token_dtype, write_tokens
 from danlu.data.sources import of_tokens, open_sources
 from danlu.data.surveys import remembered
+from danlu.data.tokenized import INDEX, open_folder
 from danlu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # Part of every cache key: raised when the same input would give other files.
@@ -71,8 +72,10 @@ class TextConfig:
         number("validation", self.validation, low=0, high=0.5, low_open=True)
 
     def expected_sizes(self) -> dict[str, int]:
-        """Return the vocabulary that is asked for; a text too short for it has a smaller one."""
-        if self.tokenizer is not None or of_tokens(self.path):
+        """Return the vocabulary that is asked for, or is there; a text too short for it has a smaller one."""
+        if folders := of_tokens(self.path):
+            return {"vocab_size": open_folder(folders[0]).tokenizer.vocab_size}
+        if self.tokenizer is not None:
             return {}
         return {"vocab_size": self.vocab_size}
 
@@ -184,7 +187,7 @@ def open_text(
         return TextData(
             opened.tokenizer,
             opened.train,
-            opened.manifest | {"warnings": _of_windows(config, opened.train)},
+            opened.manifest | {"warnings": _without_effect(config, folders) + _of_windows(config, opened.train)},
             opened.validation,
         )
     if config.weights is not None:
@@ -243,6 +246,20 @@ def _warnings(config: TextConfig, found: Survey, tokenizer: Tokenizer, loader: L
     if config.tokenizer is None and tokenizer.vocab_size < config.vocab_size:
         said.append(f"The text is enough for {tokenizer.vocab_size} tokens of vocabulary, not for {config.vocab_size}.")
     return said + _of_windows(config, loader)
+
+
+def _without_effect(config: TextConfig, folders: list[Path]) -> list[str]:
+    """Name the options that were set and that folders of tokens decide, each with what they have."""
+    made = [json.loads((folder / INDEX).read_text()) for folder in folders]
+    has = {"vocab_size": {index["vocab_size"] for index in made}, "validation": {index["share"] for index in made}}
+    said = []
+    for option in fields(config):
+        value, there = getattr(config, option.name), has.get(option.name, set())
+        decided = option.name in (*has, "field", "errors", "corpus")
+        if decided and value not in (option.default, *there):
+            theirs = f" (theirs: {', '.join(map(str, sorted(there)))})" if there else ""
+            said.append(f"data.{option.name} = {value} has no effect: the data are tokens already{theirs}.")
+    return said
 
 
 def _of_windows(config: TextConfig, loader: Loader | MixedLoader) -> list[str]:

@@ -135,6 +135,8 @@ def _is_index(path: Path) -> bool:
 
 def _index(path: Path) -> tuple[dict[str, Any], str]:
     file = path / INDEX
+    if not is_tokenized(path):
+        raise ValueError(f"{path} is no folder of tokens, which danlu tokenize --out writes")
     if not file.is_file():
         raise ValueError(f"{path} is not complete: give danlu tokenize --out {path} again with what it began with")
     content = file.read_bytes()
