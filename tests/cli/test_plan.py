@@ -40,6 +40,7 @@ def test_a_plan_says_in_words_that_nothing_fits(capsys: pytest.CaptureFixture[st
     [
         ("--processes 0", "processes"),
         ("--processes 5", "data.batch"),
+        ("--processes 2 --train.parallel.replicas 3", "train.parallel.replicas"),
         ("--device h10", "h100"),
         ("--device", "--device"),
     ],

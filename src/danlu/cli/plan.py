@@ -84,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     integer("processes", arguments.processes)
     name, config, _ = configure(arguments)
+    config.train.parallel.grid(arguments.processes)  # what a training would refuse
     policy: Policy | None = None
     if arguments.device == "cpu":
         policy = choose(config.train.precision, device="cpu", threads=config.train.threads)
