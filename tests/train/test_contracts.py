@@ -102,6 +102,7 @@ def test_a_component_that_does_not_fit_is_named_with_what_it_lacks(
 ) -> None:
     monkeypatch.setattr("danlu.config.to_document", lambda config: {})
     monkeypatch.setattr("danlu.config.dumps", lambda config: "{}")
+    monkeypatch.setattr("danlu.config.flatten", lambda config: {})
     with pytest.raises((TypeError, ValueError), match=message):
         train(replace(toy.run_config(steps=2, eval_every=1), **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists() or changes["objective"].kind in (Floats, Shadowing)

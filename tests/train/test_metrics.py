@@ -38,6 +38,13 @@ def test_a_line_is_on_the_disk_as_soon_as_it_is_reported(tmp_path: Path) -> None
     file.close()
 
 
+@pytest.fixture
+def counted_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second are read in the order of a count whose tenth comes before its second."""
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", -1)
+
+
+@pytest.mark.usefixtures("counted_files")
 def test_tensorboard_reads_the_numbers_back_and_hides_what_was_done_again(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,6 +60,7 @@ def test_tensorboard_reads_the_numbers_back_and_hides_what_was_done_again(tmp_pa
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
 
 
+@pytest.mark.usefixtures("counted_files")
 def test_tensorboard_shows_no_step_twice_after_a_start_from_the_beginning(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
