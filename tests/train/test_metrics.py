@@ -41,7 +41,9 @@ def test_a_line_is_on_the_disk_as_soon_as_it_is_reported(tmp_path: Path) -> None
 @pytest.fixture
 def counted_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of one second are read in the order of a count whose tenth comes before its second."""
-    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", -1)
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @pytest.mark.usefixtures("counted_files")

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +16,7 @@ def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
     Raises:
         TypeError: a value is neither a tensor nor plain.
 
+    >>> import torch
     >>> tensors, tree = pack({"step": 3, "weight": torch.zeros(2)})
     >>> list(tensors), tree
     (['weight'], {'step': 3, 'weight': {'$tensor': 'weight', 'shape': [2]}})
@@ -94,6 +94,7 @@ def places(tree: Any) -> Iterator[str]:
 def targets(tree: Any, into: Any) -> dict[str, Tensor]:
     """Return the tensors of ``into`` that have the place and the shape of one in a packed tree, by its path.
 
+    >>> import torch
     >>> into = {"weight": torch.zeros(2)}
     >>> targets({"weight": {"$tensor": "weight", "shape": [2]}}, into)["weight"] is into["weight"]
     True
@@ -128,6 +129,7 @@ def local(tensor: Tensor) -> Tensor:
 def plain_groups(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer's state without the settings that are no plain values: the configuration gives those again.
 
+    >>> import torch
     >>> plain_groups({"state": {}, "param_groups": [{"lr": 0.1, "dtype": torch.float32, "params": [0]}]})
     {'state': {}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}
     """
