@@ -85,6 +85,23 @@ def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_on_resum
     assert final_state(run) == final_state(undisturbed)
 
 
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_on_resume(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: toy.Opened, batches: int | None = None) -> Any:
+        raise OSError("a shard is damaged")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(toy.Opened, "validation", broken)
+        with pytest.raises(OSError, match="a shard is damaged"):
+            train(toy.run_config(ema=0.9), run, quiet=True)
+    assert checkpoint.load(toy.newest(run)).step == 3  # the first that is followed by an evaluation
+    assert resume(run, quiet=True) == 0
+    assert losses(run) == losses(undisturbed)
+    assert final_state(run) == final_state(undisturbed)
+
+
 def test_a_kill_during_a_save_leaves_the_checkpoint_before_valid_and_found(
     undisturbed: Path, tmp_path: Path, cache: Path
 ) -> None:

@@ -12,6 +12,7 @@ of the checkpoint: a run that is interrupted in an evaluation begins with that e
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -188,6 +189,9 @@ class Trainer:
         except BaseException as error:
             if self.world.size == 1:  # alone, no other process has to take part in reading the last numbers
                 self._report_pending()
+                if self._unevaluated is not None and isinstance(error, Exception):
+                    with suppress(OSError, FloatingPointError):  # the evaluation's own error is to be read
+                        self.save()  # the steps before it did not fail
             if isinstance(error, Exception):
                 self.saver.settle()
             raise
