@@ -46,12 +46,14 @@ class Augmenter:
         moved, seen = kornia.geometry.transform, kornia.enhance
 
         def zoom(x: Tensor, keys: Tensor) -> Tensor:
-            return moved.scale(x, _between(keys, "zoom", 0.85, 1.15)[:, None].repeat(1, 2), **border)
+            found: Tensor = moved.scale(x, _between(keys, "zoom", 0.85, 1.15)[:, None].repeat(1, 2), **border)
+            return found
 
         def color(x: Tensor, keys: Tensor) -> Tensor:
             x = seen.adjust_brightness(x, _between(keys, "brightness", -0.2, 0.2))
             x = seen.adjust_contrast(x, _between(keys, "contrast", 0.8, 1.2))
-            return seen.adjust_saturation(x, _between(keys, "saturation", 0.8, 1.2))
+            found: Tensor = seen.adjust_saturation(x, _between(keys, "saturation", 0.8, 1.2))
+            return found
 
         made: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "flip": lambda x, keys: torch.where(_half(keys, "flip"), moved.hflip(x), x),
