@@ -90,8 +90,8 @@ def test_an_error_of_the_training_is_raised_after_the_save_under_way(tmp_path: P
     config = toy.run_config(steps=9, checkpoint_every=2, eval_every=5, keep_best="bpb", async_save=True)
     with pytest.raises(ValueError, match=r"train\.keep_best must be"):
         train(config, run, quiet=True)
-    assert toy.newest(run).name == "step-00000004"
-    assert checkpoint.load(toy.newest(run)).step == 4
+    assert toy.newest(run).name == "step-00000005"
+    assert checkpoint.load(toy.newest(run)).step == 5
     assert not list((run / "checkpoints").glob(".*"))
 
 
