@@ -20,7 +20,7 @@ from danlu.train.ema import averaged
 from danlu.train.load import build_model, load_objective
 from danlu.train.parallel import Mesh, parallelize
 
-__all__ = ["Assembly", "assemble"]
+__all__ = ["Assembly", "assemble", "distribute", "fitted", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def prepare(config: RunConfig, world: World | None = None) -> Assembly:
     policy = choose(config.train.precision, device=config.train.device, threads=config.train.threads)
     policy.apply()
     if isinstance(config.data, ExpectsSizes):
-        config = _fitted(config, config.data.expected_sizes())
+        config = fitted(config, config.data.expected_sizes())
     rng.seed_all(config.train.seed)
     model = build_model(config, policy)
     drawn = rng.snapshot()
@@ -74,9 +74,9 @@ def prepare(config: RunConfig, world: World | None = None) -> Assembly:
         prefetch=True,
     )
     check_data(data, config.data)
-    fitted = _fitted(config, data.sizes)
-    if fitted != config:
-        config = fitted
+    whole = fitted(config, data.sizes)
+    if whole != config:
+        config = whole
         rng.seed_all(config.train.seed)
         model = build_model(config, policy)
     else:
@@ -107,8 +107,8 @@ def distribute(parts: Assembly) -> Assembly:
     return dataclasses.replace(parts, optimizer=optimizer, mesh=mesh)
 
 
-def _fitted(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
-    """The configuration with the sizes that the data have."""
+def fitted(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
+    """Return the configuration with the sizes that its data have."""
     fields = {field.name for field in dataclasses.fields(config.model)}
     sizes = {name: size for name, size in sizes.items() if name in fields and getattr(config.model, name)}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
+from danlu.optim._sharded import local
 from danlu.train.distributed import sum_over_ranks
 
 __all__ = ["check_finite"]
@@ -26,7 +26,7 @@ def check_finite(weights: Iterable[tuple[str, nn.Parameter]], step: int) -> None
     named = list(weights)
     if not named:
         return
-    held = [_held(weight) for _, weight in named]
+    held = [local(weight.detach()) for _, weight in named]
     # A sum is finite only if all its terms are, and takes a tenth of the time that looking at each one does.
     sums = torch.stack([weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in held])
     if not bool(sum_over_ranks(sums.isfinite().logical_not().double()).any()):
@@ -39,9 +39,3 @@ def check_finite(weights: Iterable[tuple[str, nn.Parameter]], step: int) -> None
     raise FloatingPointError(
         f"the run has diverged: after step {step} {names[0]}{more} not finite; a lower learning rate often helps"
     )
-
-
-def _held(weight: Tensor) -> Tensor:
-    """The part of a weight that this process holds."""
-    value = weight.detach()
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -13,6 +13,7 @@ from danlu.optim import state_bytes
 from danlu.optim.combined import CombinedOptimizer
 from danlu.optim.muon import Muon
 from danlu.protocols import Batch, CountsOperations, ExpectsSizes, ShowsBatch
+from danlu.train.assembly import fitted
 from danlu.train.config import RunConfig
 from danlu.train.costs import Pass, Recompute, Sizes
 from danlu.train.device import Policy
@@ -47,10 +48,7 @@ def sizes_of(config: RunConfig, policy: Policy, *, processes: int, kind: str) ->
         ValueError: a batch smaller than the processes, or an objective that cannot run on tensors without numbers.
     """
     if isinstance(config.data, ExpectsSizes):
-        expected = config.data.expected_sizes()
-        names = {field.name for field in dataclasses.fields(config.model)}
-        known = {name: size for name, size in expected.items() if name in names and getattr(config.model, name)}
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
+        config = fitted(config, config.data.expected_sizes())
     batch = _batch(config, processes)
     rows = len(next(iter(batch.values())))
     with torch.device("meta"):

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-__all__ = ["local", "pack", "places", "plain_groups", "targets", "unpack"]
+from danlu.optim._sharded import local
+
+__all__ = ["pack", "places", "plain_groups", "targets", "unpack"]
 
 
 def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
@@ -119,11 +120,6 @@ def targets(tree: Any, into: Any) -> dict[str, Tensor]:
 
     walk(tree, into)
     return found
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: its shard of a DTensor, all of another."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def plain_groups(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from danlu.train.checkpoint.packing import local, pack
+from danlu.optim._sharded import local
+from danlu.train.checkpoint.packing import pack
 from danlu.train.checkpoint.writing import Packed, write
 from danlu.train.distributed import time_limit, world
 

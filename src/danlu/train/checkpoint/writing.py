@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from danlu.optim._sharded import local
 from danlu.train.checkpoint.keeping import Goal, prune
 from danlu.train.checkpoint.layout import (
     FORMAT,
@@ -46,7 +47,7 @@ from danlu.train.checkpoint.layout import (
     step_of,
     sweep,
 )
-from danlu.train.checkpoint.packing import local, pack
+from danlu.train.checkpoint.packing import pack
 from danlu.train.distributed import world
 from danlu.train.together import everyone, first
 
