@@ -1,35 +1,21 @@
 """The figures that explain a load: their floor, the best biases, and which experts tokens choose."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from benchmarks import expert_load as load
 
 from danlu.nn import DynamicConfig, LossFreeConfig, MoE, MoEConfig
 from danlu.nn.balance import max_violation
 
-ROOT = Path(__file__).parents[2]
 every_balance = pytest.mark.parametrize("balance", [LossFreeConfig(), DynamicConfig()])
 
 
-@pytest.fixture(scope="module")
-def load():
-    """Import the benchmarks from the checkout: they are no part of the installed package."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        yield importlib.import_module("benchmarks.expert_load")
-    finally:
-        sys.path.remove(str(ROOT))
-
-
-def test_the_floor_is_the_maximum_of_a_multinomial_draw(load):
+def test_the_floor_is_the_maximum_of_a_multinomial_draw():
     assert load.noise_floor(64, 6, 4096, draws=40) == pytest.approx(0.123, abs=0.01)  # spec 003, section 7.5
 
 
 @every_balance
-def test_choices_are_the_layers_own(load, balance):
+def test_choices_are_the_layers_own(balance):
     torch.manual_seed(0)
     layer = MoE(8, MoEConfig(num_experts=5, top_k=2, hidden=4, balance=balance))
     layer.balancer.bias += 0.1 * torch.randn(5)
@@ -41,7 +27,7 @@ def test_choices_are_the_layers_own(load, balance):
 
 
 @every_balance
-def test_fitted_biases_even_the_load_of_all_tokens_together(load, balance):
+def test_fitted_biases_even_the_load_of_all_tokens_together(balance):
     torch.manual_seed(0)
     scores = torch.rand(3, 2000, 6) ** torch.tensor([0.4, 0.7, 1.0, 1.5, 2.0, 3.0])
     layer = MoE(8, MoEConfig(num_experts=6, top_k=2, hidden=4, balance=balance))

@@ -2,25 +2,14 @@
 
 import ast
 import graphlib
-import importlib
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import harness, measured
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def harness():
-    """Import the benchmarks from the checkout: they are no part of the installed package."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        yield importlib.import_module("benchmarks.harness")
-    finally:
-        sys.path.remove(str(ROOT))
 
 
 def imports(path):
@@ -38,14 +27,14 @@ def test_no_two_modules_of_the_benchmarks_import_one_another():
     graphlib.TopologicalSorter(graph).prepare()  # raises on a circle, and names it
 
 
-def test_a_ratio_is_taken_inside_each_round(harness):
+def test_a_ratio_is_taken_inside_each_round():
     table = harness.Comparison(title="", base="a", seconds={"a": [1.0, 10.0, 4.0], "b": [0.5, 5.0, 1.0]})
     ratio = table.ratio("b")
     assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 3.0)
     assert table.ratio("a").median == 1.0
 
 
-def test_rounds_alternate_the_implementations(harness):
+def test_rounds_alternate_the_implementations():
     order = []
     options = harness.Options(rounds=3, warmup=1, seconds=0.0)
     runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
@@ -54,19 +43,19 @@ def test_rounds_alternate_the_implementations(harness):
     assert {name: len(values) for name, values in table.seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_a_base_that_does_not_run_is_rejected(harness):
+def test_a_base_that_does_not_run_is_rejected():
     with pytest.raises(ValueError, match="base must be one of a"):
         harness.compare("", {"a": lambda: None}, base="c", options=harness.Options())
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
-def test_the_slope_of_a_power_law_is_its_exponent(harness, power):
-    sizes, slope = [3, 7, 19, 64], sys.modules["benchmarks.measured"].loglog_slope
+def test_the_slope_of_a_power_law_is_its_exponent(power):
+    sizes, slope = [3, 7, 19, 64], measured.loglog_slope
     assert slope(sizes, [5.0 * size**power for size in sizes]) == pytest.approx(power, abs=1e-12)
     assert math.isnan(slope(sizes, [None, None, None, 2.0]))
 
 
-def test_a_sweep_leaves_a_gap_where_an_implementation_was_left_out(harness):
+def test_a_sweep_leaves_a_gap_where_an_implementation_was_left_out():
     options = harness.Options(rounds=1, warmup=1, seconds=0.0)
 
     def make(size):
@@ -78,7 +67,7 @@ def test_a_sweep_leaves_a_gap_where_an_implementation_was_left_out(harness):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is reset on Linux only")
-def test_peak_memory_counts_what_a_call_holds_at_once(harness):
+def test_peak_memory_counts_what_a_call_holds_at_once():
     elements = 8 * 2**20
 
     def both_at_once():
